@@ -1,0 +1,73 @@
+"""What a reduction does to one parameter: its new value, and the linear map from old gradients to new ones.
+
+If the loss depends on old parameters p and the reduced model behaves like p ~ M q for new parameters q, then the
+gradient with respect to q is M^T times that with respect to p. Optimizer moments are averages of gradients and of
+their squares, so they follow the same map: first moments through M^T, second moments through its squared entries
+(exact for uncorrelated gradient entries).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Term:
+    """One summand of a gradient map: contract * (left @ old @ right), summed over the last axis if contracted.
+
+    Attributes:
+        source: name of the old parameter, within its mixer, whose gradient enters.
+        left: real (new rows, old rows) or None for the identity.
+        right: real (old columns, new columns) or None for the identity.
+        contract: real, shaped like left @ old @ right, or None. When given, the product is weighted by it and its
+            last axis is summed: the gradient of a scale that multiplies a whole row.
+    """
+
+    source: str
+    left: Tensor | None = None
+    right: Tensor | None = None
+    contract: Tensor | None = None
+
+    def __call__(self, old: Tensor) -> Tensor:
+        """Apply the map to a tensor shaped like the old parameter."""
+        return self._apply(old, lambda factor: factor)
+
+    def squared(self, old: Tensor) -> Tensor:
+        """Apply the map with every entry squared, as second moments of uncorrelated gradients transform."""
+        return self._apply(old, lambda factor: factor.square())
+
+    def _apply(self, old: Tensor, entry: Callable[[Tensor], Tensor]) -> Tensor:
+        result = old if self.left is None else entry(self.left.to(old)) @ old
+        result = result if self.right is None else result @ entry(self.right.to(old))
+        return result if self.contract is None else (entry(self.contract.to(old)) * result).sum(-1)
+
+
+@dataclass(frozen=True)
+class ParameterChange:
+    """A parameter's new value and how its gradient follows from the old gradients of the same mixer.
+
+    Attributes:
+        value: new value, any shape; it takes the dtype and device of the parameter it replaces.
+        gradient: terms whose sum is the new gradient.
+    """
+
+    value: Tensor
+    gradient: tuple[Term, ...]
+
+    def map_first(self, old: Mapping[str, Tensor]) -> Tensor:
+        """New gradient, or first moment, from the old ones by parameter name."""
+        return self._sum(old, Term.__call__)
+
+    def map_second(self, old: Mapping[str, Tensor]) -> Tensor:
+        """New second moment from the old ones by parameter name."""
+        return self._sum(old, Term.squared)
+
+    def _sum(self, old: Mapping[str, Tensor], apply: Callable[[Term, Tensor], Tensor]) -> Tensor:
+        first, *rest = self.gradient
+        total = apply(first, old[first.source])
+        for term in rest:
+            total = total + apply(term, old[term.source])
+        return total

@@ -1,0 +1,160 @@
+"""Optimizer surgery: swap parameters in place, and carry their moments through the reduction.
+
+Parameters keep their position in their group, so optimizer checkpoints and schedulers stay valid.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+import transformers.optimization
+from torch import Tensor, nn
+
+from .changes import ParameterChange
+
+State = dict[str, Any]
+Carry = Callable[[ParameterChange, Mapping[str, State], State], State]
+
+
+def _first(key: str) -> Carry:
+    def carry(change: ParameterChange, sources: Mapping[str, State], own: State) -> State:
+        if own.get(key) is None:
+            return {}
+        return {key: change.map_first(_moments(sources, key, own[key]))}
+
+    return carry
+
+
+def _second(key: str) -> Carry:
+    def carry(change: ParameterChange, sources: Mapping[str, State], own: State) -> State:
+        if own.get(key) is None:
+            return {}
+        return {key: change.map_second(_moments(sources, key, own[key]))}
+
+    return carry
+
+
+def _factored(row: str, column: str, full: str, keepdim: bool) -> Carry:
+    """Adafactor: second moments of matrices as row and column means, of vectors in full."""
+
+    def expand(state: State) -> Tensor | None:
+        if state.get(row) is None:
+            return state.get(full)
+        rows = state[row] if keepdim else state[row].unsqueeze(-1)
+        columns = state[column] if keepdim else state[column].unsqueeze(-2)
+        mean = rows.mean(dim=-2, keepdim=True)
+        return rows * columns / mean.clamp(min=torch.finfo(mean.dtype).tiny)
+
+    def carry(change: ParameterChange, sources: Mapping[str, State], own: State) -> State:
+        second = {name: expanded for name, state in sources.items() if (expanded := expand(state)) is not None}
+        if not second:
+            return {}
+        moment = change.map_second(second)
+        if own.get(row) is None:
+            return {full: moment}
+        return {row: moment.mean(dim=-1, keepdim=keepdim), column: moment.mean(dim=-2, keepdim=keepdim)}
+
+    return carry
+
+
+def _moments(sources: Mapping[str, State], key: str, like: Tensor) -> dict[str, Tensor]:
+    missing = [name for name, state in sources.items() if state.get(key) is None]
+    if missing:
+        raise ValueError(f"the optimizer has {key} for some parameters of a layer but not for {', '.join(missing)}")
+    return {name: state[key].to(like.device) for name, state in sources.items()}
+
+
+_ADAM = (_first("exp_avg"), _second("exp_avg_sq"), _second("max_exp_avg_sq"))
+_RULES: dict[type[torch.optim.Optimizer], tuple[Carry, ...]] = {
+    torch.optim.Adam: _ADAM,
+    torch.optim.AdamW: _ADAM,
+    torch.optim.SGD: (_first("momentum_buffer"),),
+    transformers.optimization.Adafactor: (
+        _first("exp_avg"),
+        _factored("exp_avg_sq_row", "exp_avg_sq_col", "exp_avg_sq", keepdim=False),
+    ),
+    torch.optim.Adafactor: (_factored("row_var", "col_var", "variance", keepdim=True),),
+}
+
+
+def unwrap_optimizer(optimizer: Any) -> torch.optim.Optimizer:
+    """The torch optimizer inside wrappers such as Accelerate's, which keep it as `.optimizer`.
+
+    Raises:
+        TypeError: if its moments cannot be carried through a reduction; see `check_optimizer_class`.
+    """
+    while hasattr(optimizer, "optimizer"):
+        optimizer = optimizer.optimizer
+    check_optimizer_class(type(optimizer))
+    return optimizer
+
+
+def check_optimizer_class(cls: type) -> None:
+    """Refuse an optimizer whose state cannot be carried through a reduction.
+
+    Quantised (8-bit), projected (GaLore, APOLLO), layer-wise, sharded and fused-backward optimizers hold their state in
+    forms that a linear map of gradients does not act on.
+
+    Raises:
+        TypeError: naming the class and the supported ones.
+    """
+    if cls not in _RULES:
+        supported = ", ".join(f"{known.__module__.split('.')[0]}.{known.__name__}" for known in _RULES)
+        raise TypeError(
+            f"{cls.__module__}.{cls.__qualname__} keeps its state in a form that cannot be carried through a change of "
+            f"state size. Supported optimizers: {supported}. With the Trainer choose one by optim='adamw_torch', "
+            "'adamw_torch_fused', 'sgd' or 'adafactor'."
+        )
+
+
+def carried_state(change: ParameterChange, sources: Mapping[str, State], own: State, optimizer_class: type) -> State:
+    """Optimizer state of a replaced parameter.
+
+    Moments go through the change; everything else (step counts, scalars) is copied.
+
+    Args:
+        change: the parameter's change.
+        sources: old optimizer state of the mixer's parameters, by name; empty dicts before the first step.
+        own: old optimizer state of the parameter itself.
+        optimizer_class: class of the unwrapped optimizer.
+    """
+    if not own:
+        return {}
+    needed = {term.source: sources[term.source] for term in change.gradient}
+    state = {
+        key: value.clone() if isinstance(value, Tensor) else value
+        for key, value in own.items()
+        if not isinstance(value, Tensor) or value.ndim == 0
+    }
+    for rule in _RULES[optimizer_class]:
+        state |= {
+            key: moment.to(own[key].dtype).contiguous() for key, moment in rule(change, needed, own).items()
+        }
+    return state
+
+
+def swap_parameters(
+    optimizer: torch.optim.Optimizer, replaced: Mapping[nn.Parameter, nn.Parameter], states: Mapping[nn.Parameter, State]
+) -> None:
+    """Put new parameters where old ones were, group by group and at the same position, with the given states.
+
+    Args:
+        optimizer: an unwrapped optimizer.
+        replaced: old parameter -> new parameter.
+        states: new parameter -> its optimizer state; a parameter without an entry starts afresh.
+
+    Raises:
+        ValueError: if an old parameter is not in the optimizer; nothing is changed then.
+    """
+    held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    if absent := sum(id(old) not in held for old in replaced):
+        raise ValueError(f"{absent} of {len(replaced)} parameters to be replaced are not in the optimizer")
+    by_id = {id(old): new for old, new in replaced.items()}
+    for group in optimizer.param_groups:
+        group["params"] = [by_id.get(id(parameter), parameter) for parameter in group["params"]]
+    for old, new in replaced.items():
+        optimizer.state.pop(old, None)
+        if state := states.get(new):
+            optimizer.state[new] = state

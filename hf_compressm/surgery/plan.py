@@ -1,0 +1,243 @@
+"""A compression plan for a whole model: make it, apply it."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..reduction import Selection, SizeConstraints
+from .adapters import MixerReduction, ReductionError, find_mixers, write_sizes_to_config
+from .history import append_history, original_sizes
+from .optimizer import State, carried_state, unwrap_optimizer
+from .policies import Energy, Policy, describe_policy
+from .resize import replace_parameters
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """What is to happen to one mixer.
+
+    Attributes:
+        name: the mixer's name in the model.
+        old_size, new_size: number of states before and after; equal where nothing is cut.
+        singular_values: float64 (old_size,), descending.
+        reduction: new parameters and gradient maps, or None where nothing is cut.
+    """
+
+    name: str
+    old_size: int
+    new_size: int
+    singular_values: Tensor
+    reduction: MixerReduction | None = None
+
+
+@dataclass(frozen=True)
+class CompressionPlan:
+    """New parameters for every mixer of a model, computed but not yet applied.
+
+    Attributes:
+        layers: one entry per mixer, in model order.
+        policy: JSON-ready description of how the orders were chosen.
+        seconds: time that measuring and reducing took.
+    """
+
+    layers: list[LayerPlan]
+    policy: dict[str, Any]
+    seconds: float
+
+    @property
+    def cuts(self) -> bool:
+        """Whether any layer loses states."""
+        return any(layer.reduction is not None for layer in self.layers)
+
+    def record(self, step: int | None) -> dict[str, Any]:
+        """JSON-ready record of the cut, as it stands in `config.compression_history`."""
+        return {
+            "event": "cut",
+            "step": step,
+            **self.policy,
+            "seconds": round(self.seconds, 4),
+            "layers": [
+                {
+                    "name": layer.name,
+                    "old_size": layer.old_size,
+                    "new_size": layer.new_size,
+                    "bound": None if layer.reduction is None else layer.reduction.bound,
+                    "singular_values": [float(f"{value:.6g}") for value in layer.singular_values.tolist()],
+                }
+                for layer in self.layers
+            ],
+        }
+
+
+def measure_model(model: nn.Module) -> dict[str, Any]:
+    """Measure every mixer: name -> measurement, with `.spectrum()` giving its Hankel singular values.
+
+    Raises:
+        ReductionError: naming the first layer that cannot be measured and why.
+    """
+    measurements = {}
+    for site in find_mixers(model):
+        try:
+            measurements[site.name] = site.adapter.measure(site.mixer)
+        except ReductionError as error:
+            raise ReductionError(f"{site.name}: {error}") from error
+    return measurements
+
+
+def make_plan(
+    model: nn.Module,
+    policy: Policy | None = None,
+    constraints: SizeConstraints | None = None,
+    selection: Selection = "largest",
+    generator: torch.Generator | None = None,
+    attempts_left: int = 1,
+) -> CompressionPlan:
+    """Measure a model and compute the reduced parameters of every layer that should shrink, changing nothing.
+
+    Raises:
+        ValueError: if the model has no compressible layer, or the policy cannot be met.
+        ReductionError: if a layer cannot be measured or reduced; the message names it.
+    """
+    policy, constraints = policy or Energy(), constraints or SizeConstraints()
+    began = time.perf_counter()
+    sites = find_mixers(model)
+    measurements = measure_model(model)
+    spectra = [measurements[site.name].spectrum() for site in sites]
+    sizes = [site.state_size for site in sites]
+    orders = policy.orders(spectra, original_sizes(model), constraints, attempts_left)
+    layers = []
+    for site, spectrum, size, order in zip(sites, spectra, sizes, constraints.apply(orders, sizes), strict=True):
+        reduction = None
+        if order < size:
+            try:
+                reduction = site.adapter.reduce(
+                    site.mixer, measurements[site.name], order, selection, generator
+                )
+            except ReductionError as error:
+                raise ReductionError(f"{site.name}: {error}") from error
+        layers.append(LayerPlan(site.name, size, order, spectrum, reduction))
+    described = describe_policy(policy) | {"selection": selection}
+    return CompressionPlan(layers, described, time.perf_counter() - began)
+
+
+def apply_plan(model: nn.Module, optimizer: Any, plan: CompressionPlan, step: int | None = None) -> dict[str, Any]:
+    """Swap the planned parameters into the model and the optimizer, carry the moments, update config and history.
+
+    Args:
+        model: the model that the plan was made for, unchanged since.
+        optimizer: its optimizer, wrapped or not, or None when there is none.
+        plan: result of `make_plan`.
+        step: optimizer steps taken so far, for the history.
+
+    Returns:
+        The record that was appended to `model.config.compression_history`.
+
+    Raises:
+        TypeError: if the optimizer's state cannot be carried.
+        ValueError: if the model's sizes are not those of the plan, or the optimizer lacks a parameter.
+    """
+    inner = None if optimizer is None else unwrap_optimizer(optimizer)
+    sites = find_mixers(model)
+    planned = [(layer.name, layer.old_size) for layer in plan.layers]
+    if planned != (present := [(site.name, site.state_size) for site in sites]):
+        raise ValueError(f"the plan was made for mixers and sizes {planned}, the model has {present}")
+
+    values: dict[str, dict[str, Tensor]] = {}
+    states: dict[str, dict[str, State]] = {}
+    for site, layer in zip(sites, plan.layers, strict=True):
+        if layer.reduction is None:
+            continue
+        changes = layer.reduction.changes
+        values[site.name] = {name: change.value for name, change in changes.items()}
+        if inner is not None:
+            old = {name: dict(inner.state.get(p, {})) for name, p in site.parameters().items()}
+            states[site.name] = {
+                name: carried_state(change, old, old[name], type(inner)) for name, change in changes.items()
+            }
+    replace_parameters(sites, values, inner, states)
+    write_sizes_to_config(model, sites)
+    record = plan.record(step)
+    if plan.cuts:
+        append_history(model, record)
+    return record
+
+
+def compress(
+    model: nn.Module,
+    optimizer: Any = None,
+    policy: Policy | None = None,
+    *,
+    constraints: SizeConstraints | None = None,
+    selection: Selection = "largest",
+    generator: torch.Generator | None = None,
+    step: int | None = None,
+) -> dict[str, Any]:
+    """Make a model smaller, now: between two optimizer steps of any training loop, or after training.
+
+    ```python
+    optimizer.zero_grad()
+    compress(model, optimizer, Energy(tau=0.1))
+    ```
+
+    Parameters that change are replaced by new, smaller `nn.Parameter`s, in the model and in the optimizer, whose
+    moments are carried over; the model's config learns the new sizes and the history. References to the old
+    parameters (gradient hooks, a DDP wrapper, an average of weights) are not updated.
+
+    Args:
+        model: a model with supported mixers; see `supported_mixers`.
+        optimizer: torch.optim Adam, AdamW, SGD or Adafactor, or transformers' Adafactor; possibly wrapped by
+            Accelerate. None if the model is not being trained.
+        policy: `Energy` (default, tau 0.1), `Target` or `Fraction`.
+        constraints: minimum size, multiples, uniformity, smallest worthwhile change.
+        selection: which balanced states stay; "smallest" and "random" are controls for experiments.
+        generator: CPU generator for selection "random".
+        step: optimizer steps taken so far, for the history.
+
+    Returns:
+        A record of the cut: per layer its name, old and new size, bound and singular values.
+
+    Raises:
+        ValueError: no compressible layer, a policy that cannot be met, a frozen or shared parameter.
+        TypeError: an optimizer whose state cannot be carried.
+        ReductionError: NaN or infinite weights, or a layer that cannot be reduced. The model is unchanged.
+    """
+    check_parameters(model, optimizer)
+    plan = make_plan(model, policy, constraints, selection, generator)
+    return apply_plan(model, optimizer, plan, step)
+
+
+def check_parameters(model: nn.Module, optimizer: Any = None) -> None:
+    """Raise if a cut could not reach every reference to a parameter.
+
+    Raises:
+        ValueError: if a parameter of a mixer is shared with another module or, when there is an optimizer, is frozen
+            or missing from it; the message names the parameter.
+        TypeError: if the optimizer's state cannot be carried.
+    """
+    owners: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        owners.setdefault(id(parameter), []).append(name)
+    held = None
+    if optimizer is not None:
+        groups = unwrap_optimizer(optimizer).param_groups
+        held = {id(parameter) for group in groups for parameter in group["params"]}
+    for site in find_mixers(model):
+        for name, parameter in site.parameters().items():
+            path = f"{site.name}.{name}"
+            if len(names := owners[id(parameter)]) > 1:
+                raise ValueError(
+                    f"{path} is shared by {', '.join(names)}; a shared state-space parameter cannot be cut. "
+                    "Give each layer its own parameter."
+                )
+            if held is not None and not parameter.requires_grad:
+                raise ValueError(
+                    f"{path} is frozen (requires_grad=False), and training a cut of it would change what was meant "
+                    "to stay. Unfreeze it, or compress the model before or after training."
+                )
+            if held is not None and id(parameter) not in held:
+                raise ValueError(f"{path} is trainable but in no parameter group of the optimizer")

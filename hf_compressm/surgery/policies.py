@@ -1,0 +1,92 @@
+"""Order policies: from the spectra of all layers to the number of states each should keep."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from torch import Tensor
+
+from ..reduction import SizeConstraints, energy_orders, numerical_rank, target_orders
+
+
+@dataclass(frozen=True)
+class Energy:
+    """Keep the fewest states whose singular values sum to at least (1 - tau) of the layer's total.
+
+    Attributes:
+        tau: share of the sum of Hankel singular values that may go at each cut, in (0, 1).
+    """
+
+    tau: float = 0.1
+
+    def __post_init__(self) -> None:
+        if not 0 < self.tau < 1:
+            raise ValueError(f"tau must lie strictly between 0 and 1; got {self.tau}")
+
+    def orders(
+        self, spectra: Sequence[Tensor], original: Sequence[int], constraints: SizeConstraints, attempts_left: int = 1
+    ) -> list[int]:
+        """Wanted orders, one per layer, before constraints."""
+        return energy_orders(spectra, self.tau)
+
+
+@dataclass(frozen=True)
+class Target:
+    """Reach a mean state size over all layers, shared out by how slowly each layer's spectrum falls.
+
+    Attributes:
+        mean_state_size: states per layer on average at the end, >= 1.
+    """
+
+    mean_state_size: float
+
+    def __post_init__(self) -> None:
+        if self.mean_state_size < 1:
+            raise ValueError(f"the target state size must be at least 1; got {self.mean_state_size}")
+
+    def orders(
+        self, spectra: Sequence[Tensor], original: Sequence[int], constraints: SizeConstraints, attempts_left: int = 1
+    ) -> list[int]:
+        """Wanted orders. With several attempts left the way to the target is walked in equal ratios."""
+        present = sum(map(len, spectra)) / len(spectra)
+        if self.mean_state_size >= present:
+            return [len(spectrum) for spectrum in spectra]
+        step = present * (self.mean_state_size / present) ** (1 / attempts_left)
+        return target_orders(spectra, max(step, constraints.minimum), constraints)
+
+
+@dataclass(frozen=True)
+class Fraction:
+    """Keep, in every layer alike, a share of the states that training began with.
+
+    Attributes:
+        share: share of the original number of states to keep at the end, in (0, 1).
+    """
+
+    share: float
+
+    def __post_init__(self) -> None:
+        if not 0 < self.share < 1:
+            raise ValueError(f"the fraction to keep must lie strictly between 0 and 1; got {self.share}")
+
+    def orders(
+        self, spectra: Sequence[Tensor], original: Sequence[int], constraints: SizeConstraints, attempts_left: int = 1
+    ) -> list[int]:
+        """Wanted orders. With several attempts left the way is walked in equal ratios."""
+        orders = []
+        for spectrum, begun in zip(spectra, original, strict=True):
+            present, final = len(spectrum), max(math.ceil(self.share * begun - 1e-9), 1)
+            step = math.ceil(present * (final / present) ** (1 / attempts_left) - 1e-9)
+            orders.append(min(step, present, max(numerical_rank(spectrum), 1)))
+        return orders
+
+
+Policy = Energy | Target | Fraction
+
+
+def describe_policy(policy: Policy) -> dict[str, Any]:
+    """JSON-ready name and settings of a policy."""
+    return {"policy": type(policy).__name__.lower(), **asdict(policy)}

@@ -1,0 +1,58 @@
+"""Undo a cut: a copy of the model, its optimizer and its history, and the way back to it."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
+
+from .adapters import find_mixers
+from .history import history, set_history
+from .optimizer import unwrap_optimizer
+from .resize import resize_mixers
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """Everything needed to undo a cut, copied to the CPU. Made of tensors and plain data, so `torch.save` takes it.
+
+    Attributes:
+        tensors: the model's state dict.
+        sizes: mixer name -> number of states.
+        optimizer: the optimizer's state by position of the parameter, as in its state dict; empty without one.
+        history: the compression history at the time.
+    """
+
+    tensors: dict[str, Tensor]
+    sizes: dict[str, int]
+    optimizer: dict[int, dict[str, Any]]
+    history: list[dict[str, Any]]
+
+    @classmethod
+    def take(cls, model: nn.Module, optimizer: Any = None) -> Snapshot:
+        """Copy the present state of a model and its optimizer."""
+        state = {} if optimizer is None else unwrap_optimizer(optimizer).state_dict()["state"]
+        return cls(
+            tensors=_to_cpu(model.state_dict()),
+            sizes={site.name: site.state_size for site in find_mixers(model)},
+            optimizer=_to_cpu(state),
+            history=history(model),
+        )
+
+    def restore(self, model: nn.Module, optimizer: Any = None) -> None:
+        """Bring weights, optimizer state and history back. Learning rates and schedules go on as they are."""
+        inner = None if optimizer is None else unwrap_optimizer(optimizer)
+        resize_mixers(model, self.sizes, inner)
+        model.load_state_dict(self.tensors)
+        if inner is not None:
+            groups = inner.state_dict()["param_groups"]
+            inner.load_state_dict({"state": copy.deepcopy(self.optimizer), "param_groups": groups})
+        set_history(model, copy.deepcopy(self.history))
+
+
+def _to_cpu(tree: Any) -> Any:
+    return tree_map_only(Tensor, lambda tensor: tensor.detach().to("cpu", copy=True), dict(tree))

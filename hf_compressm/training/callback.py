@@ -1,0 +1,387 @@
+"""The Trainer callback: decides when to cut, and reports. Everything it does can be called by hand; see `compress`."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from tqdm.auto import tqdm
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_callback import ExportableState
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers.utils import logging
+
+from ..surgery import (
+    CompressionPlan,
+    ReductionError,
+    Snapshot,
+    append_history,
+    apply_plan,
+    check_parameters,
+    find_mixers,
+    history,
+    make_plan,
+    measure_model,
+    original_sizes,
+    set_history,
+    state_sizes,
+)
+from .checkpoint import ResizeOnLoad, load_callback_state, save_callback_state
+from .config import CompressionConfig
+from .stability import StabilityTracker
+from .timing import StepTimer
+from .trainer_log import log_to_trackers, running_trainer
+
+logger = logging.get_logger(__name__)
+
+
+class CompreSSMCallback(TrainerCallback, ExportableState):
+    """Truncates the states of a state-space model while an unmodified `transformers.Trainer` trains it.
+
+    ```python
+    trainer = Trainer(model=model, args=args, train_dataset=..., callbacks=[CompreSSMCallback(tau=0.1)])
+    ```
+
+    After the optimizer step of each attempt, Hankel singular values are computed for every layer and, where enough
+    states can go, parameters, optimizer state and config are replaced by smaller ones. State sizes and the history
+    of cuts are in `model.config`, so that every checkpoint has them. Resuming with a model of the original size,
+    `load_best_model_at_end` across cuts, and `save_total_limit` work; pass the callback to the Trainer's constructor
+    (`add_callback` comes too late to prepare the model for loading).
+
+    Args:
+        config: settings; defaults follow arXiv 2510.02823 (tau 0.1, four attempts in the first 10% of training).
+        **settings: fields of `CompressionConfig`, as an alternative to `config` or to override it.
+
+    Raises:
+        ValueError: settings out of range; when training starts: no compressible layer, a frozen or shared parameter,
+            a window that holds no step, a target above the present size, a rollback metric without evaluation.
+        TypeError: unknown settings; when training starts: an optimizer whose state cannot be carried.
+        NotImplementedError: when training starts on several processes or with sharded parameters.
+    """
+
+    def __init__(self, config: CompressionConfig | None = None, **settings: Any):
+        known = {field.name for field in dataclasses.fields(CompressionConfig)}
+        if unknown := settings.keys() - known:
+            raise TypeError(f"unknown settings {sorted(unknown)}; allowed are {sorted(known)}")
+        self.config = dataclasses.replace(config or CompressionConfig(), **settings)
+        self.timer = StepTimer()
+        self._model: nn.Module | None = None
+        self._loader: ResizeOnLoad | None = None
+        self._attempts: list[int] = []
+        self._tracker: StabilityTracker | None = None
+        self._snapshot: Snapshot | None = None
+        self._judging: dict[str, Any] | None = None
+
+    # The Trainer saves this with every checkpoint and hands it back in `state.stateful_callbacks`.
+    def state(self) -> dict[str, Any]:
+        """Arguments, the compression history and the state of a pending rollback, JSON-ready."""
+        records = [] if self._model is None else history(self._model)
+        return {
+            "args": dataclasses.asdict(self.config),
+            "attributes": {"saved": {"history": records, "judging": self._judging}},
+        }
+
+    def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
+        self._attach(kwargs["model"], kwargs.get("optimizer"))
+
+    def on_train_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: nn.Module,
+        optimizer: Any = None,
+        **kwargs: Any,
+    ):
+        _refuse_sharded(args)
+        check_parameters(model, optimizer)
+        self._attach(model, optimizer)
+        saved = state.stateful_callbacks.setdefault(type(self).__name__, self.state())
+        if state.global_step > 0:
+            self._resume(args, state, model, saved)
+        self._attempts = self.config.attempt_steps(state.max_steps)
+        self._check_settings(args, model)
+        self.timer = StepTimer()
+        if self.config.trigger == "stability" and self._tracker is None:
+            self._tracker = StabilityTracker(self.config.stability_threshold)
+
+    def on_step_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: nn.Module,
+        optimizer: Any = None,
+        **kwargs: Any,
+    ):
+        # Not in on_evaluate: the checkpoint of that step must hold the model that its metric was measured on.
+        if self._judging and self._judging["undo"]:
+            self._undo(state, model, optimizer)
+        self.timer.begin_step()
+
+    # After the optimizer step gradients are gone, and logging, evaluation and saving of this step are still to come:
+    # they all see the model at its new size.
+    def on_step_end(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: nn.Module,
+        optimizer: Any = None,
+        **kwargs: Any,
+    ):
+        self.timer.end_step()
+        if state.global_step in self._attempts and self._may_cut(model):
+            self._attempt(state, model, optimizer)
+
+    def on_evaluate(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        metrics: dict[str, float],
+        **kwargs: Any,
+    ):
+        if self._judging is None or self._judging["undo"]:
+            return
+        value = metrics.get(self.config.rollback_metric)
+        if value is None:
+            if not any(name.startswith("eval_") for name in metrics):
+                return
+            raise ValueError(
+                f"rollback_metric is {self.config.rollback_metric!r}, which the evaluation does not report; it "
+                f"reports {', '.join(sorted(metrics))}"
+            )
+        loss = self._judging["reference"] - value
+        worsening = loss if self.config.greater_is_better else -loss
+        if worsening <= self.config.rollback_tolerance:
+            self._judging = self._snapshot = None
+        else:
+            self._judging |= {"undo": True, "value": value}
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
+        tensors: dict[str, Any] = {}
+        if self._snapshot is not None:
+            tensors["snapshot"] = vars(self._snapshot)
+        if self._tracker is not None:
+            tensors["tracker"] = self._tracker.state_dict()
+        if tensors and state.is_world_process_zero:
+            save_callback_state(_checkpoint_folder(args, state), tensors)
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs: Any
+    ):
+        self.timer.close_segment(state.global_step, _mean(state_sizes(model)))
+        if self.config.trigger == "stability" and not history(model):
+            logger.warning(
+                "The ranking of Hankel singular values never settled within the window, so nothing was cut. Lower "
+                f"stability_threshold ({self.config.stability_threshold}) or widen the window."
+            )
+
+    def _attach(self, model: nn.Module, optimizer: Any) -> None:
+        if self._loader is None or self._model is not model:
+            find_mixers(model)
+            if self._loader is not None:
+                self._loader.remove()
+            self._model, self._loader = model, ResizeOnLoad(model)
+        assert self._loader is not None
+        self._loader.optimizer = optimizer
+
+    def _resume(self, args: TrainingArguments, state: TrainerState, model: nn.Module, exported: Any) -> None:
+        """Take history and pending work from the checkpoint, and check the history against the weights."""
+        saved = (exported[0] if isinstance(exported, list) else exported)["attributes"]["saved"]
+        records = saved["history"]
+        if cuts := [record for record in records if record["event"] in ("cut", "undo")]:
+            recorded = [layer["new_size"] for layer in cuts[-1]["layers"]]
+            if recorded != (present := state_sizes(model)):
+                raise ValueError(
+                    f"the checkpoint's compression history ends with state sizes {recorded}, its weights have "
+                    f"{present}; the checkpoint is inconsistent. Resume from another one."
+                )
+            set_history(model, records)
+        self._judging = saved["judging"]
+        needs_tensors = self._judging is not None or self.config.trigger == "stability"
+        tensors = load_callback_state(_resumed_folders(args, state)) if needs_tensors else None
+        if self._judging is not None:
+            if tensors is None or "snapshot" not in tensors:
+                logger.warning(
+                    f"The cut at step {self._judging['step']} was still to be judged, but the checkpoint lacks the "
+                    "copy of the model from before it. The cut stays."
+                )
+                self._judging = None
+            else:
+                self._snapshot = Snapshot(**tensors["snapshot"])
+        if tensors is not None and "tracker" in tensors:
+            self._tracker = StabilityTracker(self.config.stability_threshold)
+            self._tracker.load_state_dict(tensors["tracker"])
+
+    def _check_settings(self, args: TrainingArguments, model: nn.Module) -> None:
+        config, sizes = self.config, state_sizes(model)
+        target = config.target_state_size
+        if target is not None and not history(model) and target >= _mean(sizes):
+            raise ValueError(
+                f"target_state_size is {target:g}, but the model has only {_mean(sizes):g} states per layer "
+                f"({sizes}). Choose a smaller target, or a larger model."
+            )
+        if config.uniform and len(set(sizes)) > 1:
+            raise ValueError(f"uniform=True needs layers of one common size; the model has {sizes}")
+        if config.min_state_size > min(sizes) and not history(model):
+            raise ValueError(f"min_state_size is {config.min_state_size}, but a layer has only {min(sizes)} states")
+        if config.rollback and str(args.eval_strategy.value) == "no":
+            raise ValueError(
+                "rollback=True judges a cut by the next evaluation, but eval_strategy is 'no'. Set eval_strategy to "
+                "'steps' or 'epoch', and eval_on_start=True if the first cut comes before the first evaluation."
+            )
+
+    def _may_cut(self, model: nn.Module) -> bool:
+        if self._judging is not None:
+            return False
+        records = history(model)
+        if any(record["event"] == "undo" for record in records):
+            return False
+        return not (self.config.trigger == "stability" and records)
+
+    def _attempt(self, state: TrainerState, model: nn.Module, optimizer: Any) -> None:
+        step, config = state.global_step, self.config
+        try:
+            if self._tracker is not None and not self._settled(state, model):
+                return
+            left = 1 if self._tracker else sum(attempt >= step for attempt in self._attempts)
+            generator = torch.Generator().manual_seed(config.selection_seed * 1_000_003 + step)
+            plan = make_plan(
+                model, config.order_policy(), config.constraints(), config.selection, generator, left
+            )
+        except ReductionError as error:
+            logger.warning(f"Step {step}: no cut, and training goes on at the present size: {error}")
+            return
+        if plan.cuts:
+            if config.rollback:
+                self._keep_for_rollback(state, model, optimizer)
+            self.timer.close_segment(step, _mean([layer.old_size for layer in plan.layers]))
+            apply_plan(model, optimizer, plan, step)
+        self._report(state, plan)
+
+    def _settled(self, state: TrainerState, model: nn.Module) -> bool:
+        assert self._tracker is not None
+        measured = measure_model(model)
+        names, spectra = list(measured), [m.spectrum() for m in measured.values()]
+        orders = self.config.order_policy().orders(spectra, original_sizes(model), self.config.constraints())
+        balancings = {name: measurement.balancing for name, measurement in measured.items()}
+        score = self._tracker.update(balancings, dict(zip(names, orders, strict=True)))
+        if score is not None:
+            log_to_trackers({"compression/rank_stability": score})
+        return self._tracker.streak >= self.config.stability_patience
+
+    def _keep_for_rollback(self, state: TrainerState, model: nn.Module, optimizer: Any) -> None:
+        metric = self.config.rollback_metric
+        seen = [entry[metric] for entry in state.log_history if metric in entry]
+        if not seen:
+            logger.warning(
+                f"Step {state.global_step}: no {metric} was reported before this cut, so it cannot be judged and will "
+                "not be undone. Set eval_on_start=True, or evaluate before the first attempt."
+            )
+            return
+        self._snapshot = Snapshot.take(model, optimizer)
+        self._judging = {"step": state.global_step, "reference": seen[-1], "undo": False}
+
+    def _undo(self, state: TrainerState, model: nn.Module, optimizer: Any) -> None:
+        assert self._snapshot is not None and self._judging is not None
+        judged, before = self._judging, state_sizes(model)
+        self.timer.close_segment(state.global_step, _mean(before))
+        records = history(model)
+        self._snapshot.restore(model, optimizer)
+        set_history(model, records)
+        names = [site.name for site in find_mixers(model)]
+        append_history(
+            model,
+            {
+                "event": "undo",
+                "step": state.global_step,
+                "cut_step": judged["step"],
+                "metric": self.config.rollback_metric,
+                "before_cut": judged["reference"],
+                "after_cut": judged["value"],
+                "layers": [
+                    {"name": name, "old_size": old, "new_size": new}
+                    for name, old, new in zip(names, before, state_sizes(model), strict=True)
+                ],
+            },
+        )
+        self._judging = self._snapshot = None
+        log_to_trackers({"compression/mean_state_size": _mean(state_sizes(model)), "compression/undone": 1})
+        _say(
+            state,
+            f"Step {state.global_step}: undid the cut of step {judged['step']}: {self.config.rollback_metric} went from "
+            f"{judged['reference']:.4g} to {judged['value']:.4g}. States {_sizes(before)} -> "
+            f"{_sizes(state_sizes(model))}; no further cuts.",
+        )
+
+    def _report(self, state: TrainerState, plan: CompressionPlan) -> None:
+        old, new = [layer.old_size for layer in plan.layers], [layer.new_size for layer in plan.layers]
+        logs = {"compression/mean_state_size": _mean(new), "compression/seconds": plan.seconds}
+        for index, layer in enumerate(plan.layers):
+            values, prefix = layer.singular_values, f"compression/layer_{index}"
+            logs |= {
+                f"{prefix}/state_size_before": layer.old_size,
+                f"{prefix}/state_size": layer.new_size,
+                f"{prefix}/singular_value_sum": float(values.sum()),
+                f"{prefix}/singular_value_largest": float(values[0]),
+                f"{prefix}/singular_value_smallest_kept": float(values[layer.new_size - 1]),
+            }
+            if layer.reduction is not None:
+                logs[f"{prefix}/singular_value_largest_removed"] = float(values[layer.new_size])
+                if layer.reduction.bound is not None:
+                    logs[f"{prefix}/error_bound"] = layer.reduction.bound
+        log_to_trackers(logs)
+        if plan.cuts:
+            bounds = [layer.reduction.bound for layer in plan.layers if layer.reduction and layer.reduction.bound is not None]
+            bound = f", error bound <= {max(bounds):.3g} per layer" if bounds else ""
+            _say(state, f"Step {state.global_step}: states {_sizes(old)} -> {_sizes(new)}{bound}, {plan.seconds:.2f} s")
+        else:
+            _say(
+                state,
+                f"Step {state.global_step}: nothing to cut at {_sizes(old)} states: no layer would lose "
+                f"{self.config.min_change:.0%} of them, {plan.seconds:.2f} s",
+            )
+
+
+def _refuse_sharded(args: TrainingArguments) -> None:
+    if args.world_size > 1:
+        raise NotImplementedError(
+            f"this run has {args.world_size} processes; compression is implemented for one process only. Launch a "
+            "single process, or compress before or after training with hf_compressm.compress."
+        )
+    if args.deepspeed or args.fsdp:
+        raise NotImplementedError(
+            "DeepSpeed and FSDP keep parameters in flat shards that cannot change shape during training. Train "
+            "without them, or compress before or after training with hf_compressm.compress."
+        )
+
+
+def _checkpoint_folder(args: TrainingArguments, state: TrainerState) -> Path:
+    trainer = running_trainer()
+    run = args.output_dir if trainer is None else trainer._get_output_dir(trial=None)
+    return Path(run) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
+
+
+def _resumed_folders(args: TrainingArguments, state: TrainerState) -> list[Any]:
+    """Folders in which the checkpoint that was resumed from may lie; the Trainer does not tell which it was."""
+    given = [args.resume_from_checkpoint] if isinstance(args.resume_from_checkpoint, str) else []
+    return [*given, Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"]
+
+
+def _mean(sizes: list[int]) -> float:
+    return sum(sizes) / len(sizes)
+
+
+def _sizes(sizes: list[int]) -> str:
+    return str(sizes[0]) if len(sizes) == 1 else f"{sizes} (mean {_mean(sizes):.1f})"
+
+
+def _say(state: TrainerState, line: str) -> None:
+    """One line on the screen that does not break the progress bar."""
+    if state.is_world_process_zero:
+        tqdm.write(f"[CompreSSM] {line}")

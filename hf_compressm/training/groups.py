@@ -1,0 +1,46 @@
+"""Parameter groups: state-space parameters with their own learning rate and no weight decay."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import Trainer, TrainingArguments
+
+from ..surgery import find_mixers
+from ..surgery.optimizer import check_optimizer_class
+
+
+def create_optimizer(model: nn.Module, args: TrainingArguments, ssm_learning_rate: float) -> torch.optim.Optimizer:
+    """The optimizer that `args` name, with a group for state-space parameters.
+
+    Recurrence and input matrices of state-space layers are trained with their own, usually smaller, learning rate and
+    without weight decay; all else as the Trainer would do it. Pass the result as `Trainer(optimizers=(opt, None))`.
+
+    Args:
+        model: a model with supported mixers.
+        args: learning rate, weight decay, optimizer name and its settings.
+        ssm_learning_rate: learning rate of the parameters that a cut replaces, > 0.
+
+    Raises:
+        ValueError: if the learning rate is not positive, or the model has no supported mixer.
+        TypeError: if `args.optim` names an optimizer whose state cannot be carried through a cut.
+
+    Source: Orvieto et al. 2023, arXiv 2303.06349, appendix C; Gu et al. 2022, arXiv 2206.11893.
+    """
+    if ssm_learning_rate <= 0:
+        raise ValueError(f"ssm_learning_rate must be positive; got {ssm_learning_rate}")
+    ssm = {id(p) for site in find_mixers(model) for p in site.parameters().values()}
+    decayed = set(Trainer.get_decay_parameter_names(None, model))  # type: ignore[arg-type]
+    groups: list[dict[str, Any]] = [
+        {"params": [], "weight_decay": args.weight_decay},
+        {"params": [], "weight_decay": 0.0},
+        {"params": [], "weight_decay": 0.0, "lr": ssm_learning_rate},
+    ]
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            groups[2 if id(parameter) in ssm else 0 if name in decayed else 1]["params"].append(parameter)
+    cls, kwargs = Trainer.get_optimizer_cls_and_kwargs(args, model)  # type: ignore[arg-type]
+    check_optimizer_class(cls)
+    return cls([group for group in groups if group["params"]], **kwargs)

@@ -1,0 +1,57 @@
+"""How fast training goes between two cuts."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import asdict, dataclass, field
+from statistics import median
+from typing import Any
+
+
+@dataclass
+class SpeedSegment:
+    """Steps between two changes of size.
+
+    Attributes:
+        first_step: optimizer step at which the segment began.
+        mean_state_size: mean number of states per layer.
+        steps: number of optimizer steps timed.
+        steps_per_second: 1 / median time of an optimizer step, without data loading, evaluation and saving.
+    """
+
+    first_step: int
+    mean_state_size: float
+    steps: int
+    steps_per_second: float
+
+
+@dataclass
+class StepTimer:
+    """Times optimizer steps, split into segments at every change of size."""
+
+    segments: list[SpeedSegment] = field(default_factory=list)
+    _durations: list[float] = field(default_factory=list)
+    _first_step: int = 0
+    _began: float | None = None
+
+    def begin_step(self) -> None:
+        """Call right before an optimizer step's first forward pass."""
+        self._began = time.perf_counter()
+
+    def end_step(self) -> None:
+        """Call right after the optimizer step."""
+        if self._began is not None:
+            self._durations.append(time.perf_counter() - self._began)
+            self._began = None
+
+    def close_segment(self, step: int, mean_state_size: float) -> None:
+        """End the running segment, of the given size, at the given step. The first step of each is warm-up."""
+        durations = self._durations[1:] if len(self._durations) > 1 else self._durations
+        if durations:
+            speed = 1 / median(durations)
+            self.segments.append(SpeedSegment(self._first_step, mean_state_size, len(self._durations), speed))
+        self._durations, self._first_step, self._began = [], step, None
+
+    def as_records(self) -> list[dict[str, Any]]:
+        """JSON-ready segments, oldest first."""
+        return [asdict(segment) for segment in self.segments]
