@@ -1,0 +1,16 @@
+"""The tasks that configs name, and their metrics. `load_task("digits")` is the way in."""
+
+from . import digits as digits
+from . import images as images
+from .metrics import Accuracy, Perplexity, classification_metrics
+from .task import Task, load_task, register_task, task_names
+
+__all__ = [
+    "Accuracy",
+    "Perplexity",
+    "Task",
+    "classification_metrics",
+    "load_task",
+    "register_task",
+    "task_names",
+]

@@ -107,10 +107,7 @@ class MixerSite:
 
     def parameters(self) -> dict[str, nn.Parameter]:
         """The parameters that a cut replaces, by name within the mixer."""
-        return {
-            name: getattr(self.mixer, name)
-            for name in self.adapter.parameter_shapes(self.mixer, self.state_size)
-        }
+        return {name: getattr(self.mixer, name) for name in self.adapter.parameter_shapes(self.mixer, self.state_size)}
 
 
 _ADAPTERS: dict[type[nn.Module], MixerAdapter] = {}

@@ -13,13 +13,15 @@ from .adapters import state_sizes
 
 def history(model: nn.Module) -> list[dict[str, Any]]:
     """The model's compression history: records of cuts and undone cuts, oldest first. A copy."""
-    return copy.deepcopy(getattr(getattr(model, "config", None), "compression_history", None) or [])
+    config: Any = getattr(model, "config", None)
+    return copy.deepcopy(getattr(config, "compression_history", None) or [])
 
 
 def set_history(model: nn.Module, records: Iterable[dict[str, Any]]) -> None:
     """Write the compression history to the model's config, if it has one."""
-    if getattr(model, "config", None) is not None:
-        model.config.compression_history = list(records)
+    config: Any = getattr(model, "config", None)
+    if config is not None:
+        config.compression_history = list(records)
 
 
 def append_history(model: nn.Module, record: dict[str, Any]) -> None:

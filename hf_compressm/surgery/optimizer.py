@@ -129,14 +129,14 @@ def carried_state(change: ParameterChange, sources: Mapping[str, State], own: St
         if not isinstance(value, Tensor) or value.ndim == 0
     }
     for rule in _RULES[optimizer_class]:
-        state |= {
-            key: moment.to(own[key].dtype).contiguous() for key, moment in rule(change, needed, own).items()
-        }
+        state |= {key: moment.to(own[key].dtype).contiguous() for key, moment in rule(change, needed, own).items()}
     return state
 
 
 def swap_parameters(
-    optimizer: torch.optim.Optimizer, replaced: Mapping[nn.Parameter, nn.Parameter], states: Mapping[nn.Parameter, State]
+    optimizer: torch.optim.Optimizer,
+    replaced: Mapping[nn.Parameter, nn.Parameter],
+    states: Mapping[nn.Parameter, State],
 ) -> None:
     """Put new parameters where old ones were, group by group and at the same position, with the given states.
 

@@ -115,9 +115,7 @@ def make_plan(
         reduction = None
         if order < size:
             try:
-                reduction = site.adapter.reduce(
-                    site.mixer, measurements[site.name], order, selection, generator
-                )
+                reduction = site.adapter.reduce(site.mixer, measurements[site.name], order, selection, generator)
             except ReductionError as error:
                 raise ReductionError(f"{site.name}: {error}") from error
         layers.append(LayerPlan(site.name, size, order, spectrum, reduction))

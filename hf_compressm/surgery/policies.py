@@ -27,7 +27,11 @@ class Energy:
             raise ValueError(f"tau must lie strictly between 0 and 1; got {self.tau}")
 
     def orders(
-        self, spectra: Sequence[Tensor], original: Sequence[int], constraints: SizeConstraints, attempts_left: int = 1
+        self,
+        spectra: Sequence[Tensor],
+        original: Sequence[int],
+        constraints: SizeConstraints,
+        attempts_left: int = 1,
     ) -> list[int]:
         """Wanted orders, one per layer, before constraints."""
         return energy_orders(spectra, self.tau)
@@ -48,7 +52,11 @@ class Target:
             raise ValueError(f"the target state size must be at least 1; got {self.mean_state_size}")
 
     def orders(
-        self, spectra: Sequence[Tensor], original: Sequence[int], constraints: SizeConstraints, attempts_left: int = 1
+        self,
+        spectra: Sequence[Tensor],
+        original: Sequence[int],
+        constraints: SizeConstraints,
+        attempts_left: int = 1,
     ) -> list[int]:
         """Wanted orders. With several attempts left the way to the target is walked in equal ratios."""
         present = sum(map(len, spectra)) / len(spectra)
@@ -73,7 +81,11 @@ class Fraction:
             raise ValueError(f"the fraction to keep must lie strictly between 0 and 1; got {self.share}")
 
     def orders(
-        self, spectra: Sequence[Tensor], original: Sequence[int], constraints: SizeConstraints, attempts_left: int = 1
+        self,
+        spectra: Sequence[Tensor],
+        original: Sequence[int],
+        constraints: SizeConstraints,
+        attempts_left: int = 1,
     ) -> list[int]:
         """Wanted orders. With several attempts left the way is walked in equal ratios."""
         orders = []

@@ -47,9 +47,7 @@ def replace_parameters(
             site.adapter.resized(site.mixer, site.state_size)
 
 
-def resize_mixers(
-    model: nn.Module, sizes: Mapping[str, int], optimizer: torch.optim.Optimizer | None = None
-) -> None:
+def resize_mixers(model: nn.Module, sizes: Mapping[str, int], optimizer: torch.optim.Optimizer | None = None) -> None:
     """Give the named mixers a number of states each, with values still to be loaded, and tell the model's config.
 
     Args:
@@ -80,9 +78,7 @@ def sizes_in_state_dict(model: nn.Module, state_dict: Mapping[str, Any], prefix:
     sizes = {}
     for site in find_mixers(model):
         start = f"{prefix}{site.name}." if site.name else prefix
-        shapes = {
-            name: state_dict[start + name].shape for name in site.parameters() if start + name in state_dict
-        }
+        shapes = {name: state_dict[start + name].shape for name in site.parameters() if start + name in state_dict}
         order = site.adapter.order_of(shapes)
         if order is None:
             continue

@@ -6,4 +6,10 @@ from .config import CompressionConfig
 from .groups import create_optimizer
 from .stability import StabilityTracker
 
-__all__ = ["CompreSSMCallback", "CompressionConfig", "StabilityTracker", "create_optimizer", "verify_checkpoint"]
+__all__ = [
+    "CompreSSMCallback",
+    "CompressionConfig",
+    "StabilityTracker",
+    "create_optimizer",
+    "verify_checkpoint",
+]

@@ -11,7 +11,7 @@ from torch import nn
 from tqdm.auto import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, IntervalStrategy
 from transformers.utils import logging
 
 from ..surgery import (
@@ -99,7 +99,9 @@ class CompreSSMCallback(TrainerCallback, ExportableState):
         _refuse_sharded(args)
         check_parameters(model, optimizer)
         self._attach(model, optimizer)
-        saved = state.stateful_callbacks.setdefault(type(self).__name__, self.state())
+        exported: dict[str, Any] = state.stateful_callbacks  # type: ignore[assignment]  # a dict once training runs
+        # A checkpoint written without this callback has no entry, and the Trainer's next save would fail without one.
+        saved = exported.setdefault(type(self).__name__, self.state())
         if state.global_step > 0:
             self._resume(args, state, model, saved)
         self._attempts = self.config.attempt_steps(state.max_steps)
@@ -145,16 +147,12 @@ class CompreSSMCallback(TrainerCallback, ExportableState):
         metrics: dict[str, float],
         **kwargs: Any,
     ):
-        if self._judging is None or self._judging["undo"]:
+        # An evaluation in the cut's own step would judge a model that had no chance to recover.
+        if self._judging is None or self._judging["undo"] or state.global_step == self._judging["step"]:
             return
         value = metrics.get(self.config.rollback_metric)
-        if value is None:
-            if not any(name.startswith("eval_") for name in metrics):
-                return
-            raise ValueError(
-                f"rollback_metric is {self.config.rollback_metric!r}, which the evaluation does not report; it "
-                f"reports {', '.join(sorted(metrics))}"
-            )
+        if value is None:  # an evaluation of other data, or with another prefix
+            return
         loss = self._judging["reference"] - value
         worsening = loss if self.config.greater_is_better else -loss
         if worsening <= self.config.rollback_tolerance:
@@ -172,7 +170,12 @@ class CompreSSMCallback(TrainerCallback, ExportableState):
             save_callback_state(_checkpoint_folder(args, state), tensors)
 
     def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs: Any
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: nn.Module,
+        **kwargs: Any,
     ):
         self.timer.close_segment(state.global_step, _mean(state_sizes(model)))
         if self.config.trigger == "stability" and not history(model):
@@ -230,7 +233,7 @@ class CompreSSMCallback(TrainerCallback, ExportableState):
             raise ValueError(f"uniform=True needs layers of one common size; the model has {sizes}")
         if config.min_state_size > min(sizes) and not history(model):
             raise ValueError(f"min_state_size is {config.min_state_size}, but a layer has only {min(sizes)} states")
-        if config.rollback and str(args.eval_strategy.value) == "no":
+        if config.rollback and args.eval_strategy == IntervalStrategy.NO:
             raise ValueError(
                 "rollback=True judges a cut by the next evaluation, but eval_strategy is 'no'. Set eval_strategy to "
                 "'steps' or 'epoch', and eval_on_start=True if the first cut comes before the first evaluation."
@@ -251,9 +254,7 @@ class CompreSSMCallback(TrainerCallback, ExportableState):
                 return
             left = 1 if self._tracker else sum(attempt >= step for attempt in self._attempts)
             generator = torch.Generator().manual_seed(config.selection_seed * 1_000_003 + step)
-            plan = make_plan(
-                model, config.order_policy(), config.constraints(), config.selection, generator, left
-            )
+            plan = make_plan(model, config.order_policy(), config.constraints(), config.selection, generator, left)
         except ReductionError as error:
             logger.warning(f"Step {step}: no cut, and training goes on at the present size: {error}")
             return
@@ -278,6 +279,11 @@ class CompreSSMCallback(TrainerCallback, ExportableState):
     def _keep_for_rollback(self, state: TrainerState, model: nn.Module, optimizer: Any) -> None:
         metric = self.config.rollback_metric
         seen = [entry[metric] for entry in state.log_history if metric in entry]
+        reported = sorted({key for entry in state.log_history for key in entry if key.startswith("eval_")})
+        if not seen and reported:
+            raise ValueError(
+                f"rollback_metric is {metric!r}, which the evaluation does not report; it reports {', '.join(reported)}"
+            )
         if not seen:
             logger.warning(
                 f"Step {state.global_step}: no {metric} was reported before this cut, so it cannot be judged and will "
@@ -314,8 +320,8 @@ class CompreSSMCallback(TrainerCallback, ExportableState):
         log_to_trackers({"compression/mean_state_size": _mean(state_sizes(model)), "compression/undone": 1})
         _say(
             state,
-            f"Step {state.global_step}: undid the cut of step {judged['step']}: {self.config.rollback_metric} went from "
-            f"{judged['reference']:.4g} to {judged['value']:.4g}. States {_sizes(before)} -> "
+            f"Step {state.global_step}: undid the cut of step {judged['step']}: {self.config.rollback_metric} "
+            f"went from {judged['reference']:.4g} to {judged['value']:.4g}. States {_sizes(before)} -> "
             f"{_sizes(state_sizes(model))}; no further cuts.",
         )
 
@@ -337,9 +343,14 @@ class CompreSSMCallback(TrainerCallback, ExportableState):
                     logs[f"{prefix}/error_bound"] = layer.reduction.bound
         log_to_trackers(logs)
         if plan.cuts:
-            bounds = [layer.reduction.bound for layer in plan.layers if layer.reduction and layer.reduction.bound is not None]
+            bounds = [
+                layer.reduction.bound for layer in plan.layers if layer.reduction and layer.reduction.bound is not None
+            ]
             bound = f", error bound <= {max(bounds):.3g} per layer" if bounds else ""
-            _say(state, f"Step {state.global_step}: states {_sizes(old)} -> {_sizes(new)}{bound}, {plan.seconds:.2f} s")
+            _say(
+                state,
+                f"Step {state.global_step}: states {_sizes(old)} -> {_sizes(new)}{bound}, {plan.seconds:.2f} s",
+            )
         else:
             _say(
                 state,
@@ -364,13 +375,13 @@ def _refuse_sharded(args: TrainingArguments) -> None:
 def _checkpoint_folder(args: TrainingArguments, state: TrainerState) -> Path:
     trainer = running_trainer()
     run = args.output_dir if trainer is None else trainer._get_output_dir(trial=None)
-    return Path(run) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
+    return Path(str(run)) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
 
 
 def _resumed_folders(args: TrainingArguments, state: TrainerState) -> list[Any]:
     """Folders in which the checkpoint that was resumed from may lie; the Trainer does not tell which it was."""
     given = [args.resume_from_checkpoint] if isinstance(args.resume_from_checkpoint, str) else []
-    return [*given, Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"]
+    return [*given, Path(str(args.output_dir)) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"]
 
 
 def _mean(sizes: list[int]) -> float:

@@ -30,18 +30,22 @@ class CompressionConfig:
         metadata={"help": "Share of a layer's sum of Hankel singular values that may go at each cut, in (0, 1)."},
     )
     target_state_size: float | None = field(
-        default=None, metadata={"help": "With policy=target: mean number of states per layer at the end, >= 1."}
+        default=None,
+        metadata={"help": "With policy=target: mean number of states per layer at the end, >= 1."},
     )
     keep_fraction: float | None = field(
-        default=None, metadata={"help": "With policy=fraction: share of every layer's states to keep, in (0, 1)."}
+        default=None,
+        metadata={"help": "With policy=fraction: share of every layer's states to keep, in (0, 1)."},
     )
     attempts: int = field(
-        default=4, metadata={"help": "Number of equidistant attempts to cut within the window, the last at its end."}
+        default=4,
+        metadata={"help": "Number of equidistant attempts to cut within the window, the last at its end."},
     )
     window_start: float = field(default=0.0, metadata={"help": "Start of the window (share of training, or step)."})
     window_end: float = field(default=0.1, metadata={"help": "End of the window (share of training, or step)."})
     cut_steps: list[int] | None = field(
-        default=None, metadata={"help": "Explicit optimizer steps at which to cut, instead of attempts in a window."}
+        default=None,
+        metadata={"help": "Explicit optimizer steps at which to cut, instead of attempts in a window."},
     )
     trigger: Literal["schedule", "stability"] = field(
         default="schedule",
@@ -63,7 +67,8 @@ class CompressionConfig:
     multiple_of: int = field(default=1, metadata={"help": "State sizes are rounded up to a multiple of this, >= 1."})
     uniform: bool = field(default=False, metadata={"help": "Cut all layers to one common size."})
     min_change: float = field(
-        default=0.05, metadata={"help": "Cut a layer only if at least this share of its states goes, in [0, 1)."}
+        default=0.05,
+        metadata={"help": "Cut a layer only if at least this share of its states goes, in [0, 1)."},
     )
     selection: Literal["largest", "smallest", "random"] = field(
         default="largest",
@@ -72,7 +77,10 @@ class CompressionConfig:
     selection_seed: int = field(default=0, metadata={"help": "Seed of selection=random."})
     rollback: bool = field(
         default=False,
-        metadata={"help": "Undo a cut, and stop cutting, if rollback_metric gets worse at the next evaluation."},
+        metadata={
+            "help": "Undo a cut, and stop cutting, if rollback_metric is worse at the first evaluation in a later step "
+            "than at the last one before the cut."
+        },
     )
     rollback_metric: str = field(default="eval_loss", metadata={"help": "Evaluation metric that rollback watches."})
     rollback_tolerance: float = field(

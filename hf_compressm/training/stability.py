@@ -38,15 +38,17 @@ class StabilityTracker:
             self.streak = 0
             return None
         score = min(
-            rank_stability(match_states(previous[name], balancings[name]), max(depths[name], 1))
-            for name in balancings
+            rank_stability(match_states(previous[name], balancings[name]), max(depths[name], 1)) for name in balancings
         )
         self.streak = self.streak + 1 if score >= self.threshold else 0
         return score
 
     def state_dict(self) -> dict[str, Any]:
         """Tensors and numbers from which `load_state_dict` restores the tracker exactly."""
-        return {"streak": self.streak, "systems": {name: tuple(b.system) for name, b in self.previous.items()}}
+        return {
+            "streak": self.streak,
+            "systems": {name: tuple(b.system) for name, b in self.previous.items()},
+        }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore a state saved by `state_dict`."""

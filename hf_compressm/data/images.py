@@ -1,0 +1,181 @@
+"""`smnist` and `scifar`: image data sets read pixel by pixel, from the hub, its cache or a local folder."""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+from datasets import Dataset, Image, load_dataset
+
+from .pixels import PIXEL_FEATURES, DecodePixels, pixel_task, stratified_split
+from .task import Task, register_task
+
+SPLITS = ("train", "test")
+VALIDATION_FRACTION = 0.1
+
+
+@dataclass(frozen=True)
+class ImageSource:
+    """Where an image data set lives on the hub, and what it looks like."""
+
+    repo: str
+    image_column: str
+    label_column: str
+    shape: tuple[int, ...]  # (height, width) or (height, width, channels)
+    mean: tuple[float, ...]  # of pixel / 255, channel by channel
+    std: tuple[float, ...]
+    label_names: tuple[str, ...]
+
+
+MNIST = ImageSource(
+    repo="ylecun/mnist",
+    image_column="image",
+    label_column="label",
+    shape=(28, 28),
+    mean=(0.1307,),
+    std=(0.3081,),
+    label_names=tuple("0123456789"),
+)
+CIFAR10 = ImageSource(
+    repo="uoft-cs/cifar10",
+    image_column="img",
+    label_column="label",
+    shape=(32, 32, 3),
+    mean=(0.4914, 0.4822, 0.4465),
+    std=(0.2470, 0.2435, 0.2616),
+    label_names=("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"),
+)
+
+
+@register_task("smnist")
+def smnist(*, data_dir: str | os.PathLike[str] | None = None) -> Task:
+    """Sequential MNIST: L=784 pixels, one channel, 10 classes. See `image_task`."""
+    return image_task("smnist", MNIST, data_dir)
+
+
+@register_task("scifar")
+def scifar(*, data_dir: str | os.PathLike[str] | None = None) -> Task:
+    """Sequential CIFAR-10: L=1024 pixels, three channels, 10 classes. See `image_task`."""
+    return image_task("scifar", CIFAR10, data_dir)
+
+
+def image_task(name: str, source: ImageSource, data_dir: str | os.PathLike[str] | None = None) -> Task:
+    """A `Task` over an image data set, each image a sequence of pixels in row-major order.
+
+    Validation is a fixed, stratified tenth of the train split; test is the data set's own. The images are
+    decoded once and kept as bytes in the `datasets` cache.
+
+    Args:
+        name: the task's name.
+        source: the data set.
+        data_dir: a folder with `train-*.parquet` and `test-*.parquet`, or with one sub-folder that holds
+            them, as in the hub's repositories. None reads from the hub or its cache.
+
+    Raises ConnectionError if the hub does not yield the data set, FileNotFoundError if `data_dir` is not a
+    folder, and ValueError if a split or column is missing, or an image or label is not what `source` says.
+    """
+    raw = _load_from_hub(name, source) if data_dir is None else _load_from_folder(data_dir)
+    full_train, test = (_encode(raw[split], source, f"split {split!r} of {name!r}") for split in SPLITS)
+    keep, hold_out = stratified_split(_labels(full_train), (1 - VALIDATION_FRACTION, VALIDATION_FRACTION))
+    return pixel_task(
+        name,
+        full_train.select(keep),
+        full_train.select(hold_out),
+        test,
+        decode=DecodePixels(source.shape[0] * source.shape[1], source.mean, source.std),
+        label_names=source.label_names,
+    )
+
+
+def _load_from_hub(name: str, source: ImageSource) -> dict[str, Dataset]:
+    try:
+        return load_dataset(source.repo)
+    except Exception as error:  # the hub's clients have many classes that all mean "cannot be had"
+        raise ConnectionError(
+            f"Task {name!r}: could not load the data set {source.repo!r} from the Hugging Face Hub or from "
+            f"the cache {datasets.config.HF_DATASETS_CACHE} ({type(error).__name__}: {error}). Without a "
+            "connection, either pass --data_dir FOLDER with the files train-*.parquet and test-*.parquet of "
+            f"the data set repository {source.repo!r} (columns {source.image_column!r} and "
+            f"{source.label_column!r}), or set HF_HOME to a cache in which it has been loaded before."
+        ) from error
+
+
+def _load_from_folder(data_dir: str | os.PathLike[str]) -> dict[str, Dataset]:
+    found = find_parquet_splits(data_dir)
+    files = {split: [str(file) for file in found[split]] for split in SPLITS}
+    return load_dataset("parquet", data_files=files)
+
+
+def find_parquet_splits(data_dir: str | os.PathLike[str]) -> dict[str, list[Path]]:
+    """The parquet files of each split in a folder, or in the one sub-folder that has them.
+
+    A file belongs to the split that its name starts with: `train.parquet` and `train-00000-of-00002.parquet`
+    are both of the split `train`.
+
+    Raises FileNotFoundError if `data_dir` is not a folder, ValueError if no folder holds all of `SPLITS`, or
+    if several sub-folders do.
+    """
+    root = Path(data_dir).expanduser()
+    if not root.is_dir():
+        raise FileNotFoundError(f"data_dir is not a folder: {root}")
+    nested = sorted(path for path in root.iterdir() if path.is_dir())
+    found = {folder: splits for folder in (root, *nested) if (splits := _splits_in(folder))}
+    complete = [folder for folder, splits in found.items() if set(SPLITS) <= set(splits)]
+    if root in complete:
+        return found[root]
+    if len(complete) == 1:
+        return found[complete[0]]
+    if complete:
+        names = ", ".join(folder.name for folder in complete)
+        raise ValueError(f"several folders in {root} hold a data set: {names}; pass one of them as data_dir")
+    seen = "; ".join(f"{sorted(splits)} in {folder}" for folder, splits in found.items())
+    raise ValueError(
+        f"data_dir needs train-*.parquet and test-*.parquet, in {root} or one folder below; "
+        f"found {seen or 'no parquet files'}"
+    )
+
+
+def _splits_in(folder: Path) -> dict[str, list[Path]]:
+    splits: dict[str, list[Path]] = {}
+    for file in sorted(folder.glob("*.parquet")):
+        splits.setdefault(file.stem.partition("-")[0], []).append(file)
+    return splits
+
+
+def _encode(dataset: Dataset, source: ImageSource, where: str) -> Dataset:
+    missing = {source.image_column, source.label_column} - set(dataset.column_names)
+    if missing:
+        raise ValueError(f"{where} has no column {sorted(missing)}; its columns are {dataset.column_names}")
+    dataset = dataset.cast_column(source.image_column, Image())
+    encoded = dataset.map(
+        _encode_batch,
+        batched=True,
+        fn_kwargs={"source": source, "where": where},
+        remove_columns=dataset.column_names,
+        features=PIXEL_FEATURES,
+        desc=f"Encoding {where}",
+    )
+    labels, num_labels = _labels(encoded), len(source.label_names)
+    if len(labels) == 0 or labels.min() < 0 or labels.max() >= num_labels:
+        found = f"[{labels.min()}, {labels.max()}]" if len(labels) else "none"
+        raise ValueError(f"{where}: labels must lie in [0, {num_labels - 1}], found {found}")
+    return encoded
+
+
+def _encode_batch(batch: dict[str, list[Any]], source: ImageSource, where: str) -> dict[str, list[Any]]:
+    rows = []
+    for image in batch[source.image_column]:
+        pixels = np.asarray(image)
+        if pixels.shape != source.shape or pixels.dtype != np.uint8:
+            raise ValueError(
+                f"{where}: images must have shape {source.shape} and type uint8, "
+                f"found {pixels.shape} and {pixels.dtype}"
+            )
+        rows.append(pixels.tobytes())
+    return {"input_values": rows, "labels": batch[source.label_column]}
+
+
+def _labels(encoded: Dataset) -> np.ndarray:
+    return encoded.data.column("labels").to_numpy()

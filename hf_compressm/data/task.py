@@ -1,0 +1,98 @@
+"""The registry of tasks: a name in a config becomes data, metrics and the model's sizes."""
+
+import inspect
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from datasets import Dataset
+from transformers import EvalPrediction
+
+
+@dataclass(frozen=True, kw_only=True)
+class Task:
+    """Everything that training on one task needs besides the model and the optimizer.
+
+    Each split is a `datasets.Dataset` that yields torch tensors under the names that the models' `forward`
+    takes. In classification tasks these are `input_values`, float32 of shape (L, channels), and `labels`, an
+    int64 scalar in [0, num_labels).
+
+    Attributes:
+        name: the registered name.
+        train: the split to train on.
+        validation: the split to choose checkpoints by; disjoint from `train`.
+        test: the split to report on.
+        model_kwargs: config fields that the data decides, for example `num_channels`, `num_labels`,
+            `id2label`.
+        compute_metrics: what `Trainer` takes under this name; returns Python floats.
+        metric_for_best_model: a key that `compute_metrics` returns; larger is better.
+        problem: which kind of head the model needs.
+        collator: makes a batch of items; None where `Trainer`'s default does.
+    """
+
+    name: str
+    train: Dataset
+    validation: Dataset
+    test: Dataset
+    model_kwargs: dict[str, Any]
+    compute_metrics: Callable[[EvalPrediction], dict[str, float]]
+    metric_for_best_model: str
+    problem: Literal["sequence_classification", "causal_lm"]
+    collator: Callable[[list[dict[str, Any]]], dict[str, Any]] | None = None
+
+
+TaskBuilder = Callable[..., Task]
+_BUILDERS: dict[str, TaskBuilder] = {}
+
+
+def register_task(name: str) -> Callable[[TaskBuilder], TaskBuilder]:
+    """Decorator: make a function that returns a `Task` known to `load_task` under `name`.
+
+    The function takes keyword arguments only. It names `data_dir` if it can read local files, `seed` if it
+    draws its data at random, and whatever options it has beyond these, each with a default.
+
+    Raises ValueError if the name is taken.
+    """
+
+    def register(builder: TaskBuilder) -> TaskBuilder:
+        if name in _BUILDERS:
+            raise ValueError(f"task {name!r} is already registered, by {_BUILDERS[name].__qualname__}")
+        _BUILDERS[name] = builder
+        return builder
+
+    return register
+
+
+def task_names() -> list[str]:
+    """The names that `load_task` knows, sorted."""
+    return sorted(_BUILDERS)
+
+
+def load_task(name: str, *, data_dir: str | os.PathLike[str] | None = None, seed: int = 0, **options: Any) -> Task:
+    """Load a registered task.
+
+    Args:
+        name: one of `task_names()`.
+        data_dir: a local folder to read in place of the hub, for the tasks that come from there.
+        seed: for tasks that generate their data. Tasks over a fixed data set have fixed splits, whatever the
+            seed.
+        options: further arguments of the task.
+
+    Raises ValueError for an unknown name, and for a `data_dir` or option that the task does not have.
+    """
+    if name not in _BUILDERS:
+        raise ValueError(f"unknown task {name!r}; there are: {', '.join(task_names())}")
+    builder = _BUILDERS[name]
+    accepted = list(inspect.signature(builder).parameters)
+    arguments = dict(options)
+    if data_dir is not None:
+        arguments["data_dir"] = data_dir
+    refused = [argument for argument in arguments if argument not in accepted]
+    if refused:
+        raise ValueError(
+            f"task {name!r} does not take {', '.join(refused)}; it takes: {', '.join(accepted) or 'nothing'}"
+        )
+    if "seed" in accepted:
+        arguments["seed"] = seed
+    return builder(**arguments)

@@ -1,0 +1,514 @@
+"""MimoSSM: a residual stack of time-invariant MIMO state-space layers.
+
+Shapes: B batch, L length, H features, N states of a layer, V vocabulary size.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import Cache, GenerationMixin, PreTrainedModel
+from transformers import initialization as init
+from transformers.activations import ACT2FN
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import (
+    BaseModelOutputWithPast,
+    CausalLMOutputWithPast,
+    SequenceClassifierOutput,
+)
+
+from ...layers.lru import LRU
+from .configuration_mimo_ssm import MimoSSMConfig
+
+
+class MimoSSMCache(Cache):
+    """The state of every layer after the tokens seen so far: (B, N) complex per layer, whatever their number.
+
+    The library's own cache for recurrent layers cannot serve: it counts no tokens, and it takes a state for
+    present only after a convolution has written its own.
+    """
+
+    def __init__(self, num_layers: int) -> None:
+        super().__init__(layers=[])
+        self.states: list[Tensor | None] = [None] * num_layers
+        self.seen_tokens = 0
+
+    def __len__(self) -> int:
+        return len(self.states)
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}(layers={len(self)}, seen_tokens={self.seen_tokens})"
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Number of tokens that the states have seen, padding included."""
+        return self.seen_tokens
+
+    def get_max_length(self, layer_idx: int | None = None) -> int:
+        """-1: there is no maximum."""
+        return -1
+
+    get_max_cache_shape = get_max_length
+
+    def has_previous_state(self, layer_idx: int | None = None, state_idx: int | None = None) -> bool:
+        return self.seen_tokens > 0
+
+    @property
+    def is_initialized(self) -> bool:
+        return self.seen_tokens > 0
+
+    @property
+    def batch_size(self) -> int:
+        """Batch size B, or -1 before the first token."""
+        return -1 if self.states[0] is None else self.states[0].shape[0]
+
+    def reset(self) -> None:
+        """Forget everything."""
+        self.states = [None] * len(self.states)
+        self.seen_tokens = 0
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Let row i go on from the state of row beam_idx[i]."""
+        self.batch_select_indices(beam_idx)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep the given rows of the batch, in the given order."""
+        self.states = [
+            None if state is None else state.index_select(0, indices.to(state.device)) for state in self.states
+        ]
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat every row of the batch."""
+        self.states = [None if state is None else state.repeat_interleave(repeats, dim=0) for state in self.states]
+
+    def crop(self, *args: Any, **kwargs: Any) -> None:
+        """Raise RuntimeError: a state does not remember the states before it."""
+        raise RuntimeError("a recurrent state cannot be rolled back; keep a copy.deepcopy of the cache instead")
+
+
+class MimoSSMBatchNorm(nn.Module):
+    """Batch normalisation over all real positions of a batch, with running statistics for evaluation.
+
+    y = (x - mean) / sqrt(var + eps) * weight + bias, statistics per feature and process, in float32 at least.
+    """
+
+    MOMENTUM = 0.1
+    running_mean: Tensor
+    running_var: Tensor
+
+    def __init__(self, hidden_size: int, eps: float) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(hidden_size))
+        self.bias = nn.Parameter(torch.zeros(hidden_size))
+        self.register_buffer("running_mean", torch.zeros(hidden_size))
+        self.register_buffer("running_var", torch.ones(hidden_size))
+
+    def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
+        """x (B, L, H), any float dtype; mask (B, L) bool, True at real positions, or None if all are real."""
+        values = x.to(torch.promote_types(x.dtype, torch.float32))
+        mean, variance = self._statistics(values, mask) if self.training else (self.running_mean, self.running_var)
+        scale = self.weight.to(values.dtype) * torch.rsqrt(variance.to(values.dtype) + self.eps)
+        return torch.addcmul(self.bias - mean * scale, values, scale).to(x.dtype)
+
+    def _statistics(self, values: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+        count: Tensor | int = values.shape[0] * values.shape[1]
+        if mask is None:
+            variance, mean = torch.var_mean(values, (0, 1), correction=0)
+            unbiased = variance * (count / max(count - 1, 1))
+        else:
+            count = mask.sum().clamp(min=1)
+            padded = ~mask[:, :, None]
+            mean = values.masked_fill(padded, 0).sum((0, 1)) / count
+            variance = (values - mean).masked_fill(padded, 0).square().sum((0, 1)) / count
+            unbiased = variance * (count / (count - 1).clamp(min=1))
+        if not _recomputing():
+            with torch.no_grad():
+                self.running_mean.lerp_(mean.to(self.running_mean.dtype), self.MOMENTUM)
+                self.running_var.lerp_(unbiased.to(self.running_var.dtype), self.MOMENTUM)
+        return mean, variance
+
+
+def _recomputing() -> bool:
+    """Whether this is gradient checkpointing's second forward, inside a backward: it must leave no trace."""
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+
+
+def _make_norm(config: MimoSSMConfig) -> nn.LayerNorm | MimoSSMBatchNorm:
+    cls = nn.LayerNorm if config.norm == "layer" else MimoSSMBatchNorm
+    return cls(config.hidden_size, eps=config.layer_norm_eps)
+
+
+def _normalise(norm: nn.LayerNorm | MimoSSMBatchNorm, x: Tensor, mask: Tensor | None) -> Tensor:
+    return norm(x, mask) if isinstance(norm, MimoSSMBatchNorm) else norm(x)
+
+
+class MimoSSMBlock(GradientCheckpointingLayer):
+    """x + dropout(GLU(linear(dropout(act(LRU(norm(x))))))); without `prenorm`, the norm is of the sum."""
+
+    def __init__(self, config: MimoSSMConfig, layer_idx: int) -> None:
+        super().__init__()
+        self.layer_idx = layer_idx
+        self.prenorm = config.prenorm
+        self.norm = _make_norm(config)
+        self.mixer = LRU(
+            config.hidden_size, config.state_sizes[layer_idx], config.r_min, config.r_max, config.max_phase
+        )
+        self.act = ACT2FN[config.hidden_act]
+        self.out_proj = nn.Linear(config.hidden_size, 2 * config.hidden_size)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, hidden_states: Tensor, mask: Tensor | None, state: Tensor | None) -> tuple[Tensor, Tensor]:
+        """The block's output (B, L, H) and its final state (B, N), complex.
+
+        Args:
+            hidden_states: (B, L, H).
+            mask: (B, L) bool, True at real positions, or None if all are real.
+            state: (B, N) complex, the state to go on from; zero if None.
+        """
+        x = _normalise(self.norm, hidden_states, mask) if self.prenorm else hidden_states
+        if mask is not None:
+            # Without input the state stays zero, so a sequence behaves as if its left padding were not there.
+            x = x.masked_fill(~mask[:, :, None], 0)
+        x, state = self.mixer(x, state)
+        x = F.glu(self.out_proj(self.dropout(self.act(x))), dim=-1)
+        hidden_states = hidden_states + self.dropout(x)
+        if not self.prenorm:
+            hidden_states = _normalise(self.norm, hidden_states, mask)
+        return hidden_states, state
+
+
+class MimoSSMPreTrainedModel(PreTrainedModel):
+    """Loading, saving and initialisation of all MimoSSM models."""
+
+    config_class = MimoSSMConfig
+    config: MimoSSMConfig
+    base_model_prefix = "backbone"
+    main_input_name = "input_ids"
+    _input_embed_layer = "embeddings"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["MimoSSMBlock"]
+    _skip_keys_device_placement = ["past_key_values"]
+    _is_stateful = True
+    # Half precision would move the poles by about 1 % of their decay and 0.02 rad.
+    _keep_in_fp32_modules_strict = ["nu_log", "theta_log"]
+
+    def __init__(self, config: MimoSSMConfig, *args: Any, **kwargs: Any) -> None:
+        config.check()
+        if config.vocab_size is None and config.num_channels is None:
+            raise ValueError(
+                f"{type(self).__name__} needs config.vocab_size (for token ids) or config.num_channels (for "
+                "continuous input); both are None"
+            )
+        super().__init__(config, *args, **kwargs)
+        if config.num_channels is not None:
+            self.main_input_name = "input_values"
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        if isinstance(module, LRU):
+            for name, value in module.initial_values().items():
+                init.copy_(getattr(module, name), value)
+        elif isinstance(module, nn.Embedding) or module is getattr(self, "lm_head", None):
+            init.normal_(module.weight, std=self.config.initializer_range)
+        elif isinstance(module, nn.Linear):
+            init.normal_(module.weight, std=1 / math.sqrt(module.in_features))
+            if module.bias is not None:
+                init.zeros_(module.bias)
+        elif isinstance(module, nn.LayerNorm | MimoSSMBatchNorm):
+            init.ones_(module.weight)
+            init.zeros_(module.bias)
+            if isinstance(module, MimoSSMBatchNorm):
+                init.zeros_(module.running_mean)
+                init.ones_(module.running_var)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: Any,
+        *args: Any,
+        ignore_mismatched_sizes: bool = False,
+        output_loading_info: bool = False,
+        **kwargs: Any,
+    ) -> Any:
+        """As in transformers, but an error about tensors of another size names them.
+
+        Raises:
+            RuntimeError: if tensors of the checkpoint do not have the sizes that the config says, unless
+                `ignore_mismatched_sizes`.
+        """
+        loaded: Any = super().from_pretrained(
+            pretrained_model_name_or_path,
+            *args,
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
+            **kwargs,
+        )
+        model, info = loaded
+        if info["mismatched_keys"] and not ignore_mismatched_sizes:
+            wrong = "; ".join(
+                f"{name} is {tuple(stored)} in the checkpoint, {tuple(expected)} in the model"
+                for name, stored, expected in sorted(info["mismatched_keys"])
+            )
+            raise RuntimeError(
+                f"the checkpoint {pretrained_model_name_or_path} does not fit its config, whose state_sizes "
+                f"are {model.config.state_sizes}: {wrong}"
+            )
+        return (model, info) if output_loading_info else model
+
+
+class MimoSSMModel(MimoSSMPreTrainedModel):
+    """Embedding (token ids) or linear map (channels), then the blocks, then a norm if `prenorm`."""
+
+    def __init__(self, config: MimoSSMConfig) -> None:
+        super().__init__(config)
+        if config.vocab_size is not None:
+            self.embeddings: nn.Embedding | nn.Linear = nn.Embedding(config.vocab_size, config.hidden_size)
+        elif config.num_channels is not None:
+            self.embeddings = nn.Linear(config.num_channels, config.hidden_size)
+        self.layers = nn.ModuleList(MimoSSMBlock(config, idx) for idx in range(config.num_hidden_layers))
+        self.norm = _make_norm(config) if config.prenorm else None
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        input_values: Tensor | None = None,
+        past_key_values: MimoSSMCache | None = None,
+        use_cache: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+    ) -> BaseModelOutputWithPast | tuple:
+        """Features of every position, which depend on it and on the positions before it.
+
+        Args:
+            input_ids: (B, L) integers in [0, V), if the config has `vocab_size`.
+            attention_mask: (B, L), nonzero at real positions; with a cache also (B, seen + L), of which the
+                last L count. Other positions put nothing into the states: left padding changes neither
+                states nor outputs of real positions, right padding lets the returned states decay.
+            inputs_embeds: (B, L, H) floats, instead of `input_ids` or `input_values`.
+            input_values: (B, L, num_channels) floats, if the config has `num_channels`.
+            past_key_values: states to go on from, as an earlier call returned them; updated in place if
+                `use_cache`.
+            use_cache: whether to return the states; by default as the config says, and not while training.
+            output_hidden_states: whether to return the input of every block and the last hidden state.
+            return_dict: a tuple instead of an output object if False.
+
+        Raises:
+            ValueError: if not exactly one input is given, or one that the config does not provide for, or a
+                mask of another shape.
+            TypeError: if `past_key_values` is not a `MimoSSMCache`.
+        """
+        hidden_states = self._embed(input_ids, input_values, inputs_embeds)
+        mask = _mask_of_steps(attention_mask, hidden_states)
+        if use_cache is None:
+            use_cache = self.config.use_cache and not self.training
+        if output_hidden_states is None:
+            output_hidden_states = self.config.output_hidden_states
+        if past_key_values is not None and not isinstance(past_key_values, MimoSSMCache):
+            raise TypeError(
+                f"past_key_values must be a MimoSSMCache, as this model returns it; got "
+                f"{type(past_key_values).__name__}"
+            )
+        cache = past_key_values if past_key_values is not None else MimoSSMCache(len(self.layers))
+
+        collected, states = [], []
+        for layer, state in zip(self.layers, cache.states, strict=True):
+            collected.append(hidden_states)
+            hidden_states, state = layer(hidden_states, mask, state)
+            states.append(state)
+        if self.norm is not None:
+            hidden_states = _normalise(self.norm, hidden_states, mask)
+        if use_cache:
+            cache.states = states
+            cache.seen_tokens += hidden_states.shape[1]
+        output = BaseModelOutputWithPast(
+            last_hidden_state=hidden_states,
+            past_key_values=cache if use_cache else None,
+            hidden_states=(*collected, hidden_states) if output_hidden_states else None,
+        )
+        return _as_asked(output, return_dict, self.config)
+
+    def _embed(self, input_ids: Tensor | None, input_values: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
+        given = [x for x in (input_ids, input_values, inputs_embeds) if x is not None]
+        if len(given) != 1:
+            raise ValueError(f"give exactly one of {self.main_input_name} and inputs_embeds")
+        channels = self.config.num_channels
+        if input_ids is not None:
+            if channels is not None:
+                raise ValueError(
+                    f"this model reads input_values (B, L, {channels}), since its config has num_channels; got "
+                    "input_ids"
+                )
+            return self.embeddings(input_ids)
+        if input_values is not None:
+            if channels is None:
+                raise ValueError("this model reads input_ids, since its config has vocab_size; got input_values")
+            if input_values.ndim != 3 or input_values.shape[2] != channels:
+                raise ValueError(f"input_values must have shape (B, L, {channels}), got {tuple(input_values.shape)}")
+            return self.embeddings(input_values.to(self.embeddings.weight.dtype))
+        return given[0]
+
+
+class MimoSSMForSequenceClassification(MimoSSMPreTrainedModel):
+    """A MimoSSM with a linear map of its pooled features to `num_labels` logits."""
+
+    def __init__(self, config: MimoSSMConfig) -> None:
+        super().__init__(config)
+        num_labels: Any = config.num_labels
+        self.num_labels = num_labels
+        self.backbone = MimoSSMModel(config)
+        self.score = nn.Linear(config.hidden_size, num_labels)
+        self.post_init()
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        input_values: Tensor | None = None,
+        labels: Tensor | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        **kwargs: Any,
+    ) -> SequenceClassifierOutput | tuple:
+        """Logits (B, num_labels) of whole sequences; inputs as for `MimoSSMModel`.
+
+        Args:
+            labels: (B,) class indices, (B, num_labels) 0.0 or 1.0 for several labels at once, or (B,) or
+                (B, num_labels) floats for regression; see `config.problem_type`.
+            **kwargs: for the loss: `num_items_in_batch`, the number of label entries over which it is a mean,
+                where that is not the number in this batch.
+        """
+        outputs = self.backbone(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            inputs_embeds=inputs_embeds,
+            input_values=input_values,
+            use_cache=False,
+            output_hidden_states=output_hidden_states,
+            return_dict=True,
+        )
+        hidden_states = outputs.last_hidden_state
+        mask = _mask_of_steps(attention_mask, hidden_states)
+        logits = self.score(_pool(hidden_states, mask, self.config.pooling))
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(labels=labels, pooled_logits=logits, config=self.config, **kwargs)
+            num_items = kwargs.get("num_items_in_batch")
+            if num_items is not None and self.config.problem_type != "single_label_classification":
+                # For these problems transformers' loss is the mean over this batch in any case.
+                loss = loss * (labels.numel() / num_items)
+        output = SequenceClassifierOutput(loss=loss, logits=logits, hidden_states=outputs.hidden_states)
+        return _as_asked(output, return_dict, self.config)
+
+
+class MimoSSMForCausalLM(MimoSSMPreTrainedModel, GenerationMixin):
+    """A MimoSSM that predicts the next token; `generate` needs constant memory and time per token."""
+
+    _tied_weights_keys = {"lm_head.weight": "backbone.embeddings.weight"}
+
+    def __init__(self, config: MimoSSMConfig) -> None:
+        if config.vocab_size is None:
+            raise ValueError("MimoSSMForCausalLM predicts tokens: set config.vocab_size instead of num_channels")
+        super().__init__(config)
+        self.backbone = MimoSSMModel(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    @classmethod
+    def _supports_default_dynamic_cache(cls) -> bool:
+        # `generate` then leaves it to the model's first forward to create its own kind of cache.
+        return False
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        past_key_values: MimoSSMCache | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        **kwargs: Any,
+    ) -> CausalLMOutputWithPast | tuple:
+        """Logits (B, L, V) for the token after each position; inputs as for `MimoSSMModel`.
+
+        Args:
+            labels: (B, L) token ids, usually `input_ids` themselves, shifted inside; -100 is left out.
+            logits_to_keep: compute the logits of that many last positions only, or of the positions in a
+                tensor; 0 for all.
+            **kwargs: for the loss: `num_items_in_batch`, the number of labels over which it is a mean, where
+                that is not the number in this batch.
+        """
+        outputs = self.backbone(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            inputs_embeds=inputs_embeds,
+            past_key_values=past_key_values,
+            use_cache=use_cache,
+            output_hidden_states=output_hidden_states,
+            return_dict=True,
+        )
+        kept = slice(-logits_to_keep or None, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(outputs.last_hidden_state[:, kept])
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+        output = CausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+        )
+        return _as_asked(output, return_dict, self.config)
+
+
+def _mask_of_steps(attention_mask: Tensor | None, hidden_states: Tensor) -> Tensor | None:
+    """(B, L) bool for the present steps from a mask that may reach back over cached ones."""
+    if attention_mask is None:
+        return None
+    B, L = hidden_states.shape[:2]
+    if attention_mask.ndim != 2 or attention_mask.shape[0] != B or attention_mask.shape[1] < L:
+        raise ValueError(
+            f"attention_mask must have shape (B, L) = {(B, L)}, or more columns for cached positions; got "
+            f"{tuple(attention_mask.shape)}"
+        )
+    return attention_mask[:, -L:].bool()
+
+
+def _pool(hidden_states: Tensor, mask: Tensor | None, pooling: str) -> Tensor:
+    """(B, L, H) -> (B, H) over real positions. The mean of no positions is zero."""
+    if pooling == "last":
+        if mask is None:
+            return hidden_states[:, -1]
+        positions = torch.arange(hidden_states.shape[1], device=mask.device)
+        last = (mask * positions).argmax(1)
+        return hidden_states[torch.arange(len(last), device=last.device), last]
+    # Half precision loses the small terms of long sums.
+    dtype = torch.promote_types(hidden_states.dtype, torch.float32)
+    if mask is None:
+        return hidden_states.mean(1, dtype=dtype).to(hidden_states.dtype)
+    total = hidden_states.masked_fill(~mask[:, :, None], 0).sum(1, dtype=dtype)
+    return (total / mask.sum(1, keepdim=True).clamp(min=1)).to(hidden_states.dtype)
+
+
+def _as_asked(output: Any, return_dict: bool | None, config: MimoSSMConfig) -> Any:
+    return output if (config.return_dict if return_dict is None else return_dict) else output.to_tuple()
+
+
+__all__ = [
+    "MimoSSMCache",
+    "MimoSSMForCausalLM",
+    "MimoSSMForSequenceClassification",
+    "MimoSSMModel",
+    "MimoSSMPreTrainedModel",
+]

@@ -1,0 +1,50 @@
+"""Small models and data that several tests share."""
+
+from __future__ import annotations
+
+import torch
+from datasets import Dataset
+from transformers import TrainingArguments
+
+from hf_compressm import MimoSSMConfig, MimoSSMForSequenceClassification
+
+
+def small_model(seed: int = 0, state_sizes=12, hidden_size: int = 6, layers: int = 2, **config):
+    """A classifier of (L, 1) sequences into three classes."""
+    torch.manual_seed(seed)
+    return MimoSSMForSequenceClassification(
+        MimoSSMConfig(
+            num_channels=1,
+            num_labels=3,
+            hidden_size=hidden_size,
+            num_hidden_layers=layers,
+            state_sizes=state_sizes,
+            r_min=0.3,
+            r_max=0.95,
+            **config,
+        )
+    )
+
+
+def small_data(count: int = 64, length: int = 12) -> Dataset:
+    """Sequences labelled by the tercile of their weighted mean."""
+    generator = torch.Generator().manual_seed(0)
+    values = torch.randn(count, length, 1, generator=generator)
+    score = (values[..., 0] * torch.linspace(0.2, 1, length)).sum(1)
+    labels = torch.bucketize(score, torch.quantile(score, torch.tensor([1 / 3, 2 / 3])))
+    return Dataset.from_dict({"input_values": values.tolist(), "labels": labels.tolist()}).with_format("torch")
+
+
+def arguments(folder, **settings) -> TrainingArguments:
+    """Training arguments of a short CPU run."""
+    defaults = {
+        "output_dir": str(folder),
+        "max_steps": 20,
+        "per_device_train_batch_size": 8,
+        "use_cpu": True,
+        "report_to": "none",
+        "save_strategy": "no",
+        "disable_tqdm": True,
+        "learning_rate": 1e-2,
+    }
+    return TrainingArguments(**(defaults | settings))
