@@ -4,7 +4,8 @@
 
 A model is trained on `digits` at full size; then copies of it are cut to the same states and trained on with the same
 batches. `carried` maps the moments through the adjoint of the reduction; `cropped` keeps the first rows of the old
-ones, which belong to another basis; `reset` forgets them. Printed is the mean training loss over the steps after the cut.
+ones, which belong to another basis; `reset` forgets them. Printed is the mean training loss over the steps after the
+cut.
 """
 
 import argparse

@@ -3,9 +3,9 @@
     python scripts/benchmarks/resume.py
 
 The run of configs/runs/digits_narrow.yaml, made short and saving every step, is started as a process of its own and
-killed with SIGKILL as soon as a checkpoint of the wanted step is complete and the next step has begun. It is then started
-again with --resume_from_checkpoint: a model at the original size meets a checkpoint of another size. Weights and
-optimizer state at the end must be equal to the bit.
+killed with SIGKILL as soon as the checkpoint of the wanted step is complete and the next step has begun. It is then
+started again with --resume_from_checkpoint: a model at the original size meets a checkpoint of another size. Weights
+and optimizer state at the end must be equal to the bit.
 """
 
 import argparse
@@ -29,7 +29,7 @@ STEPS, CUTS = 40, (10, 20)
 def command(output: Path, *more: str) -> list[str]:
     return [
         *(sys.executable, "scripts/pretrain.py", "configs/runs/digits_narrow.yaml", "--output_dir", str(output)),
-        *("--policy", "energy", "--target_state_size", "none", "--tau", "0.3", "--cut_steps", *map(str, CUTS)),
+        *("--cut_steps", *map(str, CUTS)),
         *("--max_steps", str(STEPS), "--save_strategy", "steps", "--save_steps", "1", "--save_total_limit", "3"),
         *("--eval_strategy", "no", "--disable_tqdm", "true", *more),
     ]

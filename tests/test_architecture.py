@@ -1,0 +1,68 @@
+"""The layout: import arrows point one way, scripts stay thin, nothing names a machine."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGE = ROOT / "hf_compressm"
+ALLOWED = {
+    "reduction": set(),
+    "ops": set(),
+    "layers": {"ops"},
+    "models": {"layers", "ops"},
+    "surgery": {"reduction", "models", "layers"},
+    "training": {"surgery", "reduction"},
+    "data": set(),
+    "pretraining": {"data", "surgery", "training", "models"},
+    "cli": {"reduction", "surgery", "models"},
+}
+FOREIGN = {
+    "reduction": {"torch", "scipy"},
+    "ops": {"torch", "triton", "numba", "numpy"},
+    "layers": {"torch"},
+}
+
+
+def package_imports(path: Path):
+    """(first part within the package, top-level module) of every import in a file; one of the two is None."""
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.level:
+            base = parts[: len(parts) - node.level] + tuple((node.module or "").split("."))
+            names = [base] if node.module else [(*base[:-1], alias.name) for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            names = [tuple((node.module or "").split("."))]
+        elif isinstance(node, ast.Import):
+            names = [tuple(alias.name.split(".")) for alias in node.names]
+        else:
+            continue
+        for name in names:
+            if name[0] == "hf_compressm":
+                yield (name[1] if len(name) > 1 and name[1] else None), None
+            else:
+                yield None, name[0]
+
+
+@pytest.mark.parametrize("part", sorted(ALLOWED))
+def test_import_arrows_point_one_way(part):
+    files = [PACKAGE / f"{part}.py"] if (PACKAGE / f"{part}.py").exists() else sorted((PACKAGE / part).rglob("*.py"))
+    assert files
+    for path in files:
+        for own, foreign in package_imports(path):
+            if own is not None and own != part:
+                assert own in ALLOWED[part], f"{path.name} imports hf_compressm.{own}"
+            if foreign is not None and part in FOREIGN:
+                standard = foreign in {"__future__"} or foreign in __import__("sys").stdlib_module_names
+                assert standard or foreign in FOREIGN[part], f"{path.name} imports {foreign}"
+
+
+def test_every_part_of_the_package_has_a_rule():
+    parts = {path.stem for path in PACKAGE.iterdir() if path.suffix == ".py" or (path / "__init__.py").exists()}
+    assert parts - {"__init__"} == set(ALLOWED)
+
+
+def test_scripts_are_thin():
+    for path in (ROOT / "scripts").glob("*.py"):
+        assert len(path.read_text().splitlines()) <= 150, path.name

@@ -1,0 +1,108 @@
+"""Runs from YAML: parsing, the whole job on a small model, resuming, and bad input."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from transformers import AutoModelForSequenceClassification
+
+from hf_compressm import state_sizes
+from hf_compressm.data import load_task
+from hf_compressm.pretraining import build_model, execute, parse_run, summary
+
+ROOT = Path(__file__).resolve().parents[1]
+CONFIGS = sorted((ROOT / "configs" / "runs").glob("*.yaml"))
+NARROW = str(ROOT / "configs" / "runs" / "digits_narrow.yaml")
+
+
+def short(folder, *more) -> list[str]:
+    return [
+        *(NARROW, "--output_dir", str(folder), "--max_steps", "24", "--window_end", "0.5", "--disable_tqdm", "true"),
+        *("--model", json.dumps({"state_sizes": 16}), "--eval_strategy", "no", "--use_cpu", "true", *more),
+    ]
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_shipped_configs_parse_and_build(path, tmp_path):
+    run = parse_run([str(path), "--output_dir", str(tmp_path)])
+    assert run.training.report_to in (["none"], [], "none")
+    if run.arguments.task == "digits":
+        model = build_model(run, load_task("digits"))
+        assert set(state_sizes(model)) == {run.model["state_sizes"]}
+
+
+def test_the_command_line_overrides_the_file(tmp_path):
+    run = parse_run(short(tmp_path, "--learning_rate", "0.5", "--model", '{"hidden_size": 5}'))
+    assert run.training.learning_rate == 0.5 and run.training.max_steps == 24
+    assert run.model["hidden_size"] == 5 and run.model["num_hidden_layers"] == 1
+    assert run.arguments.ssm_learning_rate == pytest.approx(2e-3)
+
+
+def test_a_whole_run(tmp_path):
+    result = execute(parse_run(short(tmp_path)))
+    assert result.sizes_before == [16] and result.sizes_after == [6]
+    compression = json.loads((tmp_path / "compression.json").read_text())
+    assert compression["sizes_after"] == [6] and compression["history"] and len(compression["speed"]) >= 2
+    assert json.loads((tmp_path / "train_results.json").read_text())["train_loss"] > 0
+    assert json.loads((tmp_path / "test_results.json").read_text())["test_accuracy"] == result.metrics["test_accuracy"]
+    assert state_sizes(AutoModelForSequenceClassification.from_pretrained(tmp_path)) == [6]
+    table = summary(result)
+    assert "layer 0" in table and "37.5%" in table and "test accuracy" in table and "steps per second" in table
+
+
+def test_without_compression_nothing_shrinks(tmp_path):
+    result = execute(parse_run(short(tmp_path, "--no_compress")))
+    assert result.sizes_after == [16] and not (tmp_path / "compression.json").exists()
+
+
+def test_resuming_across_cuts(tmp_path):
+    execute(parse_run(short(tmp_path, "--save_strategy", "steps", "--save_steps", "8")))
+    again = execute(parse_run(short(tmp_path, "--resume_from_checkpoint", str(tmp_path / "checkpoint-8"))))
+    assert again.sizes_before == [16] and again.sizes_after == [6]
+    last = execute(parse_run(short(tmp_path, "--resume_from_checkpoint", "true")))
+    assert last.sizes_after == [6]
+
+
+def test_resuming_from_nothing_and_from_a_checkpoint_that_contradicts_itself(tmp_path):
+    with pytest.raises(ValueError, match="holds no checkpoint"):
+        execute(parse_run(short(tmp_path, "--resume_from_checkpoint", "true")))
+    execute(parse_run(short(tmp_path, "--save_strategy", "steps", "--save_steps", "24")))
+    config = tmp_path / "checkpoint-24" / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"state_sizes": [9]}))
+    with pytest.raises(ValueError, match="the config wants"):
+        execute(parse_run(short(tmp_path, "--resume_from_checkpoint", "true")))
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("task: digits\ntua: 0.1\n", "unknown option 'tua'; did you mean 'tau'"),
+        ("- task\n", "must hold a mapping"),
+        ("tau: 0.1\n", "no task given.*digits"),
+        ("task: digits\ntau: 7\n", "tau must lie strictly between 0 and 1"),
+    ],
+)
+def test_bad_files_are_refused(tmp_path, content, message):
+    path = tmp_path / "run.yaml"
+    path.write_text(content)
+    with pytest.raises(ValueError, match=message):
+        parse_run([str(path)])
+
+
+def test_unknown_config_fields_of_the_model_are_named(tmp_path):
+    run = parse_run(short(tmp_path, "--model", '{"state_size": 3}'))
+    with pytest.raises(ValueError, match="no field 'state_size'; it has .*state_sizes"):
+        build_model(run, load_task("digits"))
+
+
+@pytest.mark.slow
+def test_the_program(tmp_path):
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "scripts/pretrain.py", *short(tmp_path)]
+    done = subprocess.run(
+        command, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    assert "states 16 ->" in done.stdout and "saved to" in done.stdout and "test accuracy" in done.stdout
