@@ -211,8 +211,8 @@ def _pole_terms(
 
 
 def _check_realised(mixer: LRU, changes: Mapping[str, ParameterChange], wanted: DiagonalSystem) -> None:
-    """Raise ReductionError unless the parameters, rounded to the mixer's dtype, still describe the wanted system."""
-    rounded = {name: change.value.to(mixer.B_re.dtype).to(torch.float64) for name, change in changes.items()}
+    """Raise ReductionError unless the parameters, each rounded to its dtype, still describe the wanted system."""
+    rounded = {name: change.value.to(getattr(mixer, name).dtype).double() for name, change in changes.items()}
     realised = DiagonalSystem(
         torch.exp(torch.complex(-rounded["nu_log"].exp(), rounded["theta_log"].exp())),
         rounded["gamma_log"].exp()[:, None] * torch.complex(rounded["B_re"], rounded["B_im"]),

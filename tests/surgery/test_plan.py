@@ -140,3 +140,13 @@ def test_sizes_of_a_state_dict_and_a_contradiction_in_it():
     state["backbone.layers.1.mixer.C_im"] = torch.zeros(6, 3)
     with pytest.raises(ValueError, match=r"layers\.1\.mixer\.C_im has shape \(6, 3\), expected \(6, 7\)"):
         sizes_in_state_dict(model, state)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_other_dtypes_keep_theirs(dtype):
+    model = small_model(state_sizes=32).to(dtype)
+    for site in find_mixers(model):
+        site.mixer.nu_log.data = site.mixer.nu_log.data.float()
+    kinds = {name: p.dtype for name, p in model.named_parameters()}
+    compress(model, torch.optim.AdamW(model.parameters()), Fraction(0.25))
+    assert {name: p.dtype for name, p in model.named_parameters()} == kinds and state_sizes(model) == [8, 8]
