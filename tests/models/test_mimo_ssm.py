@@ -146,6 +146,17 @@ def test_block_is_what_its_docstring_says(norm, prenorm):
     assert (model.norm is None) == (not prenorm)
 
 
+def test_dropout_acts_twice_and_only_in_training():
+    block = MimoSSMModel(config(dropout=0.5)).layers[0]
+    x = torch.randn(B, 100, 8)
+    inner = []
+    block.out_proj.register_forward_pre_hook(lambda _, args: inner.append(args[0]))
+    for training in (True, False):
+        branch = block.train(training)(x, None, None)[0] - x
+        for dropped in (inner[-1], branch):
+            assert (dropped == 0).float().mean().item() == pytest.approx(0.5 * training, abs=0.05)
+
+
 def test_inputs():
     channels = config(vocab_size=None, num_channels=2)
     continuous, discrete = MimoSSMModel(channels).eval(), MimoSSMModel(config()).eval()
@@ -319,12 +330,15 @@ def test_backbone_of_a_causal_lm_becomes_a_classifier(tmp_path, lm):
     assert model.score.weight.isfinite().all() and model.score.weight.std() > 0
 
 
-def test_missing_mixer_weights_are_initialised(tmp_path, lm):
-    state = {name: value for name, value in lm.state_dict().items() if "layers.1.mixer" not in name}
-    lm.save_pretrained(tmp_path, state_dict=state)
-    mixer = MimoSSMForCausalLM.from_pretrained(tmp_path).backbone.layers[1].mixer
-    assert all(p.isfinite().all() and p.std() > 0 for p in mixer.parameters())
-    assert (mixer.system()[0].abs() <= 0.99 + 1e-6).all()
+def test_missing_mixer_weights_alone_are_initialised(tmp_path, lm):
+    gone = ["backbone.layers.0.mixer.theta_log", *(k for k in lm.state_dict() if "layers.1.mixer" in k)]
+    lm.save_pretrained(tmp_path, state_dict={k: v for k, v in lm.state_dict().items() if k not in gone})
+    loaded = MimoSSMForCausalLM.from_pretrained(tmp_path, r_min=0.5, r_max=0.6, max_phase=0.01)
+    for name, value in lm.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], value) == (name not in gone), name
+    first, second = (layer.mixer.system() for layer in loaded.backbone.layers)
+    assert (first[0].angle().abs() <= 0.01 + 1e-6).all() and (second[0].angle().abs() <= 0.01 + 1e-6).all()
+    assert ((second[0].abs() >= 0.5 - 1e-6) & (second[0].abs() <= 0.6 + 1e-6)).all()
 
 
 def test_checkpoint_of_other_sizes_is_refused_by_name(tmp_path, lm):

@@ -280,3 +280,24 @@ class TestRefusals:
         )
         trainer.train()
         assert sum(state_sizes(trainer.model)) < 24
+
+
+def test_cuts_reach_tensorboard(tmp_path, monkeypatch):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "events"))
+    make_trainer(tmp_path, report_to=["tensorboard"]).train()
+    folder = next(path.parent for path in tmp_path.rglob("events.out.tfevents.*"))
+    events = EventAccumulator(str(folder)).Reload()
+    sizes = [event.value for event in events.Scalars("train/compression/mean_state_size")]
+    assert len(sizes) == 4 and sizes == sorted(sizes, reverse=True) and sizes[-1] < 12
+    assert "train/compression/layer_0/error_bound" in events.Tags()["scalars"]
+
+
+def test_a_model_loaded_from_a_compressed_checkpoint_resumes(tmp_path):
+    trainer = make_trainer(tmp_path, save_strategy="steps", save_steps=12)
+    trainer.train()
+    folder = tmp_path / "checkpoint-12"
+    again = make_trainer(tmp_path, model=AutoModelForSequenceClassification.from_pretrained(folder))
+    again.train(resume_from_checkpoint=str(folder))
+    assert history(again.model) == history(trainer.model) and state_sizes(again.model) == state_sizes(trainer.model)
