@@ -68,7 +68,7 @@ def compress_command(
         policy = Fraction(fraction)
     loaded = _load(model)
     before = state_sizes(loaded)
-    compress(loaded, None, policy, constraints=SizeConstraints(multiple_of=multiple_of, uniform=uniform))
+    compress(loaded, policy=policy, constraints=SizeConstraints(multiple_of=multiple_of, uniform=uniform))
     loaded.save_pretrained(output)
     typer.echo(f"states {before} -> {state_sizes(loaded)}; saved to {output}")
 

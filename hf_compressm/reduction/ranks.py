@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
 import torch
@@ -23,13 +23,13 @@ class SizeConstraints:
     Attributes:
         minimum: fewest states a layer may be left with, >= 1.
         multiple_of: sizes are multiples of this, >= 1. A layer whose present size is not a multiple may keep it.
-        uniform: all layers end with one common size.
+        uniform: all layers end with one common size. None: only where the model's class needs it.
         minimum_change: a cut takes place only where at least this share of a layer's states goes, in [0, 1).
     """
 
     minimum: int = 1
     multiple_of: int = 1
-    uniform: bool = False
+    uniform: bool | None = None
     minimum_change: float = 0.05
 
     def __post_init__(self) -> None:
@@ -39,6 +39,19 @@ class SizeConstraints:
             )
         if not 0 <= self.minimum_change < 1:
             raise ValueError(f"minimum_change must lie in [0, 1); got {self.minimum_change}")
+
+    def for_uniform_layers(self) -> SizeConstraints:
+        """The same for a model whose config holds one state size for all layers.
+
+        Raises:
+            ValueError: if sizes that differ were asked for by uniform=False.
+        """
+        if self.uniform is False:
+            raise ValueError(
+                "this model's config holds one state size for all layers, so uniform=False cannot be met. Leave it "
+                "out, or convert the model with hf_compressm.from_stock to one with a state size per layer."
+            )
+        return replace(self, uniform=True)
 
     def apply(self, orders: Sequence[int], sizes: Sequence[int]) -> list[int]:
         """Round wanted orders up to allowed ones, and leave layers alone that would lose too little.

@@ -1,16 +1,22 @@
 """Surgery on live models and optimizers: measure, plan, cut, undo."""
 
 from . import lru as _lru  # noqa: F401  registers its adapter
+from . import mamba as _mamba  # noqa: F401
+from . import mamba2 as _mamba2  # noqa: F401
 from .adapters import (
+    Measurement,
     MixerAdapter,
     MixerReduction,
     MixerSite,
     ReductionError,
+    Statistics,
     find_mixers,
     register_adapter,
+    register_refusal,
     state_sizes,
     supported_mixers,
 )
+from .calibration import gather_statistics, needs_calibration
 from .changes import ParameterChange, Term
 from .history import append_history, history, original_sizes, set_history
 from .optimizer import unwrap_optimizer
@@ -32,6 +38,7 @@ __all__ = [
     "Energy",
     "Fraction",
     "LayerPlan",
+    "Measurement",
     "MixerAdapter",
     "MixerReduction",
     "MixerSite",
@@ -39,6 +46,7 @@ __all__ = [
     "Policy",
     "ReductionError",
     "Snapshot",
+    "Statistics",
     "Target",
     "Term",
     "append_history",
@@ -46,11 +54,14 @@ __all__ = [
     "check_parameters",
     "compress",
     "find_mixers",
+    "gather_statistics",
     "history",
     "make_plan",
     "measure_model",
+    "needs_calibration",
     "original_sizes",
     "register_adapter",
+    "register_refusal",
     "resize_mixers",
     "set_history",
     "sizes_in_state_dict",

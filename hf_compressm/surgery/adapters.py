@@ -25,10 +25,31 @@ class ReductionError(RuntimeError):
 
 
 class Measurement(Protocol):
-    """What an adapter learnt about one mixer; opaque to everyone else but for the spectrum."""
+    """What an adapter learnt about one mixer; opaque to everyone else but for what is named here."""
 
     def spectrum(self) -> Tensor:
         """Hankel singular values of all N states, float64 (N,), descending."""
+        ...
+
+    def agreement(self, previous: Any, depth: int) -> float:
+        """How far the ranking of the `depth` leading states is that of an earlier measurement, in [0, 1]."""
+        ...
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Tensors from which the adapter's `load_measurement` makes an equal measurement."""
+        ...
+
+
+class Statistics(Protocol):
+    """What is gathered about one mixer while calibration batches pass through the model.
+
+    Sums over tokens in accumulators of fixed size, so that memory does not grow with the number of batches.
+    """
+
+    tokens: int
+
+    def observe(self, mixer: Any, hidden_states: Tensor, attention_mask: Tensor | None) -> None:
+        """Take in one batch of a mixer's inputs: (B, L, H), and a mask (B, L) with 0 for padding."""
         ...
 
 
@@ -39,16 +60,27 @@ class MixerReduction:
     Attributes:
         changes: by parameter name within the mixer.
         bound: H-infinity bound on the change of the mixer's input-output map, or None where no bound is known.
+        residual: estimated share of the read-out's energy that is lost, >= 0, or None where a bound is known instead.
     """
 
     changes: dict[str, ParameterChange]
-    bound: float | None
+    bound: float | None = None
+    residual: float | None = None
 
 
 class MixerAdapter(ABC, Generic[Mixer]):
-    """Knows one mixer class. Stateless: one instance serves all mixers of its class."""
+    """Knows one mixer class. Stateless: one instance serves all mixers of its class.
 
-    mixer_class: type[Mixer]
+    Attributes:
+        mixer_class: the class, or its full name "module.Class", so that its module need not be imported.
+        uniform: True where one number in the model's config is the state size of all layers.
+        dynamics: names of parameters that want a learning rate of their own and no weight decay; see
+            `training.create_optimizer`.
+    """
+
+    mixer_class: type[Mixer] | str
+    uniform: bool = False
+    dynamics: tuple[str, ...] = ()
 
     @abstractmethod
     def state_size(self, mixer: Mixer) -> int:
@@ -56,19 +88,34 @@ class MixerAdapter(ABC, Generic[Mixer]):
 
     @abstractmethod
     def parameter_shapes(self, mixer: Mixer, order: int) -> dict[str, torch.Size]:
-        """Shape of every parameter that depends on the number of states, by name, for N = order."""
+        """Shape of every parameter that a cut replaces, by name within the mixer, for N = order.
+
+        A parameter that exists at some orders only is named at those.
+        """
 
     @abstractmethod
-    def order_of(self, shapes: Mapping[str, torch.Size]) -> int | None:
-        """The number of states that a checkpoint's shapes speak of; None if no shape given tells."""
+    def order_of(self, mixer: Mixer, shapes: Mapping[str, torch.Size]) -> int | None:
+        """The number of states that a checkpoint's shapes, by name within the mixer, speak of; None if none tells."""
+
+    def statistics(self, mixer: Mixer) -> Statistics | None:
+        """An empty accumulator for what must be gathered over calibration batches; None if the weights tell all."""
+        return None
 
     @abstractmethod
-    def measure(self, mixer: Mixer) -> Measurement:
+    def measure(self, mixer: Mixer, statistics: Any = None) -> Measurement:
         """Hankel singular values and whatever `reduce` needs.
+
+        Args:
+            mixer: the mixer.
+            statistics: what was gathered, where `statistics` asked for it.
 
         Raises:
             ReductionError: if the mixer cannot be measured; the message names the quantity that is at fault.
         """
+
+    @abstractmethod
+    def load_measurement(self, state: Mapping[str, Tensor]) -> Measurement:
+        """A measurement from the tensors of its `state_dict`."""
 
     @abstractmethod
     def reduce(
@@ -84,6 +131,10 @@ class MixerAdapter(ABC, Generic[Mixer]):
         Raises:
             ReductionError: if the reduced parameters do not reproduce the reduced system.
         """
+
+    def refitted(self, mixer: Mixer) -> dict[str, slice]:
+        """Parameters, by name, whose given rows a refit on calibration data may change; none by default."""
+        return {}
 
     def resized(self, mixer: Mixer, order: int) -> None:
         """Update the mixer's attributes that hold the state size, if it has any."""
@@ -107,40 +158,49 @@ class MixerSite:
 
     def parameters(self) -> dict[str, nn.Parameter]:
         """The parameters that a cut replaces, by name within the mixer."""
-        return {name: getattr(self.mixer, name) for name in self.adapter.parameter_shapes(self.mixer, self.state_size)}
+        names = self.adapter.parameter_shapes(self.mixer, self.state_size)
+        return {name: self.mixer.get_parameter(name) for name in names}
 
 
-_ADAPTERS: dict[type[nn.Module], MixerAdapter] = {}
+_ADAPTERS: dict[str, MixerAdapter] = {}
+_REFUSED: dict[str, str] = {}
 
 
 def register_adapter(adapter: MixerAdapter) -> None:
     """Make mixers of `adapter.mixer_class` compressible. A later adapter for the same class replaces an earlier one."""
-    _ADAPTERS[adapter.mixer_class] = adapter
+    _ADAPTERS[_full_name(adapter.mixer_class)] = adapter
+
+
+def register_refusal(mixer_class: type[nn.Module] | str, reason: str) -> None:
+    """Say why mixers of a class cannot be compressed, for the error that a model without other mixers gets."""
+    _REFUSED[_full_name(mixer_class)] = reason
 
 
 def supported_mixers() -> list[str]:
     """Full names of the mixer classes that have an adapter."""
-    return sorted(f"{cls.__module__}.{cls.__qualname__}" for cls in _ADAPTERS)
+    return sorted(_ADAPTERS)
 
 
 def find_mixers(model: nn.Module) -> list[MixerSite]:
     """All compressible mixers of a model, in the order of `named_modules`.
 
     Raises:
-        ValueError: if there is none; the message lists what is supported and how to add to it.
+        ValueError: if there is none; the message says why, and lists what is supported and how to add to it.
     """
-    sites = [
-        MixerSite(name, module, _ADAPTERS[type(module)])
-        for name, module in model.named_modules()
-        if type(module) in _ADAPTERS
-    ]
+    modules = [(name, module, _full_name(type(module))) for name, module in model.named_modules()]
+    sites = [MixerSite(name, module, _ADAPTERS[cls]) for name, module, cls in modules if cls in _ADAPTERS]
     if not sites:
+        reasons = sorted({f" {cls.rpartition('.')[2]}: {_REFUSED[cls]}" for _, _, cls in modules if cls in _REFUSED})
         raise ValueError(
-            f"{type(model).__name__} has no layer that can be compressed. Supported mixer classes: "
+            f"{type(model).__name__} has no layer that can be compressed.{''.join(reasons)} Supported mixer classes: "
             f"{', '.join(supported_mixers())}. For another class, subclass hf_compressm.surgery.MixerAdapter and "
             "pass an instance to hf_compressm.surgery.register_adapter."
         )
     return sites
+
+
+def _full_name(cls: type[nn.Module] | str) -> str:
+    return cls if isinstance(cls, str) else f"{cls.__module__}.{cls.__qualname__}"
 
 
 def state_sizes(model: nn.Module) -> list[int]:

@@ -11,38 +11,49 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 
 @dataclass(frozen=True)
 class Term:
-    """One summand of a gradient map: contract * (left @ old @ right), summed over the last axis if contracted.
+    """One summand of a gradient map: contract * scale * (left @ old[rows] @ right), summed over the last axis if contracted.
 
     Attributes:
         source: name of the old parameter, within its mixer, whose gradient enters.
-        left: real (new rows, old rows) or None for the identity.
-        right: real (old columns, new columns) or None for the identity.
-        contract: real, shaped like left @ old @ right, or None. When given, the product is weighted by it and its
-            last axis is summed: the gradient of a scale that multiplies a whole row.
+        left: real (new rows, old rows), acting on the first axis; or (blocks, new rows, old rows), acting on the second
+            axis of an old parameter (blocks, old rows, columns), block by block; None for the identity.
+        right: real (old columns, new columns) acting on the last axis, or one such matrix per block; None for the
+            identity.
+        contract: real, shaped like the product, or None. When given, the product is weighted by it and its last axis is
+            summed: the gradient of a scale that multiplies a whole row.
+        rows: int64, which entries of the first axis enter; None for all.
+        scale: a factor for everything.
     """
 
     source: str
     left: Tensor | None = None
     right: Tensor | None = None
     contract: Tensor | None = None
+    rows: Tensor | None = None
+    scale: float = 1.0
 
     def __call__(self, old: Tensor) -> Tensor:
         """Apply the map to a tensor shaped like the old parameter."""
-        return self._apply(old, lambda factor: factor)
+        return self._apply(old, lambda factor: factor, self.scale)
 
     def squared(self, old: Tensor) -> Tensor:
         """Apply the map with every entry squared, as second moments of uncorrelated gradients transform."""
-        return self._apply(old, lambda factor: factor.square())
+        return self._apply(old, lambda factor: factor.square(), self.scale**2)
 
-    def _apply(self, old: Tensor, entry: Callable[[Tensor], Tensor]) -> Tensor:
-        result = old if self.left is None else entry(self.left.to(old)) @ old
+    def _apply(self, old: Tensor, entry: Callable[[Tensor], Tensor], scale: float) -> Tensor:
+        result = old if self.rows is None else old.index_select(0, self.rows.to(old.device))
+        if self.left is not None:
+            left = entry(self.left.to(old))
+            result = left @ result if left.ndim == 3 else torch.tensordot(left, result, dims=1)
         result = result if self.right is None else result @ entry(self.right.to(old))
-        return result if self.contract is None else (entry(self.contract.to(old)) * result).sum(-1)
+        result = result if self.contract is None else (entry(self.contract.to(old)) * result).sum(-1)
+        return result if scale == 1 else scale * result
 
 
 @dataclass(frozen=True)

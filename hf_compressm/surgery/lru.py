@@ -22,6 +22,8 @@ from ..reduction import (
     balance,
     difference,
     h2_norm,
+    match_states,
+    rank_stability,
     select_states,
     truncate,
     upper_half_plane,
@@ -45,11 +47,19 @@ class LRUMeasurement:
     def spectrum(self) -> Tensor:
         return self.balancing.spectrum()
 
+    def agreement(self, previous: LRUMeasurement, depth: int) -> float:
+        return rank_stability(match_states(previous.balancing, self.balancing), depth)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        poles, B, C = self.balancing.system
+        return {"poles": poles, "B": B, "C": C, "flipped": self.flipped}
+
 
 class LRUAdapter(MixerAdapter[LRU]):
     """Reduces `LRU` layers with the a-priori error bound of balanced truncation."""
 
     mixer_class = LRU
+    dynamics = ("nu_log", "theta_log", "gamma_log", "B_re", "B_im", "C_re", "C_im")
 
     def state_size(self, mixer: LRU) -> int:
         return mixer.state_size
@@ -67,7 +77,7 @@ class LRUAdapter(MixerAdapter[LRU]):
             "C_im": columns,
         }
 
-    def order_of(self, shapes: Mapping[str, torch.Size]) -> int | None:
+    def order_of(self, mixer: LRU, shapes: Mapping[str, torch.Size]) -> int | None:
         for name, axis in {
             "nu_log": 0,
             "theta_log": 0,
@@ -81,13 +91,16 @@ class LRUAdapter(MixerAdapter[LRU]):
                 return shapes[name][axis]
         return None
 
-    def measure(self, mixer: LRU) -> LRUMeasurement:
+    def measure(self, mixer: LRU, statistics: Any = None) -> LRUMeasurement:
         poles, B, C = (tensor.cpu() for tensor in mixer.system())
         system, flipped = upper_half_plane(DiagonalSystem(poles, B, C))
         try:
             return LRUMeasurement(balance(system), flipped)
         except (ValueError, torch.linalg.LinAlgError) as error:
             raise ReductionError(str(error)) from error
+
+    def load_measurement(self, state: Mapping[str, Tensor]) -> LRUMeasurement:
+        return LRUMeasurement(balance(DiagonalSystem(state["poles"], state["B"], state["C"])), state["flipped"])
 
     def reduce(
         self,

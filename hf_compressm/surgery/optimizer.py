@@ -158,3 +158,35 @@ def swap_parameters(
         optimizer.state.pop(old, None)
         if state := states.get(new):
             optimizer.state[new] = state
+
+
+def insert_parameter(optimizer: torch.optim.Optimizer, mixer: nn.Module, new: nn.Parameter) -> None:
+    """Let a mixer's additional matrix join the group of the mixer's other matrices.
+
+    It takes the place that `mixer.parameters()` gives it among its siblings, which is where an optimizer made afresh
+    would put it, so that optimizer checkpoints fit after a resume.
+
+    Raises:
+        ValueError: if no matrix of the mixer is in the optimizer.
+    """
+    siblings = list(mixer.parameters())
+    place = next(index for index, sibling in enumerate(siblings) if sibling is new)
+    matrices = {id(sibling) for sibling in siblings if sibling.ndim >= 2 and sibling is not new}
+    for group in optimizer.param_groups:
+        held = [id(parameter) for parameter in group["params"]]
+        if not matrices & set(held):
+            continue
+        before = [held.index(id(sibling)) for sibling in siblings[:place] if id(sibling) in held]
+        after = [held.index(id(sibling)) for sibling in siblings[place + 1 :] if id(sibling) in held]
+        group["params"].insert(max(before) + 1 if before else min(after), new)
+        return
+    raise ValueError(f"no matrix of {type(mixer).__name__} is in the optimizer, so a new one has no group to join")
+
+
+def remove_parameters(optimizer: torch.optim.Optimizer, removed: list[nn.Parameter]) -> None:
+    """Take parameters and their state out of the optimizer."""
+    gone = {id(parameter) for parameter in removed}
+    for group in optimizer.param_groups:
+        group["params"] = [parameter for parameter in group["params"] if id(parameter) not in gone]
+    for parameter in removed:
+        optimizer.state.pop(parameter, None)

@@ -11,9 +11,11 @@ from torch import Tensor, nn
 
 from ..reduction import Selection, SizeConstraints
 from .adapters import MixerReduction, ReductionError, find_mixers, write_sizes_to_config
+from .calibration import Batches, gather_statistics
 from .history import append_history, original_sizes
 from .optimizer import State, carried_state, unwrap_optimizer
-from .policies import Energy, Policy, describe_policy
+from .policies import Energy, Policy, Target, describe_policy
+from .refit import Recording, refit
 from .resize import replace_parameters
 
 
@@ -67,6 +69,7 @@ class CompressionPlan:
                     "old_size": layer.old_size,
                     "new_size": layer.new_size,
                     "bound": None if layer.reduction is None else layer.reduction.bound,
+                    "residual": None if layer.reduction is None else layer.reduction.residual,
                     "singular_values": [float(f"{value:.6g}") for value in layer.singular_values.tolist()],
                 }
                 for layer in self.layers
@@ -74,16 +77,25 @@ class CompressionPlan:
         }
 
 
-def measure_model(model: nn.Module) -> dict[str, Any]:
+def measure_model(
+    model: nn.Module, calibration: Batches | None = None, recordings: dict[str, Recording] | None = None
+) -> dict[str, Any]:
     """Measure every mixer: name -> measurement, with `.spectrum()` giving its Hankel singular values.
+
+    Args:
+        model: a model with supported mixers.
+        calibration: batches for mixers that are measured on data; see `gather_statistics`.
+        recordings: filled with what a refit needs, by mixer name, if given.
 
     Raises:
         ReductionError: naming the first layer that cannot be measured and why.
+        ValueError, TypeError: calibration batches that are missing, empty, too short or of the wrong fields.
     """
+    statistics = gather_statistics(model, calibration, recordings)
     measurements = {}
     for site in find_mixers(model):
         try:
-            measurements[site.name] = site.adapter.measure(site.mixer)
+            measurements[site.name] = site.adapter.measure(site.mixer, statistics.get(site.name))
         except ReductionError as error:
             raise ReductionError(f"{site.name}: {error}") from error
     return measurements
@@ -96,8 +108,13 @@ def make_plan(
     selection: Selection = "largest",
     generator: torch.Generator | None = None,
     attempts_left: int = 1,
+    calibration: Batches | None = None,
+    refit_steps: int = 0,
 ) -> CompressionPlan:
     """Measure a model and compute the reduced parameters of every layer that should shrink, changing nothing.
+
+    Arguments as in `compress`; `attempts_left` is the number of cuts, this one included, among which a policy that
+    walks to its goal shares the way.
 
     Raises:
         ValueError: if the model has no compressible layer, or the policy cannot be met.
@@ -106,7 +123,9 @@ def make_plan(
     policy, constraints = policy or Energy(), constraints or SizeConstraints()
     began = time.perf_counter()
     sites = find_mixers(model)
-    measurements = measure_model(model)
+    constraints = constraints.for_uniform_layers() if any(site.adapter.uniform for site in sites) else constraints
+    recordings: dict[str, Recording] = {}
+    measurements = measure_model(model, calibration, recordings if refit_steps else None)
     spectra = [measurements[site.name].spectrum() for site in sites]
     sizes = [site.state_size for site in sites]
     orders = policy.orders(spectra, original_sizes(model), constraints, attempts_left)
@@ -116,6 +135,8 @@ def make_plan(
         if order < size:
             try:
                 reduction = site.adapter.reduce(site.mixer, measurements[site.name], order, selection, generator)
+                if site.name in recordings:
+                    reduction = refit(site, reduction, recordings[site.name], refit_steps)
             except ReductionError as error:
                 raise ReductionError(f"{site.name}: {error}") from error
         layers.append(LayerPlan(site.name, size, order, spectrum, reduction))
@@ -155,7 +176,7 @@ def apply_plan(model: nn.Module, optimizer: Any, plan: CompressionPlan, step: in
         if inner is not None:
             old = {name: dict(inner.state.get(p, {})) for name, p in site.parameters().items()}
             states[site.name] = {
-                name: carried_state(change, old, old[name], type(inner)) for name, change in changes.items()
+                name: carried_state(change, old, old.get(name, {}), type(inner)) for name, change in changes.items()
             }
     replace_parameters(sites, values, inner, states)
     write_sizes_to_config(model, sites)
@@ -167,10 +188,13 @@ def apply_plan(model: nn.Module, optimizer: Any, plan: CompressionPlan, step: in
 
 def compress(
     model: nn.Module,
-    optimizer: Any = None,
-    policy: Policy | None = None,
+    calibration: Batches | None = None,
     *,
+    target: float | None = None,
+    policy: Policy | None = None,
+    optimizer: Any = None,
     constraints: SizeConstraints | None = None,
+    refit_steps: int = 60,
     selection: Selection = "largest",
     generator: torch.Generator | None = None,
     step: int | None = None,
@@ -178,8 +202,8 @@ def compress(
     """Make a model smaller, now: between two optimizer steps of any training loop, or after training.
 
     ```python
-    optimizer.zero_grad()
-    compress(model, optimizer, Energy(tau=0.1))
+    compress(model, batches, target=16)  # a trained model
+    compress(model, batches, policy=Energy(tau=0.1), optimizer=optimizer)  # between two steps; gradients are dropped
     ```
 
     Parameters that change are replaced by new, smaller `nn.Parameter`s, in the model and in the optimizer, whose
@@ -188,24 +212,35 @@ def compress(
 
     Args:
         model: a model with supported mixers; see `supported_mixers`.
+        calibration: batches of the model's inputs, mappings such as a DataLoader yields. Selective layers (Mamba and
+            kin) are ranked on them; time-invariant layers need none.
+        target: mean state size over the layers to reach, >= 1; short for `policy=Target(target)`.
+        policy: `Energy` (default, tau 0.1), `Target` or `Fraction`.
         optimizer: torch.optim Adam, AdamW, SGD or Adafactor, or transformers' Adafactor; possibly wrapped by
             Accelerate. None if the model is not being trained.
-        policy: `Energy` (default, tau 0.1), `Target` or `Fraction`.
         constraints: minimum size, multiples, uniformity, smallest worthwhile change.
+        refit_steps: optimizer steps for which each reduced selective layer is refitted to the outputs that the full one
+            had on the calibration batches, >= 0; see `refit`. Needs no labels. 0 leaves the closed form as it is.
         selection: which balanced states stay; "smallest" and "random" are controls for experiments.
         generator: CPU generator for selection "random".
         step: optimizer steps taken so far, for the history.
 
     Returns:
-        A record of the cut: per layer its name, old and new size, bound and singular values.
+        A record of the cut: per layer its name, old and new size, bound or residual, and singular values.
 
     Raises:
-        ValueError: no compressible layer, a policy that cannot be met, a frozen or shared parameter.
-        TypeError: an optimizer whose state cannot be carried.
+        ValueError: no compressible layer, a policy that cannot be met, a frozen or shared parameter; calibration
+            batches that are missing, empty, too short or of the wrong fields.
+        TypeError: an optimizer whose state cannot be carried; a calibration batch that is not a mapping.
         ReductionError: NaN or infinite weights, or a layer that cannot be reduced. The model is unchanged.
     """
+    if refit_steps < 0:
+        raise ValueError(f"refit_steps must be at least 0; got {refit_steps}")
+    if target is not None and policy is not None:
+        raise ValueError(f"give target or policy, not both; got target={target} and policy={policy}")
+    policy = Target(target) if target is not None else policy
     check_parameters(model, optimizer)
-    plan = make_plan(model, policy, constraints, selection, generator)
+    plan = make_plan(model, policy, constraints, selection, generator, 1, calibration, refit_steps)
     return apply_plan(model, optimizer, plan, step)
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .adapters import MixerSite, find_mixers, write_sizes_to_config
-from .optimizer import State, swap_parameters
+from .optimizer import State, insert_parameter, remove_parameters, swap_parameters
 
 
 def replace_parameters(
@@ -20,31 +20,39 @@ def replace_parameters(
 ) -> None:
     """Replace parameters of mixers by new ones, in the modules and in the optimizer.
 
+    A name whose attribute is None so far becomes a parameter, and joins the optimizer; a parameter that a cut replaces
+    but that has no new value is removed.
+
     Args:
         sites: the mixers, all or some.
         values: by site name, then parameter name: the new value, of any shape. dtype, device and requires_grad are
-            those of the parameter replaced.
+            those of the parameter replaced. Sites without an entry are left alone.
         optimizer: an unwrapped optimizer that holds the old parameters, or None.
         states: by site name, then parameter name: optimizer state of the new parameter. Without an entry it starts
             afresh.
     """
-    replaced: dict[nn.Parameter, nn.Parameter] = {}
-    new_states: dict[nn.Parameter, State] = {}
-    by_site: dict[str, dict[str, nn.Parameter]] = {}
+    states = states or {}
     for site in sites:
-        by_site[site.name] = {}
-        for name, value in values.get(site.name, {}).items():
-            old = getattr(site.mixer, name)
-            new = nn.Parameter(value.to(old), requires_grad=old.requires_grad)
-            replaced[old] = by_site[site.name][name] = new
-            new_states[new] = dict((states or {}).get(site.name, {}).get(name, {}))
-    if optimizer is not None:
-        swap_parameters(optimizer, {old: new for old, new in replaced.items() if old.requires_grad}, new_states)
-    for site in sites:
-        for name, parameter in by_site[site.name].items():
-            setattr(site.mixer, name, parameter)
-        if by_site[site.name]:
-            site.adapter.resized(site.mixer, site.state_size)
+        if site.name not in values:
+            continue
+        old, own = site.parameters(), states.get(site.name, {})
+        like = next(parameter for parameter in site.mixer.parameters() if parameter.ndim > 1)
+        new = {
+            name: nn.Parameter(value.to(old.get(name, like)), requires_grad=old.get(name, like).requires_grad)
+            for name, value in values[site.name].items()
+        }
+        swapped = {old[name]: new[name] for name in old if name in new and old[name].requires_grad}
+        if optimizer is not None:
+            swap_parameters(optimizer, swapped, {new[name]: dict(own.get(name, {})) for name in new})
+            remove_parameters(optimizer, [old[name] for name in old if name not in new])
+        for name in old | new:
+            owner, _, attribute = name.rpartition(".")
+            setattr(site.mixer.get_submodule(owner), attribute, new.get(name))
+        if optimizer is not None:
+            for name in new:
+                if name not in old:
+                    insert_parameter(optimizer, site.mixer, new[name])
+        site.adapter.resized(site.mixer, site.state_size)
 
 
 def resize_mixers(model: nn.Module, sizes: Mapping[str, int], optimizer: torch.optim.Optimizer | None = None) -> None:
@@ -58,7 +66,7 @@ def resize_mixers(model: nn.Module, sizes: Mapping[str, int], optimizer: torch.o
     sites = find_mixers(model)
     values = {
         site.name: {
-            name: site.parameters()[name].new_zeros(shape)
+            name: next(site.mixer.parameters()).new_zeros(shape)
             for name, shape in site.adapter.parameter_shapes(site.mixer, sizes[site.name]).items()
         }
         for site in sites
@@ -78,15 +86,14 @@ def sizes_in_state_dict(model: nn.Module, state_dict: Mapping[str, Any], prefix:
     sizes = {}
     for site in find_mixers(model):
         start = f"{prefix}{site.name}." if site.name else prefix
-        shapes = {name: state_dict[start + name].shape for name in site.parameters() if start + name in state_dict}
-        order = site.adapter.order_of(shapes)
+        shapes = {key[len(start) :]: value.shape for key, value in state_dict.items() if key.startswith(start)}
+        order = site.adapter.order_of(site.mixer, shapes)
         if order is None:
             continue
-        expected = site.adapter.parameter_shapes(site.mixer, order)
         wrong = [
-            f"{start}{name} has shape {tuple(shape)}, expected {tuple(expected[name])}"
-            for name, shape in shapes.items()
-            if shape != expected[name]
+            f"{start}{name} has shape {tuple(shapes[name])}, expected {tuple(shape)}"
+            for name, shape in site.adapter.parameter_shapes(site.mixer, order).items()
+            if name in shapes and shapes[name] != shape
         ]
         if wrong:
             raise ValueError(f"the checkpoint's tensors disagree about a state size of {order}: {'; '.join(wrong)}")

@@ -219,7 +219,7 @@ class CompreSSMCallback(TrainerCallback, ExportableState):
                 self._snapshot = Snapshot(**tensors["snapshot"])
         if tensors is not None and "tracker" in tensors:
             self._tracker = StabilityTracker(self.config.stability_threshold)
-            self._tracker.load_state_dict(tensors["tracker"])
+            self._tracker.load_state_dict(tensors["tracker"], model)
 
     def _check_settings(self, args: TrainingArguments, model: nn.Module) -> None:
         config, sizes = self.config, state_sizes(model)
@@ -270,8 +270,7 @@ class CompreSSMCallback(TrainerCallback, ExportableState):
         measured = measure_model(model)
         names, spectra = list(measured), [m.spectrum() for m in measured.values()]
         orders = self.config.order_policy().orders(spectra, original_sizes(model), self.config.constraints())
-        balancings = {name: measurement.balancing for name, measurement in measured.items()}
-        score = self._tracker.update(balancings, dict(zip(names, orders, strict=True)))
+        score = self._tracker.update(measured, dict(zip(names, orders, strict=True)))
         if score is not None:
             log_to_trackers({"compression/rank_stability": score})
         return self._tracker.streak >= self.config.stability_patience

@@ -15,13 +15,13 @@ from ..surgery.optimizer import check_optimizer_class
 def create_optimizer(model: nn.Module, args: TrainingArguments, ssm_learning_rate: float) -> torch.optim.Optimizer:
     """The optimizer that `args` name, with a group for state-space parameters.
 
-    Recurrence and input matrices of state-space layers are trained with their own, usually smaller, learning rate and
-    without weight decay; all else as the Trainer would do it. Pass the result as `Trainer(optimizers=(opt, None))`.
+    Parameters that set the dynamics of state-space layers (`MixerAdapter.dynamics`) are trained with their own, usually
+    smaller, learning rate and without weight decay; all else as the Trainer would do it. Pass the result as `Trainer(optimizers=(opt, None))`.
 
     Args:
         model: a model with supported mixers.
         args: learning rate, weight decay, optimizer name and its settings.
-        ssm_learning_rate: learning rate of the parameters that a cut replaces, > 0.
+        ssm_learning_rate: learning rate of those parameters, > 0.
 
     Raises:
         ValueError: if the learning rate is not positive, or the model has no supported mixer.
@@ -31,7 +31,7 @@ def create_optimizer(model: nn.Module, args: TrainingArguments, ssm_learning_rat
     """
     if ssm_learning_rate <= 0:
         raise ValueError(f"ssm_learning_rate must be positive; got {ssm_learning_rate}")
-    ssm = {id(p) for site in find_mixers(model) for p in site.parameters().values()}
+    ssm = {id(site.mixer.get_parameter(name)) for site in find_mixers(model) for name in site.adapter.dynamics}
     decayed = set(Trainer.get_decay_parameter_names(None, model))  # type: ignore[arg-type]
     groups: list[dict[str, Any]] = [
         {"params": [], "weight_decay": args.weight_decay},

@@ -6,7 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..reduction import Balancing, DiagonalSystem, balance, match_states, rank_stability
+from torch import nn
+
+from ..surgery import Measurement, find_mixers
 
 
 @dataclass
@@ -16,41 +18,39 @@ class StabilityTracker:
     Attributes:
         threshold: rank stability from which two measurements agree, in (0, 1].
         streak: number of agreements in a row, up to now.
-        previous: mixer name -> the balancing measured last.
+        previous: mixer name -> its measurement last time.
     """
 
     threshold: float
     streak: int = 0
-    previous: dict[str, Balancing] = field(default_factory=dict)
+    previous: dict[str, Measurement] = field(default_factory=dict)
 
-    def update(self, balancings: Mapping[str, Balancing], depths: Mapping[str, int]) -> float | None:
+    def update(self, measurements: Mapping[str, Measurement], depths: Mapping[str, int]) -> float | None:
         """Take in a new measurement.
 
         Args:
-            balancings: mixer name -> its balanced realisation now.
+            measurements: mixer name -> its measurement now.
             depths: mixer name -> number of leading states whose ranking matters, those that a cut would keep.
 
         Returns:
             The smallest rank stability over the layers, in [0, 1], or None at the first measurement.
         """
-        previous, self.previous = self.previous, dict(balancings)
-        if previous.keys() != balancings.keys():
+        previous, self.previous = self.previous, dict(measurements)
+        if previous.keys() != measurements.keys():
             self.streak = 0
             return None
         score = min(
-            rank_stability(match_states(previous[name], balancings[name]), max(depths[name], 1)) for name in balancings
+            measurement.agreement(previous[name], max(depths[name], 1)) for name, measurement in measurements.items()
         )
         self.streak = self.streak + 1 if score >= self.threshold else 0
         return score
 
     def state_dict(self) -> dict[str, Any]:
         """Tensors and numbers from which `load_state_dict` restores the tracker exactly."""
-        return {
-            "streak": self.streak,
-            "systems": {name: tuple(b.system) for name, b in self.previous.items()},
-        }
+        return {"streak": self.streak, "measurements": {n: m.state_dict() for n, m in self.previous.items()}}
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore a state saved by `state_dict`."""
+    def load_state_dict(self, state: Mapping[str, Any], model: nn.Module) -> None:
+        """Restore a state saved by `state_dict`, for a model with the same mixers."""
+        adapters = {site.name: site.adapter for site in find_mixers(model)}
         self.streak = state["streak"]
-        self.previous = {name: balance(DiagonalSystem(*system)) for name, system in state["systems"].items()}
+        self.previous = {name: adapters[name].load_measurement(m) for name, m in state["measurements"].items()}

@@ -55,7 +55,7 @@ def cut(model, optimizer, keep: float, method: str) -> None:
         for site in find_mixers(model)
         for name, parameter in site.parameters().items()
     }
-    compress(model, optimizer, Fraction(keep), constraints=SizeConstraints(minimum_change=0.0))
+    compress(model, optimizer=optimizer, policy=Fraction(keep), constraints=SizeConstraints(minimum_change=0.0))
     if method == "carried":
         return
     for site in find_mixers(model):

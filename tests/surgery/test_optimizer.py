@@ -45,7 +45,7 @@ def test_training_goes_on_with_every_parameter(name):
     model = small_model(dropout=0.0)
     optimizer = OPTIMIZERS[name](model.parameters())
     steps(model, optimizer, 3)
-    compress(model, optimizer, Fraction(0.5))
+    compress(model, optimizer=optimizer, policy=Fraction(0.5))
     assert state_sizes(model) == [6, 6]
     held = [id(p) for group in optimizer.param_groups for p in group["params"]]
     assert held == [id(p) for p in model.parameters()], "every live parameter, in the model's order"
@@ -61,7 +61,7 @@ def test_state_dict_round_trip_after_a_cut(name):
     model = small_model(dropout=0.0)
     optimizer = OPTIMIZERS[name](model.parameters())
     steps(model, optimizer, 2)
-    compress(model, optimizer, Fraction(0.5))
+    compress(model, optimizer=optimizer, policy=Fraction(0.5))
     twin = copy.deepcopy(model)
     twin_optimizer = OPTIMIZERS[name](twin.parameters())
     twin_optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
@@ -83,7 +83,7 @@ def test_moments_go_through_the_maps_of_the_plan(name, first, second):
         for site in find_mixers(model)
     }
     plan = make_plan(model, Fraction(0.5))
-    compress(model, optimizer, Fraction(0.5))
+    compress(model, optimizer=optimizer, policy=Fraction(0.5))
     for site, layer in zip(find_mixers(model), plan.layers, strict=True):
         for key, parameter in site.parameters().items():
             change, state = layer.reduction.changes[key], optimizer.state[parameter]
@@ -106,7 +106,7 @@ def test_factored_moments_are_those_of_the_mapped_full_moment():
         rows = s.get("exp_avg_sq_row")
         full[key] = s["exp_avg_sq"] if rows is None else rows[:, None] * s["exp_avg_sq_col"] / rows.mean()
     change = make_plan(model, Fraction(0.5)).layers[0].reduction.changes["B_re"]
-    compress(model, optimizer, Fraction(0.5))
+    compress(model, optimizer=optimizer, policy=Fraction(0.5))
     wanted, state = change.map_second(full), optimizer.state[site.mixer.B_re]
     assert torch.allclose(state["exp_avg_sq_row"], wanted.mean(1)) and torch.allclose(
         state["exp_avg_sq_col"], wanted.mean(0)
@@ -123,7 +123,7 @@ def test_groups_keep_their_members_and_settings():
     )
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.5**step)
     steps(model, optimizer, 2)
-    compress(model, optimizer, Energy(0.3))
+    compress(model, optimizer=optimizer, policy=Energy(0.3))
     named = dict(model.named_parameters())
     assert [id(p) for p in optimizer.param_groups[1]["params"]] == [id(named[n]) for n in ssm]
     steps(model, optimizer, 1)
@@ -133,8 +133,8 @@ def test_groups_keep_their_members_and_settings():
 
 def test_a_cut_before_the_first_step_and_without_an_optimizer():
     model = small_model()
-    compress(model, torch.optim.AdamW(model.parameters()), Fraction(0.5))
-    compress(model, None, Fraction(0.25))
+    compress(model, optimizer=torch.optim.AdamW(model.parameters()), policy=Fraction(0.5))
+    compress(model, policy=Fraction(0.25))
     assert state_sizes(model) == [3, 3] and model.config.state_sizes == [3, 3]
 
 
@@ -145,7 +145,7 @@ class AdamW8bit(torch.optim.AdamW):
 def test_unknown_optimizers_are_refused_by_name():
     model = small_model()
     with pytest.raises(TypeError, match="AdamW8bit.*torch.AdamW"):
-        compress(model, AdamW8bit(model.parameters()))
+        compress(model, optimizer=AdamW8bit(model.parameters()))
     assert state_sizes(model) == [12, 12]
 
 
@@ -168,7 +168,7 @@ def test_frozen_shared_and_missing_parameters_are_refused():
     mixers[0].B_re.requires_grad_(True)
     partial = torch.optim.AdamW([p for n, p in model.named_parameters() if "nu_log" not in n])
     with pytest.raises(ValueError, match="nu_log is trainable but in no parameter group"):
-        compress(model, partial)
+        compress(model, optimizer=partial)
     mixers[1].C_re = mixers[0].C_re
     with pytest.raises(ValueError, match="C_re is shared by"):
-        compress(model, optimizer)
+        compress(model, optimizer=optimizer)

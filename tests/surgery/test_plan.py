@@ -47,14 +47,14 @@ def test_a_mild_cut_hardly_changes_the_output_and_a_harsh_one_does():
     for share in (0.9, 0.1):
         model = small_model(state_sizes=40, hidden_size=4).eval()
         before = model(input_values=values).logits
-        compress(model, None, Fraction(share))
+        compress(model, policy=Fraction(share))
         moved.append((model(input_values=values).logits - before).abs().max().item())
     assert moved[0] < 1e-3 and 10 * moved[0] < moved[1]
 
 
 def test_history_records_the_cut_and_travels_with_the_checkpoint(tmp_path):
     model = small_model()
-    record = compress(model, None, Energy(0.3), step=5)
+    record = compress(model, policy=Energy(0.3), step=5)
     model.save_pretrained(tmp_path)
     loaded = AutoModelForSequenceClassification.from_pretrained(tmp_path)
     assert history(loaded) == [record] == json.loads(json.dumps([record]))
@@ -84,14 +84,14 @@ def test_fraction_speaks_of_the_original_size():
 
 def test_nothing_is_cut_where_too_little_would_go():
     model = small_model()
-    record = compress(model, None, Energy(1e-6))
+    record = compress(model, policy=Energy(1e-6))
     assert state_sizes(model) == [12, 12] and history(model) == []
     assert all(layer["new_size"] == 12 for layer in record["layers"])
 
 
 def test_uniform_sizes_and_multiples():
     model = small_model(state_sizes=40)
-    compress(model, None, Energy(0.2), constraints=SizeConstraints(uniform=True, multiple_of=8))
+    compress(model, policy=Energy(0.2), constraints=SizeConstraints(uniform=True, multiple_of=8))
     assert len(set(state_sizes(model))) == 1 and state_sizes(model)[0] % 8 == 0
 
 
@@ -100,7 +100,7 @@ def test_nan_leaves_the_model_alone_and_names_the_layer():
     with torch.no_grad():
         find_mixers(model)[1].mixer.C_re[0, 0] = math.nan
     with pytest.raises(ReductionError, match=r"layers\.1\.mixer: C holds NaN"):
-        compress(model, None, Fraction(0.5))
+        compress(model, policy=Fraction(0.5))
     assert state_sizes(model) == [12, 12]
 
 
@@ -118,7 +118,7 @@ def test_a_snapshot_undoes_a_cut_completely(fused):
     train(3)
     snapshot = Snapshot.take(model, optimizer)
     weights, state = copy.deepcopy(model.state_dict()), copy.deepcopy(optimizer.state_dict())
-    compress(model, optimizer, Fraction(0.25))
+    compress(model, optimizer=optimizer, policy=Fraction(0.25))
     train(3)
     snapshot.restore(model, optimizer)
     assert state_sizes(model) == model.config.state_sizes == [12, 12] and history(model) == []
@@ -148,5 +148,5 @@ def test_other_dtypes_keep_theirs(dtype):
     for site in find_mixers(model):
         site.mixer.nu_log.data = site.mixer.nu_log.data.float()
     kinds = {name: p.dtype for name, p in model.named_parameters()}
-    compress(model, torch.optim.AdamW(model.parameters()), Fraction(0.25))
+    compress(model, optimizer=torch.optim.AdamW(model.parameters()), policy=Fraction(0.25))
     assert {name: p.dtype for name, p in model.named_parameters()} == kinds and state_sizes(model) == [8, 8]

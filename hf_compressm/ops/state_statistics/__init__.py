@@ -1,0 +1,44 @@
+"""The state statistics of selective layers: G without ever storing all states."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from .naive import naive_state_gramian
+
+__all__ = ["naive_state_gramian", "state_gramian"]
+
+
+def state_gramian(u: Tensor, dt: Tensor, A: Tensor, B: Tensor, mask: Tensor | None = None, stride: int = 1) -> Tensor:
+    """Sum of h_t h_t^T over batch, channels and every `stride`-th time step of a selective scan.
+
+    h_t = exp(dt_t A) h_{t-1} + dt_t u_t B_t per channel, from h_{-1} = 0. Channels are split into G groups of
+    neighbours, each with its own B: one group in Mamba, `n_groups` in Mamba-2, whose heads and head channels are the
+    channels here. Memory does not grow with the length.
+
+    Args:
+        u: (batch, L, I), any float dtype: what drives the channels.
+        dt: (batch, L, I), >= 0: step sizes, after softplus.
+        A: (I, N), or (I, 1) where all states of a channel decay alike; usually negative.
+        B: (batch, L, G, N), with I divisible by G.
+        mask: (batch, L), 1 for tokens that count and 0 for padding; all count if None.
+        stride: every how many steps the states are looked at, >= 1. Looking at fewer costs less.
+
+    Returns:
+        float64 (G, N, N), accumulated in float32 over short stretches and in float64 over these.
+
+    Raises:
+        ValueError: if a shape does not fit.
+    """
+    batch, length, channels = u.shape
+    if dt.shape != u.shape:
+        raise ValueError(f"dt must have u's shape {tuple(u.shape)}, got {tuple(dt.shape)}")
+    if B.ndim != 4 or B.shape[:2] != u.shape[:2] or channels % B.shape[2]:
+        raise ValueError(f"B must be ({batch}, {length}, G, N) with G a divisor of {channels}, got {tuple(B.shape)}")
+    if A.shape not in ((channels, B.shape[3]), (channels, 1)):
+        raise ValueError(f"A must be ({channels}, {B.shape[3]}) or ({channels}, 1), got {tuple(A.shape)}")
+    if mask is not None and mask.shape != u.shape[:2]:
+        raise ValueError(f"mask must be {tuple(u.shape[:2])}, got {tuple(mask.shape)}")
+    if stride < 1:
+        raise ValueError(f"stride must be at least 1, got {stride}")
+    return naive_state_gramian(u, dt, A, B, mask, stride)

@@ -1,0 +1,35 @@
+"""Second moments of the states of a selective layer, accumulated while the states pass by."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+CHUNK = 16
+"""Time steps whose decays are computed at once; memory is CHUNK times that of the states."""
+
+
+@torch.no_grad()
+def naive_state_gramian(
+    u: Tensor, dt: Tensor, A: Tensor, B: Tensor, mask: Tensor | None = None, stride: int = 1
+) -> Tensor:
+    """Sum of h_t h_t^T over batch, channels and every `stride`-th time step. See `state_gramian`."""
+    batch, length, channels = u.shape
+    groups, size = B.shape[2:]
+    A = A.float().reshape(groups, channels // groups, -1)
+    state = u.new_zeros(batch, groups, channels // groups, size, dtype=torch.float32)
+    total = u.new_zeros(groups, size, size, dtype=torch.float64)
+    for start in range(0, length, CHUNK):
+        window = slice(start, min(start + CHUNK, length))
+        step = dt[:, window].float().transpose(0, 1).reshape(-1, batch, groups, channels // groups, 1)
+        drive = step * u[:, window].float().transpose(0, 1).reshape(step.shape)
+        decays = (step * A).exp()
+        gathered = torch.zeros_like(total, dtype=torch.float32)
+        for offset in range(len(step)):
+            state.mul_(decays[offset]).addcmul_(drive[offset], B[:, start + offset, :, None].float())
+            if (start + offset) % stride == stride - 1:
+                seen = state if mask is None else state * mask[:, start + offset, None, None, None].float()
+                rows = seen.transpose(0, 1).reshape(groups, -1, size)
+                gathered.baddbmm_(rows.mT, rows)
+        total += gathered
+    return total

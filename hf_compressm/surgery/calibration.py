@@ -1,0 +1,160 @@
+"""Gather statistics of a live model on calibration batches without disturbing its training."""
+
+from __future__ import annotations
+
+import inspect
+import random
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from .adapters import MixerSite, ReductionError, Statistics, find_mixers
+from .refit import Recording
+
+Batches = Iterable[Mapping[str, Any]]
+
+
+def needs_calibration(model: nn.Module) -> bool:
+    """Whether any mixer of the model can only be measured with calibration batches."""
+    return any(site.adapter.statistics(site.mixer) is not None for site in find_mixers(model))
+
+
+def gather_statistics(
+    model: nn.Module, batches: Batches | None, recordings: dict[str, Recording] | None = None
+) -> dict[str, Statistics]:
+    """Pass calibration batches through a model once and let every mixer that asks for it gather statistics.
+
+    The model is in evaluation mode meanwhile (no dropout, no update of running averages) and no gradients are formed;
+    modes, gradients and the random state of Python, NumPy and torch are afterwards as they were. Memory does not grow
+    with the number of batches.
+
+    Args:
+        model: a model with supported mixers, on its device.
+        batches: mappings with what the model's forward takes, for example from a DataLoader; a single mapping counts as
+            one batch. Labels are not used. May be None if no mixer needs statistics.
+        recordings: filled, by mixer name, with inputs and outputs to refit on, if given.
+
+    Returns:
+        Statistics by mixer name, for the mixers that need them.
+
+    Raises:
+        ValueError: no batches where they are needed; fewer tokens than a layer has states; a field that the model
+            does not take.
+        TypeError: a batch that is not a mapping.
+        ReductionError: statistics that are not finite.
+    """
+    sites = find_mixers(model)
+    gathered = {site.name: found for site in sites if (found := site.adapter.statistics(site.mixer)) is not None}
+    if not gathered:
+        return {}
+    if batches is None:
+        raise ValueError(
+            f"{type(model).__name__} has layers whose states can only be ranked on data: pass calibration batches, "
+            "mappings of what its forward takes, such as [{'input_ids': ...}] or a DataLoader"
+        )
+    count = 0
+    with _undisturbed(model), _observing(sites, gathered), _recording(sites, recordings):
+        for batch in [batches] if isinstance(batches, Mapping) else batches:
+            model(**_inputs(model, batch))
+            count += 1
+    _check(sites, gathered, count)
+    return gathered
+
+
+def _inputs(model: nn.Module, batch: Any) -> dict[str, Any]:
+    """The batch on the model's device, without labels, and with what saves work."""
+    if not isinstance(batch, Mapping):
+        raise TypeError(
+            f"a calibration batch must be a mapping from names to tensors; got {type(batch).__name__}. "
+            "For a list of examples use a DataLoader with a collator."
+        )
+    device = next(model.parameters()).device
+    accepted = inspect.signature(model.forward).parameters
+    fields = {name: value for name, value in batch.items() if name not in ("labels", "label", "label_ids")}
+    unknown = [name for name in fields if name not in accepted]
+    inputs = {"input_ids", "inputs_embeds", "input_values"} & accepted.keys()
+    if unknown or not inputs & fields.keys():
+        problem = f"{', '.join(unknown)} is not taken by" if unknown else "there is no input for"
+        raise ValueError(
+            f"calibration batch with fields {', '.join(map(str, batch))}: {problem} {type(model).__name__}.forward, "
+            f"which takes {', '.join(sorted(inputs))} and attention_mask"
+        )
+    economy = {"use_cache": False, "logits_to_keep": 1}
+    moved = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in fields.items()}
+    return {name: value for name, value in economy.items() if name in accepted} | moved
+
+
+def _check(sites: list[MixerSite], gathered: Mapping[str, Statistics], count: int) -> None:
+    if count == 0:
+        raise ValueError("the calibration data is empty: it yielded no batch")
+    for site in sites:
+        if site.name in gathered and gathered[site.name].tokens < site.state_size:
+            raise ValueError(
+                f"the calibration data is too short: {gathered[site.name].tokens} tokens cannot rank the "
+                f"{site.state_size} states of {site.name}. Pass more or longer batches."
+            )
+
+
+@contextmanager
+def _observing(sites: list[MixerSite], gathered: Mapping[str, Statistics]) -> Iterator[None]:
+    def hook(site: MixerSite):
+        def observe(mixer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            hidden_states = args[0] if args else kwargs["hidden_states"]
+            try:
+                gathered[site.name].observe(mixer, hidden_states, kwargs.get("attention_mask"))
+            except ReductionError as error:
+                raise ReductionError(f"{site.name}: {error}") from error
+
+        return observe
+
+    handles = [
+        site.mixer.register_forward_pre_hook(hook(site), with_kwargs=True) for site in sites if site.name in gathered
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def _recording(sites: list[MixerSite], recordings: dict[str, Recording] | None) -> Iterator[None]:
+    def hook(site: MixerSite, recording: Recording):
+        def record(mixer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
+            recording.add(args[0] if args else kwargs["hidden_states"], output, kwargs.get("attention_mask"))
+
+        return record
+
+    handles = []
+    if recordings is not None:
+        for site in sites:
+            if site.adapter.refitted(site.mixer):
+                recordings[site.name] = Recording()
+                handles.append(
+                    site.mixer.register_forward_hook(hook(site, recordings[site.name]), with_kwargs=True)
+                )
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def _undisturbed(model: nn.Module) -> Iterator[None]:
+    modes = [(module, module.training) for module in model.modules()]
+    states = random.getstate(), np.random.get_state()
+    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else []
+    with torch.random.fork_rng(devices=devices), torch.no_grad():
+        model.eval()
+        try:
+            yield
+        finally:
+            for module, training in modes:
+                module.training = training
+            random.setstate(states[0])
+            np.random.set_state(states[1])

@@ -1,0 +1,188 @@
+"""Adapters for Mamba mixers: a subset of states, the removed ones folded into the rows of `x_proj` that make C.
+
+B_t and C_t are linear in the layer's input after its convolution, so the corrected read-out K C_t is a plain change of
+weights, and the result is a smaller layer of the same class.
+
+Shapes: I channels, R rank of the time step, N states before the cut, r after it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..reduction import Selection, output_residual, read_out_correction
+from .adapters import MixerAdapter, MixerReduction, ReductionError, register_adapter
+from .changes import ParameterChange, Term
+from .selective import (
+    SelectiveMeasurement,
+    SelectiveStatistics,
+    Signals,
+    causal_convolution,
+    choose_states,
+    masked,
+)
+
+
+class MambaAdapter(MixerAdapter[Any]):
+    """Mixers of Mamba, FalconMamba and Jamba, and this package's own.
+
+    FalconMamba and Jamba normalise B and C over the states (RMS), so removing states rescales the others. The change is
+    made good on average: in Jamba by the norms' learned weights; FalconMamba has none, so there the read-out path is
+    rescaled as a whole, D by the inverse factor and `out_proj` by the factor.
+
+    Args:
+        mixer_class: the class or its full name.
+        size_field: name of the config field that holds the state size of all layers; None for `state_sizes`.
+    """
+
+    dynamics = ("A_log", "D", "dt_proj.bias")
+
+    def __init__(self, mixer_class: type[nn.Module] | str, size_field: str | None):
+        self.mixer_class = mixer_class
+        self.size_field = size_field
+        self.uniform = size_field is not None
+
+    def state_size(self, mixer: Any) -> int:
+        return mixer.A_log.shape[1]
+
+    def parameter_shapes(self, mixer: Any, order: int) -> dict[str, torch.Size]:
+        channels, rank = mixer.A_log.shape[0], mixer.dt_proj.weight.shape[1]
+        shapes = {
+            "A_log": torch.Size([channels, order]),
+            "x_proj.weight": torch.Size([rank + 2 * order, channels]),
+        }
+        if _learned_norms(mixer):
+            shapes |= {name: torch.Size([order]) for name in ("b_layernorm.weight", "c_layernorm.weight")}
+        elif _norms(mixer):
+            shapes |= {"D": mixer.D.shape, "out_proj.weight": mixer.out_proj.weight.shape}
+        return shapes
+
+    def order_of(self, mixer: Any, shapes: Mapping[str, torch.Size]) -> int | None:
+        if len(shapes.get("A_log", ())) == 2:
+            return shapes["A_log"][1]
+        return None
+
+    def statistics(self, mixer: Any) -> SelectiveStatistics:
+        return SelectiveStatistics(mamba_signals)
+
+    def measure(self, mixer: Any, statistics: SelectiveStatistics | None = None) -> SelectiveMeasurement:
+        return SelectiveMeasurement.of(statistics)
+
+    def load_measurement(self, state: Mapping[str, Tensor]) -> SelectiveMeasurement:
+        return SelectiveMeasurement.from_state_dict(state)
+
+    def reduce(
+        self,
+        mixer: Any,
+        measurement: SelectiveMeasurement,
+        order: int,
+        selection: Selection = "largest",
+        generator: torch.Generator | None = None,
+    ) -> MixerReduction:
+        G, W = measurement.G[0], measurement.W[0]
+        kept = choose_states(G, W, order, selection, generator)
+        K = read_out_correction(G, kept)
+        changes = self.subset_changes(mixer, measurement, kept, K)
+        if not all(change.value.isfinite().all() for change in changes.values()):
+            raise ReductionError("the reduced parameters are NaN or infinite")
+        read_in = torch.eye(len(G), dtype=G.dtype)[kept]
+        return MixerReduction(changes, residual=output_residual(G, W, read_in, K))
+
+    def subset_changes(
+        self, mixer: Any, measurement: SelectiveMeasurement, kept: Sequence[int], K: Tensor
+    ) -> dict[str, ParameterChange]:
+        """Parameters of the mixer with the r kept states and the read-out K C_t, K float64 (r, N)."""
+        rank, size, order = mixer.dt_proj.weight.shape[1], self.state_size(mixer), len(kept)
+        index = torch.tensor(kept)
+        select = torch.eye(size, dtype=torch.float64)[index]
+        projection = mixer.x_proj.weight.detach().to("cpu", torch.float64)
+        weights_B, weights_C = (_norm_weight(mixer, name, size) for name in ("b_layernorm", "c_layernorm"))
+        fold = K * weights_C
+        # A cut keeps the states' dynamics, so what trained row n of C trains row s wherever n = s. Co-states of the
+        # kept states are driven by the folded read-out, so gradients of B fold as the read-out does.
+        value = torch.block_diag(torch.eye(rank, dtype=torch.float64), select, fold) @ projection
+        gradient = torch.block_diag(torch.eye(rank, dtype=torch.float64), K, select)
+        changes = {
+            "A_log": ParameterChange(mixer.A_log.detach().cpu()[:, index], (Term("A_log", right=select.T),)),
+            "x_proj.weight": ParameterChange(value, (Term("x_proj.weight", left=gradient),)),
+        }
+        if not _norms(mixer):
+            return changes
+        # An RMS norm makes the mean square of what it is given 1; these are the mean squares asked for.
+        wanted_C = (K @ measurement.W[0] @ K.T).diagonal().mean()
+        wanted_B = (measurement.drives[0] / weights_B.square().clamp(min=1e-12))[index].mean()
+        scale_B, scale_C = (float(wanted.clamp(min=1e-30).sqrt()) for wanted in (wanted_B, wanted_C))
+        if _learned_norms(mixer):
+            weight = torch.full((order,), scale_C, dtype=torch.float64)
+            changes["b_layernorm.weight"] = ParameterChange(
+                weights_B[index] * scale_B, (Term("b_layernorm.weight", rows=index, scale=1 / scale_B),)
+            )
+            changes["c_layernorm.weight"] = ParameterChange(weight, (Term("c_layernorm.weight", rows=index),))
+        else:
+            D, out = (p.detach().to("cpu", torch.float64) for p in (mixer.D, mixer.out_proj.weight))
+            scale = scale_B * scale_C
+            changes["D"] = ParameterChange(D / scale, (Term("D", scale=scale),))
+            changes["out_proj.weight"] = ParameterChange(out * scale, (Term("out_proj.weight", scale=1 / scale),))
+        return changes
+
+    def refitted(self, mixer: Any) -> dict[str, slice]:
+        rows = {"A_log": slice(None), "x_proj.weight": slice(mixer.dt_proj.weight.shape[1], None)}
+        if _learned_norms(mixer):
+            rows |= dict.fromkeys(("b_layernorm.weight", "c_layernorm.weight"), slice(None))
+        return rows
+
+    def resized(self, mixer: Any, order: int) -> None:
+        rank = mixer.dt_proj.weight.shape[1]
+        mixer.x_proj.out_features = rank + 2 * order
+        if hasattr(mixer, "ssm_state_size"):
+            mixer.ssm_state_size = order
+        if _norms(mixer) and not _learned_norms(mixer):
+            for norm in (mixer.b_layernorm, mixer.c_layernorm):
+                norm.weight = nn.Buffer(norm.weight.new_ones(order), persistent=False)
+
+    def write_config(self, config: Any, sizes: Sequence[int]) -> None:
+        if self.size_field is None:
+            config.state_sizes = list(sizes)
+        else:
+            setattr(config, self.size_field, sizes[0])
+
+
+def mamba_signals(mixer: Any, hidden_states: Tensor, attention_mask: Tensor | None) -> Signals:
+    """What the mixer gives its scan for the hidden states (B, L, H) that it gets."""
+    projected = mixer.in_proj(masked(hidden_states, attention_mask))
+    u = causal_convolution(projected.chunk(2, dim=-1)[0], mixer.conv1d)
+    u = masked(u, attention_mask)
+    size, rank = mixer.A_log.shape[1], mixer.dt_proj.weight.shape[1]
+    step, B, C = mixer.x_proj(u).split([rank, size, size], dim=-1)
+    if _norms(mixer):
+        step, B, C = mixer.dt_layernorm(step), mixer.b_layernorm(B), mixer.c_layernorm(C)
+    dt = F.softplus((step @ mixer.dt_proj.weight.T).float() + mixer.dt_proj.bias.float())
+    return Signals(u, dt, -mixer.A_log.float().exp(), B[:, :, None], C[:, :, None])
+
+
+def _norms(mixer: Any) -> bool:
+    return hasattr(mixer, "b_layernorm")
+
+
+def _learned_norms(mixer: Any) -> bool:
+    return _norms(mixer) and isinstance(mixer.b_layernorm.weight, nn.Parameter)
+
+
+def _norm_weight(mixer: Any, name: str, size: int) -> Tensor:
+    if not _learned_norms(mixer):
+        return torch.ones(size, dtype=torch.float64)
+    return getattr(mixer, name).weight.detach().to("cpu", torch.float64)
+
+
+for _class, _field in {
+    "transformers.models.mamba.modeling_mamba.MambaMixer": "state_size",
+    "transformers.models.falcon_mamba.modeling_falcon_mamba.FalconMambaMixer": "state_size",
+    "transformers.models.jamba.modeling_jamba.JambaMambaMixer": "mamba_d_state",
+    "hf_compressm.layers.mamba.CompreSSMMambaMixer": None,
+}.items():
+    register_adapter(MambaAdapter(_class, _field))

@@ -1,0 +1,133 @@
+"""Refit a reduced mixer to what the full one put out on calibration data, before it goes into the model.
+
+Few parameters are fitted, those of the states, to a target that the data already gives: no labels and no pass through
+the rest of the model. It recovers most where the read-out cannot be corrected in closed form, as in stock Mamba-2.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor, nn
+
+from .adapters import MixerReduction, MixerSite, ReductionError
+from .resize import replace_parameters
+
+TOKENS = 8192
+"""Tokens per mixer that are kept to refit on, at most: memory must not grow with the calibration data."""
+BATCH_TOKENS = 1024
+"""Tokens per step of the refit, at least one sequence."""
+RATE = 0.05
+"""First step size relative to the root mean square of the parameter; it falls linearly to zero."""
+
+
+@dataclass
+class Recording:
+    """Inputs and outputs of one mixer on calibration data, on the CPU; the first `TOKENS` tokens.
+
+    Attributes:
+        inputs, outputs: per batch, (B, L, H).
+        masks: per batch, (B, L) or None.
+    """
+
+    inputs: list[Tensor] = field(default_factory=list)
+    outputs: list[Tensor] = field(default_factory=list)
+    masks: list[Tensor | None] = field(default_factory=list)
+    tokens: int = 0
+
+    def add(self, hidden_states: Tensor, output: Tensor, mask: Tensor | None) -> None:
+        """Take in a batch, whole sequences as far as there is room; the first one always has room."""
+        batch, length = hidden_states.shape[:2]
+        room = batch if not self.tokens else min(batch, (TOKENS - self.tokens) // length)
+        room = min(room, max(TOKENS // length, 1))
+        if room > 0:
+            self.inputs.append(hidden_states[:room].detach().cpu())
+            self.outputs.append(output[:room].detach().cpu())
+            self.masks.append(None if mask is None else mask[:room, -length:].detach().cpu())
+            self.tokens += room * length
+
+    def batches(self) -> list[tuple[Tensor, Tensor, Tensor | None]]:
+        """Inputs, outputs and masks in portions of about `BATCH_TOKENS` tokens."""
+        portions = []
+        for inputs, outputs, mask in zip(self.inputs, self.outputs, self.masks, strict=True):
+            size = max(BATCH_TOKENS // inputs.shape[1], 1)
+            for start in range(0, len(inputs), size):
+                part = slice(start, start + size)
+                portions.append((inputs[part], outputs[part], None if mask is None else mask[part]))
+        return portions
+
+
+def refit(site: MixerSite, reduction: MixerReduction, recording: Recording, steps: int) -> MixerReduction:
+    """The reduction with the values of state parameters refitted by `steps` steps of Adam on the recorded outputs.
+
+    The error is measured before and after over the whole recording; a refit that does not lower it is dropped.
+
+    Args:
+        site: the mixer before the cut; it is left alone.
+        reduction: its parameters after the cut.
+        recording: inputs and outputs of the mixer before the cut.
+        steps: optimizer steps, >= 1.
+
+    Raises:
+        ReductionError: if the reduced mixer puts out NaN or infinite values.
+    """
+    mixer = copy.deepcopy(site.mixer).eval().requires_grad_(False)
+    reduced = MixerSite(site.name, mixer, site.adapter)
+    values = {name: change.value.clone() for name, change in reduction.changes.items()}
+    replace_parameters([reduced], {site.name: values})
+    rows = site.adapter.refitted(mixer)
+    fitted = {name: mixer.get_parameter(name).requires_grad_() for name in rows}
+    portions = recording.batches()
+    with torch.enable_grad():
+        before = _error(mixer, portions)
+        if not before.isfinite():
+            raise ReductionError("the reduced layer puts out NaN or infinite values on the calibration data")
+        _descend(mixer, fitted, rows, portions, steps)
+        after = _error(mixer, portions)
+    if not after < before:
+        return reduction
+    changes = dict(reduction.changes)
+    for name, parameter in fitted.items():
+        value = changes[name].value.clone()
+        value[rows[name]] = parameter.detach()[rows[name]].to(value)
+        changes[name] = replace(changes[name], value=value)
+    return replace(reduction, changes=changes)
+
+
+def _descend(
+    mixer: nn.Module,
+    fitted: Mapping[str, nn.Parameter],
+    rows: Mapping[str, slice],
+    portions: list[tuple[Tensor, Tensor, Tensor | None]],
+    steps: int,
+) -> None:
+    rates = {name: RATE * float(p.detach()[rows[name]].float().square().mean().sqrt()) for name, p in fitted.items()}
+    optimizer = torch.optim.Adam([{"params": [p], "lr": rates[name]} for name, p in fitted.items()])
+    for step in range(steps):
+        optimizer.zero_grad()
+        _relative_error(mixer, *portions[step % len(portions)]).backward()
+        for (name, parameter), group in zip(fitted.items(), optimizer.param_groups, strict=True):
+            assert parameter.grad is not None
+            kept = torch.zeros_like(parameter.grad)
+            kept[rows[name]] = parameter.grad[rows[name]]
+            parameter.grad = kept
+            group["lr"] = rates[name] * (1 - step / steps)
+        optimizer.step()
+
+
+def _relative_error(mixer: nn.Module, inputs: Tensor, outputs: Tensor, mask: Tensor | None) -> Tensor:
+    device = next(mixer.parameters()).device
+    inputs, outputs = inputs.to(device), outputs.to(device).float()
+    mask = None if mask is None else mask.to(device)
+    miss = mixer(inputs, attention_mask=mask).float() - outputs
+    if mask is not None:
+        miss, outputs = miss * mask[..., None], outputs * mask[..., None]
+    return miss.square().sum() / outputs.square().sum().clamp(min=1e-30)
+
+
+@torch.no_grad()
+def _error(mixer: nn.Module, portions: list[tuple[Tensor, Tensor, Tensor | None]]) -> Tensor:
+    return torch.stack([_relative_error(mixer, *portion) for portion in portions]).mean()
