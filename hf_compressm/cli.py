@@ -55,7 +55,7 @@ def compress_command(
     target: Annotated[float | None, typer.Option(help="Mean number of states per layer to reach.")] = None,
     fraction: Annotated[float | None, typer.Option(help="Share of every layer's states to keep.")] = None,
     multiple_of: Annotated[int, typer.Option(help="Round state sizes up to a multiple of this.")] = 1,
-    uniform: Annotated[bool, typer.Option(help="Cut all layers to one common size.")] = False,
+    uniform: Annotated[bool | None, typer.Option(help="Cut all layers to one common size.")] = None,
 ) -> None:
     """Cut the states of a trained model and save the result."""
     given = {"tau": tau, "target": target, "fraction": fraction}

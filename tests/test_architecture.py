@@ -12,7 +12,7 @@ ALLOWED = {
     "ops": set(),
     "layers": {"ops"},
     "models": {"layers", "ops"},
-    "surgery": {"reduction", "models", "layers"},
+    "surgery": {"reduction", "models", "layers", "ops"},
     "training": {"surgery", "reduction"},
     "data": set(),
     "pretraining": {"data", "surgery", "training", "models"},

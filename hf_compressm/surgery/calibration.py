@@ -134,9 +134,7 @@ def _recording(sites: list[MixerSite], recordings: dict[str, Recording] | None) 
         for site in sites:
             if site.adapter.refitted(site.mixer):
                 recordings[site.name] = Recording()
-                handles.append(
-                    site.mixer.register_forward_hook(hook(site, recordings[site.name]), with_kwargs=True)
-                )
+                handles.append(site.mixer.register_forward_hook(hook(site, recordings[site.name]), with_kwargs=True))
     try:
         yield
     finally:

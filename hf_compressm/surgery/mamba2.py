@@ -87,8 +87,7 @@ class StockMamba2Adapter(_Mamba2Adapter):
         generator: torch.Generator | None = None,
     ) -> MixerReduction:
         kept = [
-            choose_states(G, W, order, selection, generator)
-            for G, W in zip(measurement.G, measurement.W, strict=True)
+            choose_states(G, W, order, selection, generator) for G, W in zip(measurement.G, measurement.W, strict=True)
         ]
         residuals = []
         for G, W, states in zip(measurement.G, measurement.W, kept, strict=True):

@@ -25,10 +25,12 @@ from ..surgery import (
     history,
     make_plan,
     measure_model,
+    needs_calibration,
     original_sizes,
     set_history,
     state_sizes,
 )
+from .calibration import Batches, calibration_batches
 from .checkpoint import ResizeOnLoad, load_callback_state, save_callback_state
 from .config import CompressionConfig
 from .stability import StabilityTracker
@@ -137,7 +139,7 @@ class CompreSSMCallback(TrainerCallback, ExportableState):
     ):
         self.timer.end_step()
         if state.global_step in self._attempts and self._may_cut(model):
-            self._attempt(state, model, optimizer)
+            self._attempt(state, model, optimizer, kwargs.get("train_dataloader"))
 
     def on_evaluate(
         self,
@@ -247,14 +249,26 @@ class CompreSSMCallback(TrainerCallback, ExportableState):
             return False
         return not (self.config.trigger == "stability" and records)
 
-    def _attempt(self, state: TrainerState, model: nn.Module, optimizer: Any) -> None:
+    def _attempt(self, state: TrainerState, model: nn.Module, optimizer: Any, train_dataloader: Any) -> None:
         step, config = state.global_step, self.config
+        seed = config.selection_seed * 1_000_003 + step
+        batches = None
+        if needs_calibration(model):
+            batches = calibration_batches(train_dataloader, config.calibration_batches, seed)
         try:
-            if self._tracker is not None and not self._settled(state, model):
+            if self._tracker is not None and not self._settled(model, batches):
                 return
             left = 1 if self._tracker else sum(attempt >= step for attempt in self._attempts)
-            generator = torch.Generator().manual_seed(config.selection_seed * 1_000_003 + step)
-            plan = make_plan(model, config.order_policy(), config.constraints(), config.selection, generator, left)
+            plan = make_plan(
+                model,
+                config.order_policy(),
+                config.constraints(),
+                config.selection,
+                torch.Generator().manual_seed(seed),
+                left,
+                batches,
+                config.refit_steps,
+            )
         except ReductionError as error:
             logger.warning(f"Step {step}: no cut, and training goes on at the present size: {error}")
             return
@@ -265,9 +279,9 @@ class CompreSSMCallback(TrainerCallback, ExportableState):
             apply_plan(model, optimizer, plan, step)
         self._report(state, plan)
 
-    def _settled(self, state: TrainerState, model: nn.Module) -> bool:
+    def _settled(self, model: nn.Module, batches: Batches | None) -> bool:
         assert self._tracker is not None
-        measured = measure_model(model)
+        measured = measure_model(model, batches)
         names, spectra = list(measured), [m.spectrum() for m in measured.values()]
         orders = self.config.order_policy().orders(spectra, original_sizes(model), self.config.constraints())
         score = self._tracker.update(measured, dict(zip(names, orders, strict=True)))
@@ -340,6 +354,8 @@ class CompreSSMCallback(TrainerCallback, ExportableState):
                 logs[f"{prefix}/singular_value_largest_removed"] = float(values[layer.new_size])
                 if layer.reduction.bound is not None:
                     logs[f"{prefix}/error_bound"] = layer.reduction.bound
+                if layer.reduction.residual is not None:
+                    logs[f"{prefix}/residual"] = layer.reduction.residual
         log_to_trackers(logs)
         if plan.cuts:
             bounds = [

@@ -65,10 +65,27 @@ class CompressionConfig:
     )
     min_state_size: int = field(default=1, metadata={"help": "Fewest states that a layer may be left with, >= 1."})
     multiple_of: int = field(default=1, metadata={"help": "State sizes are rounded up to a multiple of this, >= 1."})
-    uniform: bool = field(default=False, metadata={"help": "Cut all layers to one common size."})
+    uniform: bool | None = field(
+        default=None,
+        metadata={"help": "Cut all layers to one common size. Default: only where the model's class needs it."},
+    )
     min_change: float = field(
         default=0.05,
         metadata={"help": "Cut a layer only if at least this share of its states goes, in [0, 1)."},
+    )
+    calibration_batches: int = field(
+        default=2,
+        metadata={
+            "help": "Training batches on which the states of selective layers are ranked at each attempt, >= 1. They "
+            "are drawn apart from the training's own."
+        },
+    )
+    refit_steps: int = field(
+        default=0,
+        metadata={
+            "help": "Steps in which each reduced selective layer is refitted to the outputs of the full one, >= 0. "
+            "Training itself does the same soon after."
+        },
     )
     selection: Literal["largest", "smallest", "random"] = field(
         default="largest",
@@ -125,6 +142,11 @@ class CompressionConfig:
             )
         if self.selection not in ("largest", "smallest", "random"):
             raise ValueError(f"selection must be largest, smallest or random; got {self.selection!r}")
+        if self.calibration_batches < 1 or self.refit_steps < 0:
+            raise ValueError(
+                "calibration_batches must be >= 1 and refit_steps >= 0; got "
+                f"{self.calibration_batches} and {self.refit_steps}"
+            )
         if self.rollback_tolerance < 0:
             raise ValueError(f"rollback_tolerance must be >= 0; got {self.rollback_tolerance}")
         self.order_policy()

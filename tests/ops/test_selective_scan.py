@@ -1,0 +1,161 @@
+"""The selective scan's CPU kernels against the plain reference, and the single step against the scan."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hf_compressm.ops.selective_scan import naive_selective_scan, selective_scan, selective_state_update
+
+# Sums of up to N = 128 products in another order.
+TOLERANCE = {torch.float64: 1e-11, torch.float32: 2e-5}
+
+
+def inputs(batch=2, length=63, channels=5, size=3, dtype=torch.float64, seed=0, everything=True, step=1.0):
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(*shape):
+        return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
+
+    tensors = {
+        "u": draw(batch, length, channels),
+        "delta": draw(batch, length, channels),
+        "A": -step * draw(channels, size).exp(),
+        "B": draw(batch, length, size),
+        "C": draw(batch, length, size),
+    }
+    if everything:
+        tensors |= {
+            "D": draw(channels),
+            "z": draw(batch, length, channels),
+            "delta_bias": draw(channels),
+            "initial_state": draw(batch, channels, size),
+        }
+    return tensors
+
+
+def outputs_and_gradients(function, tensors, **options):
+    leaves = {name: tensor.detach().clone().requires_grad_() for name, tensor in tensors.items()}
+    y, final = function(**leaves, delta_softplus=True, **options)
+    generator = torch.Generator().manual_seed(9)
+    weights = [torch.randn(t.shape, generator=generator, dtype=torch.float64).to(t.dtype) for t in (y, final)]
+    loss = (y * weights[0]).sum() + (final * weights[1]).sum()
+    gradients = torch.autograd.grad(loss, list(leaves.values()))
+    return {"y": y, "final": final} | {f"d{name}": g for name, g in zip(leaves, gradients, strict=True)}
+
+
+def assert_alike(found, expected, tolerance):
+    for name, value in expected.items():
+        scale = value.abs().max().clamp(min=1e-3)
+        assert ((found[name].to(value) - value).abs().max() / scale).item() < tolerance, name
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize(
+    "sizes", [(1, 1, 1, 1), (3, 63, 5, 3), (1, 65, 33, 16), (2, 32, 17, 17), (2, 33, 16, 128), (1, 200, 2, 1)]
+)
+@pytest.mark.parametrize("everything", [True, False])
+def test_cpu_kernels_equal_the_reference_with_all_gradients(dtype, sizes, everything):
+    tensors = inputs(*sizes, dtype=dtype, everything=everything)
+    expected = outputs_and_gradients(naive_selective_scan, {k: v.double() for k, v in tensors.items()})
+    found = outputs_and_gradients(selective_scan, tensors, return_final_state=True, backend="cpu")
+    assert_alike(found, expected, TOLERANCE[dtype])
+
+
+@settings(max_examples=15, deadline=None)
+@given(st.integers(1, 3), st.integers(1, 70), st.integers(1, 20), st.integers(1, 20), st.integers(0, 99))
+def test_random_sizes(batch, length, channels, size, seed):
+    tensors = inputs(batch, length, channels, size, seed=seed)
+    expected = outputs_and_gradients(naive_selective_scan, tensors)
+    assert_alike(outputs_and_gradients(selective_scan, tensors, return_final_state=True), expected, 1e-11)
+
+
+def test_gradients_of_the_reference_are_those_of_finite_differences():
+    tensors = inputs(1, 4, 2, 2)
+    names = list(tensors)
+    for backend in ("naive", "cpu"):
+        torch.autograd.gradcheck(
+            lambda *values: selective_scan(  # noqa: B023
+                **dict(zip(names, values, strict=True)), delta_softplus=True, return_final_state=True, backend=backend
+            ),
+            [tensor.requires_grad_() for tensor in tensors.values()],
+        )
+
+
+@pytest.mark.parametrize("backend", ["naive", "cpu"])
+def test_strong_decay_underflows_without_nan_and_strides_do_not_matter(backend):
+    tensors = inputs(2, 40, 6, 4, dtype=torch.float32, step=1e4)
+    found = outputs_and_gradients(selective_scan, tensors, return_final_state=True, backend=backend)
+    assert all(value.isfinite().all() for value in found.values())
+    strided = {
+        name: value.transpose(1, 2).contiguous().transpose(1, 2) if value.ndim == 3 else value
+        for name, value in tensors.items()
+    }
+    again = outputs_and_gradients(selective_scan, strided, return_final_state=True, backend=backend)
+    assert_alike(again, found, 1e-5)
+
+
+def test_exponential_is_accurate_over_its_range():
+    # One step from a state of ones with nothing coming in shows exp(dt A) itself.
+    rates = torch.linspace(-80, 0, 4001, dtype=torch.float32)[:, None]
+    one = torch.ones(1, 1, len(rates))
+    _, final = selective_scan(
+        0 * one, one, rates, torch.zeros(1, 1, 1), torch.zeros(1, 1, 1),
+        initial_state=torch.ones(1, len(rates), 1), return_final_state=True, backend="cpu",
+    )  # fmt: skip
+    exact = rates.double().exp()
+    assert ((final[0].double() - exact).abs() / exact).max() < 3e-7
+
+
+def test_nan_is_not_swallowed():
+    for name in ("u", "delta", "B", "C"):
+        tensors = inputs(1, 8, 3, 4, dtype=torch.float32, everything=False)
+        tensors[name][0, 2, 1] = float("nan")
+        assert selective_scan(**tensors, backend="cpu").isnan().any(), name
+
+
+def test_half_precision_keeps_states_in_float32():
+    tensors = {
+        k: v.bfloat16() if k in ("u", "delta", "B", "C", "z") else v for k, v in inputs(dtype=torch.float32).items()
+    }
+    y, final = selective_scan(**tensors, delta_softplus=True, return_final_state=True)
+    expected, state = naive_selective_scan(**{k: v.double() for k, v in tensors.items()}, delta_softplus=True)
+    assert y.dtype == torch.bfloat16 and final.dtype == torch.float32
+    assert (y.double() - expected).abs().max() / expected.abs().max() < 1e-2
+    assert (final.double() - state).abs().max() / state.abs().max() < 1e-5
+
+
+def test_results_do_not_depend_on_the_number_of_threads():
+    tensors, threads = inputs(3, 50, 40, 7, dtype=torch.float32), torch.get_num_threads()
+    results = []
+    try:
+        for count in (1, 2):
+            torch.set_num_threads(count)
+            results.append(outputs_and_gradients(selective_scan, tensors, return_final_state=True, backend="cpu"))
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(results[0][name], results[1][name]) for name in results[0])
+
+
+def test_single_steps_make_up_the_scan():
+    tensors = inputs(2, 9, 5, 4)
+    y, final = selective_scan(**tensors, delta_softplus=True, return_final_state=True)
+    state = tensors["initial_state"].clone()
+    fixed = {name: tensors[name] for name in ("A", "D", "delta_bias")}
+    for t in range(9):
+        moving = {name: tensors[name][:, t] for name in ("u", "delta", "B", "C", "z")}
+        step = selective_state_update(state, **moving, **fixed, delta_softplus=True)
+        assert torch.allclose(step, y[:, t], atol=1e-12)
+    assert torch.allclose(state, final, atol=1e-12)
+
+
+def test_a_backend_can_be_forced_and_nonsense_is_refused(monkeypatch):
+    tensors = inputs(everything=False)
+    monkeypatch.setenv("HF_COMPRESSM_SELECTIVE_SCAN", "typo")
+    with pytest.raises(ValueError, match="unknown backend 'typo'.*naive, cpu"):
+        selective_scan(**tensors)
+    monkeypatch.delenv("HF_COMPRESSM_SELECTIVE_SCAN")
+    with pytest.raises(ValueError, match=r"B must be \(2, 63, 3\)"):
+        selective_scan(**(tensors | {"B": tensors["B"][:, :-1]}))
+    with pytest.raises(ValueError, match="A must have shape"):
+        selective_scan(**(tensors | {"A": tensors["A"][:-1]}))
