@@ -32,6 +32,9 @@ logger = logging.get_logger(__name__)
 
 HEADS = {"sequence_classification": AutoModelForSequenceClassification, "causal_lm": AutoModelForCausalLM}
 
+CACHES = ["cache_params", "past_key_values"]
+"""Outputs of models that are not predictions; stock state-space models do not say so themselves."""
+
 
 @dataclass
 class RunArguments:
@@ -40,6 +43,9 @@ class RunArguments:
     task: str | None = field(default=None, metadata={"help": f"One of: {', '.join(task_names())}."})
     data_dir: str | None = field(
         default=None, metadata={"help": "Local folder with the task's data, instead of the hub."}
+    )
+    task_options: str | None = field(
+        default=None, metadata={"help": "Options of the task as JSON, or a mapping in the file; see its docstring."}
     )
     model_type: str = field(default="mimo_ssm", metadata={"help": "Architecture, as known to AutoConfig."})
     model: str | None = field(
@@ -57,12 +63,13 @@ class RunArguments:
 
 @dataclass
 class Run:
-    """A parsed run: arguments, model config fields and compression settings."""
+    """A parsed run: arguments, compression settings, fields of the model's config and options of the task."""
 
     arguments: RunArguments
     training: TrainingArguments
     compression: CompressionConfig
     model: dict[str, Any]
+    task_options: dict[str, Any]
 
 
 @dataclass
@@ -98,13 +105,16 @@ def parse_run(argv: Sequence[str]) -> Run:
     if argv and not argv[0].startswith("-"):
         from_file = _read_yaml(Path(argv.pop(0)))
     model = from_file.pop("model", None) or {}
+    task_options = from_file.pop("task_options", None) or {}
     parser.set_defaults(**from_file)
     arguments, training, compression = parser.parse_args_into_dataclasses(args=argv)
     if arguments.task is None:
         raise ValueError(f"no task given; set `task` in the file or pass --task, one of: {', '.join(task_names())}")
     if arguments.model is not None:
         model = model | json.loads(arguments.model)
-    return Run(arguments, training, compression, model)
+    if arguments.task_options is not None:
+        task_options = task_options | json.loads(arguments.task_options)
+    return Run(arguments, training, compression, model, task_options)
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
@@ -153,6 +163,7 @@ def build_trainer(run: Run, task: Task, model: nn.Module) -> tuple[Trainer, Comp
         eval_dataset=task.validation,
         data_collator=task.collator,
         compute_metrics=task.compute_metrics,
+        preprocess_logits_for_metrics=task.preprocess_logits_for_metrics,
         callbacks=[callback] if callback else None,
         optimizers=(optimizer, None),
     )
@@ -165,14 +176,16 @@ def execute(run: Run) -> RunResult:
     Raises:
         ValueError: on a checkpoint to resume from whose tensors disagree with its config, and as `build_model` does.
     """
-    task = load_task(run.arguments.task or "", data_dir=run.arguments.data_dir, seed=run.training.seed)
+    task = load_task(
+        run.arguments.task or "", data_dir=run.arguments.data_dir, seed=run.training.seed, **run.task_options
+    )
     model = build_model(run, task)
     trainer, callback = build_trainer(run, task, model)
-    trained = trainer.train(resume_from_checkpoint=_checkpoint_to_resume(run.training))
+    trained = trainer.train(resume_from_checkpoint=_checkpoint_to_resume(run.training), ignore_keys_for_eval=CACHES)
     trainer.save_model()
     trainer.save_state()
     trainer.save_metrics("train", trained.metrics)
-    tested = trainer.evaluate(task.test, metric_key_prefix="test")
+    tested = trainer.evaluate(task.test, ignore_keys=CACHES, metric_key_prefix="test")
     trainer.save_metrics("test", tested)
     result = RunResult(
         model=model,
@@ -206,15 +219,16 @@ def _checkpoint_to_resume(training: TrainingArguments) -> str | None:
     return wanted
 
 
-def summary(result: RunResult, task_metric: str = "test_accuracy") -> str:
-    """The table that a run ends with: states per layer before and after, the test metric, and speed."""
+def summary(result: RunResult) -> str:
+    """The table that a run ends with: states per layer before and after, test metrics, and speed."""
     width = max(len(f"layer {len(result.sizes_before)}"), 5)
     lines = [f"{'':{width}}  {'states before':>13}  {'after':>6}  {'kept':>6}"]
     rows = [(f"layer {i}", b, a) for i, (b, a) in enumerate(zip(result.sizes_before, result.sizes_after, strict=True))]
     rows.append(("total", sum(result.sizes_before), sum(result.sizes_after)))
     lines += [f"{name:{width}}  {before:>13}  {after:>6}  {after / before:>6.1%}" for name, before, after in rows]
-    if task_metric in result.metrics:
-        lines.append(f"{task_metric.replace('_', ' ')}: {result.metrics[task_metric]:.4f}")
+    for name, value in result.metrics.items():
+        if name.startswith("test_") and not name.endswith(("_runtime", "_per_second", "_preparation_time")):
+            lines.append(f"{name.replace('_', ' ')}: {value:.4f}")
     if len(result.speed) > 1:
         first, before, after = (result.speed[i]["steps_per_second"] for i in (0, -2, -1))
         lines.append(

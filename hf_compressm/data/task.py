@@ -26,7 +26,9 @@ class Task:
         model_kwargs: config fields that the data decides, for example `num_channels`, `num_labels`,
             `id2label`.
         compute_metrics: what `Trainer` takes under this name; returns Python floats.
-        metric_for_best_model: a key that `compute_metrics` returns; larger is better.
+        metric_for_best_model: a key that `compute_metrics` returns.
+        greater_is_better: whether a larger value of that metric is better.
+        preprocess_logits_for_metrics: what `Trainer` takes under this name, to keep less than all logits; or None.
         problem: which kind of head the model needs.
         collator: makes a batch of items; None where `Trainer`'s default does.
     """
@@ -40,6 +42,8 @@ class Task:
     metric_for_best_model: str
     problem: Literal["sequence_classification", "causal_lm"]
     collator: Callable[[list[dict[str, Any]]], dict[str, Any]] | None = None
+    greater_is_better: bool = True
+    preprocess_logits_for_metrics: Callable[[Any, Any], Any] | None = None
 
 
 TaskBuilder = Callable[..., Task]

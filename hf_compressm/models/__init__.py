@@ -1,5 +1,17 @@
 """Model classes for the Hugging Face stack; importing this package registers them with the Auto classes."""
 
+from .compressm_mamba import (
+    CompreSSMMambaConfig,
+    CompreSSMMambaForCausalLM,
+    CompreSSMMambaForSequenceClassification,
+    CompreSSMMambaModel,
+)
+from .compressm_mamba2 import (
+    CompreSSMMamba2Config,
+    CompreSSMMamba2ForCausalLM,
+    CompreSSMMamba2ForSequenceClassification,
+    CompreSSMMamba2Model,
+)
 from .mimo_ssm import (
     MimoSSMCache,
     MimoSSMConfig,
@@ -10,6 +22,14 @@ from .mimo_ssm import (
 )
 
 __all__ = [
+    "CompreSSMMamba2Config",
+    "CompreSSMMamba2ForCausalLM",
+    "CompreSSMMamba2ForSequenceClassification",
+    "CompreSSMMamba2Model",
+    "CompreSSMMambaConfig",
+    "CompreSSMMambaForCausalLM",
+    "CompreSSMMambaForSequenceClassification",
+    "CompreSSMMambaModel",
     "MimoSSMCache",
     "MimoSSMConfig",
     "MimoSSMForCausalLM",

@@ -1,7 +1,7 @@
 """Reduction of selective layers from empirical Gramians: a subset of states with a corrected read-out, or a new basis.
 
-A selective layer computes y_k = c_k^T h_k with states h_k and read-outs c_k that vary from token to token. Its empirical
-Gramians are G = E[h h^T] (controllability: how strongly inputs drive the states) and W = E[c c^T] (how strongly
+A selective layer computes y_k = c_k^T h_k with states h_k and read-outs c_k that vary from token to token. Its
+empirical Gramians are G = E[h h^T] (controllability: how strongly inputs drive the states) and W = E[c c^T] (how strongly
 outputs read them), both float64 (N, N), symmetric positive semidefinite.
 """
 
@@ -123,7 +123,7 @@ def low_rank_basis(G: Tensor, W: Tensor, order: int) -> tuple[Tensor, Tensor]:
         raise ValueError(f"order must lie between 1 and the number of states {len(G)}; got {order}")
     F, E = gramian_factor(G), gramian_factor(W)
     V, S, Uh = torch.linalg.svd(E.T @ F, full_matrices=False)
-    rank = min(order, int((S > S[:1] * torch.finfo(S.dtype).eps).sum()))
+    rank = min(order, int((S[:1] * torch.finfo(S.dtype).eps < S).sum()))
     L = (V[:, :rank] / S[:rank].sqrt()).T @ E.T
     R = Uh[:rank] / S[:rank, None].sqrt() @ F.T
     balance = (R.norm(dim=1) / L.norm(dim=1)).sqrt()[:, None]

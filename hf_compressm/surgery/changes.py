@@ -17,7 +17,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Term:
-    """One summand of a gradient map: contract * scale * (left @ old[rows] @ right), summed over the last axis if contracted.
+    """One summand of a gradient map: scale * contract * (left @ old[rows] @ right).
 
     Attributes:
         source: name of the old parameter, within its mixer, whose gradient enters.

@@ -18,8 +18,8 @@ def calibration_batches(dataloader: Any, count: int, seed: int) -> Batches:
     """Collate `count` batches of the training data in an order of their own.
 
     The training's sampler and workers are not touched, and the random state of Python, NumPy and torch, which a
-    data set's transform or a collator may use, is afterwards as it was. A data set that can only be iterated over is read
-    from its start.
+    data set's transform or a collator may use, is afterwards as it was. A data set that can only be iterated over is
+    read from its start.
 
     Args:
         dataloader: the training's DataLoader, or Accelerate's wrapper of it: its data set, batch size and collator

@@ -16,7 +16,8 @@ def create_optimizer(model: nn.Module, args: TrainingArguments, ssm_learning_rat
     """The optimizer that `args` name, with a group for state-space parameters.
 
     Parameters that set the dynamics of state-space layers (`MixerAdapter.dynamics`) are trained with their own, usually
-    smaller, learning rate and without weight decay; all else as the Trainer would do it. Pass the result as `Trainer(optimizers=(opt, None))`.
+    smaller, learning rate and without weight decay; all else as the Trainer would do it. Pass the result as
+    `Trainer(optimizers=(opt, None))`.
 
     Args:
         model: a model with supported mixers.

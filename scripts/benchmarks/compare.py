@@ -1,7 +1,7 @@
-"""Full size against compressed against trained from scratch at the compressed sizes, on `digits`.
+"""Full size against compressed against trained from scratch at the compressed sizes, on the task of a config.
 
-    python scripts/benchmarks/digits.py configs/runs/digits_mimo_ssm.yaml --seeds 5 --json digits.jsonl
-    python scripts/benchmarks/digits.py configs/runs/digits_narrow.yaml --seeds 5 --json digits_narrow.jsonl
+    python scripts/benchmarks/compare.py configs/runs/digits_mimo_ssm.yaml --seeds 5 --json digits.jsonl
+    python scripts/benchmarks/compare.py configs/runs/stdlib_mamba.yaml --seeds 3 --json mamba.jsonl -- --max_steps 1000
 
 For every seed: a run of the config without cuts, one with, and one whose layers start with the sizes that the second
 ended with. Options after `--` override the config in all runs. Each run is a process of its own with a fixed number of
@@ -35,7 +35,7 @@ def run_job(config: str, overrides: list[str]) -> dict:
         run = parse_run([config, *overrides, "--output_dir", folder, "--save_strategy", "no", "--disable_tqdm", "true"])
         result = execute(run)
     return {
-        "accuracy": result.metrics["test_accuracy"],
+        "metrics": {name: value for name, value in result.metrics.items() if name.startswith("test_")},
         "seconds": result.metrics["train_runtime"],
         "sizes": result.sizes_after,
         "sizes_before": result.sizes_before,
@@ -69,19 +69,35 @@ def seed_runs(config: str, seed: int, done: dict, threads: int, overrides: list[
 
 def table(done: dict, seeds: int) -> str:
     lines = [
-        "| | test accuracy, % | states per layer | training time, s | relative to full size |",
-        "|---|---|---|---|---|",
+        "| | test accuracy, % | test loss | states per layer | training time, s | relative to full size |",
+        "|---|---|---|---|---|---|",
     ]
     for method in METHODS:
         runs = [done[(method, seed)] for seed in range(seeds)]
-        accuracy = [100 * run["accuracy"] for run in runs]
+        accuracy = [100 * run["metrics"]["test_accuracy"] for run in runs]
+        loss = [run["metrics"]["test_loss"] for run in runs]
         states = [statistics.mean(run["sizes"]) for run in runs]
         seconds = [run["seconds"] for run in runs]
         ratio = [run["seconds"] / done[("full", run["seed"])]["seconds"] for run in runs]
         spread = statistics.stdev if seeds > 1 else (lambda _: 0.0)
         lines.append(
-            f"| {method} | {statistics.mean(accuracy):.2f} ± {spread(accuracy):.2f} | {statistics.mean(states):.1f} | "
+            f"| {method} | {statistics.mean(accuracy):.2f} ± {spread(accuracy):.2f} | "
+            f"{statistics.mean(loss):.4f} ± {spread(loss):.4f} | {statistics.mean(states):.1f} | "
             f"{statistics.mean(seconds):.1f} ± {spread(seconds):.1f} | {statistics.median(ratio):.2f} |"
+        )
+    differences = [
+        done[("compressed", seed)]["metrics"]["test_loss"] - done[("full", seed)]["metrics"]["test_loss"]
+        for seed in range(seeds)
+    ]
+    lines.append(f"test loss, compressed minus full, by seed: {', '.join(f'{d:+.4f}' for d in differences)}")
+    ratios = [
+        speed[-1]["steps_per_second"] / speed[0]["steps_per_second"]
+        for seed in range(seeds)
+        if len(speed := done[("compressed", seed)]["speed"]) > 1
+    ]
+    if ratios:
+        lines.append(
+            f"steps per second after the last cut over those before the first, median: {statistics.median(ratios):.2f}"
         )
     return "\n".join(lines)
 
@@ -92,7 +108,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--workers", type=int, default=2, help="runs at a time")
     parser.add_argument("--threads", type=int, default=1, help="threads of each run")
-    parser.add_argument("--json", default="digits.jsonl", help="results, one line a run; finished runs are kept")
+    parser.add_argument("--json", default="compare.jsonl", help="results, one line a run; finished runs are kept")
     parser.add_argument("--job", action="store_true", help=argparse.SUPPRESS)
     argv = sys.argv[1:]
     overrides = argv[argv.index("--") + 1 :] if "--" in argv else []

@@ -1,0 +1,78 @@
+"""What the language-model tasks share: packing bytes into sequences, and metrics that keep no logits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from datasets import Dataset, Features, Value
+from torch import Tensor
+from transformers import EvalPrediction
+
+from .metrics import Accuracy, Perplexity
+
+IGNORED = -100
+BYTE_FEATURES = Features({"input_ids": Value("binary")})
+
+
+@dataclass(frozen=True)
+class DecodeBytes:
+    """A `datasets` transform: one `binary` column of L bytes becomes `input_ids` and `labels`, int64 (B, L).
+
+    Labels equal the inputs: models shift them by one themselves.
+    """
+
+    length: int
+
+    def __call__(self, batch: dict[str, list[Any]]) -> dict[str, Tensor]:
+        rows = batch["input_ids"]
+        ids = np.frombuffer(b"".join(rows), dtype=np.uint8).reshape(len(rows), self.length)
+        tokens = torch.from_numpy(ids.astype(np.int64))
+        return {"input_ids": tokens, "labels": tokens.clone()}
+
+
+def packed_bytes(documents: list[bytes], length: int) -> Dataset:
+    """Documents one after the other, each followed by a zero byte, in sequences of `length` bytes; the rest is dropped.
+
+    Raises:
+        ValueError: if there are too few bytes for one sequence.
+    """
+    stream = b"".join(document + b"\0" for document in documents)
+    count = len(stream) // length
+    if count == 0:
+        raise ValueError(f"{len(stream)} bytes are too few for one sequence of {length}; choose a smaller length")
+    rows = [stream[start * length : (start + 1) * length] for start in range(count)]
+    dataset = Dataset.from_dict({"input_ids": rows}, features=BYTE_FEATURES)
+    return dataset.with_transform(DecodeBytes(length))
+
+
+def token_scores(logits: Any, labels: Tensor) -> Tensor:
+    """`preprocess_logits_for_metrics`: negative log-likelihood and correctness of each token, instead of its logits.
+
+    Args:
+        logits: (B, L, V), or a tuple that starts with them.
+        labels: (B, L), with -100 where a token does not count.
+
+    Returns:
+        float32 (B, L - 1, 2), for the tokens from the second on.
+    """
+    logits = (logits[0] if isinstance(logits, tuple) else logits)[:, :-1].float()
+    wanted = labels[:, 1:].to(logits.device)
+    nll = torch.nn.functional.cross_entropy(logits.flatten(0, 1), wanted.flatten(), reduction="none")
+    return torch.stack([nll.view_as(wanted), (logits.argmax(-1) == wanted).float()], dim=-1)
+
+
+def language_metrics(unit: str) -> Callable[[EvalPrediction], dict[str, float]]:
+    """`compute_metrics` for `token_scores`: `accuracy`, and the mean negative log-likelihood as `nats_per_<unit>`."""
+
+    def compute(prediction: EvalPrediction) -> dict[str, float]:
+        scores, counted = np.asarray(prediction.predictions), np.asarray(prediction.label_ids)[:, 1:] != IGNORED
+        nll, correct = scores[..., 0][counted], scores[..., 1][counted].astype(int)
+        found: Any = Perplexity().compute(nll=nll, num_tokens=np.ones(len(nll), dtype=int))
+        right: Any = Accuracy().compute(predictions=correct, references=np.ones(len(correct), dtype=int))
+        return {f"nats_per_{unit}": found["nats_per_token"], "accuracy": right["accuracy"]}
+
+    return compute

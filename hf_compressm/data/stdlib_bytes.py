@@ -1,0 +1,64 @@
+"""`stdlib_bytes`: a byte-level language model of the source of Python's own standard library. Needs no network."""
+
+import hashlib
+import sysconfig
+from pathlib import Path
+
+from .language import language_metrics, packed_bytes, token_scores
+from .task import Task, register_task
+
+SKIPPED = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
+SHARES = {"validation": 5, "test": 5}
+"""Percent of the files; the rest is to train on."""
+
+
+@register_task("stdlib_bytes")
+def stdlib_bytes(*, length: int = 256, evaluation_bytes: int = 65536) -> Task:
+    """Sequences of `length` bytes, of the `.py` files of the running Python's standard library without its tests.
+
+    Which split a file belongs to follows from a hash of its path, so it is the same on every machine; the files differ
+    between versions of Python.
+
+    Args:
+        length: bytes of a sequence, >= 2.
+        evaluation_bytes: size of the validation split and of the test split, in bytes, spread evenly over its files.
+    """
+    if length < 2 or evaluation_bytes < length:
+        raise ValueError(
+            f"length must be at least 2 and evaluation_bytes at least length; got {length} and {evaluation_bytes}"
+        )
+    documents = _documents()
+    splits = {name: packed_bytes(documents[name], length) for name in documents}
+    for name in SHARES:
+        count = min(len(splits[name]), evaluation_bytes // length)
+        splits[name] = splits[name].select([index * len(splits[name]) // count for index in range(count)])
+    return Task(
+        name="stdlib_bytes",
+        **splits,
+        model_kwargs={"vocab_size": 256, "pad_token_id": None, "bos_token_id": None, "eos_token_id": None},
+        compute_metrics=language_metrics("byte"),
+        preprocess_logits_for_metrics=token_scores,
+        metric_for_best_model="nats_per_byte",
+        greater_is_better=False,
+        problem="causal_lm",
+    )
+
+
+def _documents() -> dict[str, list[bytes]]:
+    root = Path(sysconfig.get_paths()["stdlib"])
+    found: dict[str, list[bytes]] = {"train": [], "validation": [], "test": []}
+    for path in sorted(root.rglob("*.py")):
+        relative = path.relative_to(root)
+        content = b"" if SKIPPED & set(relative.parts) else path.read_bytes()
+        if content:
+            found[_split_of(relative.as_posix())].append(content)
+    return found
+
+
+def _split_of(path: str) -> str:
+    percent = int.from_bytes(hashlib.sha256(path.encode()).digest()[:8], "big") % 100
+    for name, share in SHARES.items():
+        if percent < share:
+            return name
+        percent -= share
+    return "train"

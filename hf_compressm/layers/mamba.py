@@ -1,0 +1,141 @@
+"""Mamba's mixer with its number of states read from its parameters, so that these can be replaced by smaller ones.
+
+Shapes: batch B, length L, hidden size H, channels I, states N, rank R of the time step, kernel size K.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..ops.selective_scan import selective_scan, selective_state_update
+
+
+def real_positions(hidden_states: Tensor, attention_mask: Tensor | None) -> Tensor:
+    """Hidden states (B, L, I), zero at padding. A mask may be longer than L: its last L columns count."""
+    if attention_mask is None:
+        return hidden_states
+    return hidden_states * attention_mask[:, -hidden_states.shape[1] :, None].to(hidden_states.dtype)
+
+
+def convolve(channels: Tensor, convolution: nn.Conv1d, cache: Any, layer_idx: int) -> Tensor:
+    """SiLU of a depthwise causal convolution that goes on from a cache, if there is one. (B, L, I) -> (B, L, I).
+
+    The number of channels is that of the weight, whatever the module's attributes say.
+    """
+    weight, length = convolution.weight, channels.shape[1]
+    signal = channels.transpose(1, 2)
+    if cache is not None:
+        signal = cache.update_conv_state(signal, layer_idx, conv_kernel_size=weight.shape[-1])
+    padded = F.pad(signal, (weight.shape[-1] - 1, 0)).to(weight.dtype)
+    convolved = F.conv1d(padded, weight, convolution.bias, groups=len(weight))[..., -length:]
+    return F.silu(convolved).transpose(1, 2).to(channels.dtype)
+
+
+def recurrent_state(cache: Any, layer_idx: int) -> Tensor | None:
+    """The cached state of a layer, or None before the first token."""
+    return None if cache is None else cache.get_recurrent_state(layer_idx)
+
+
+class CompreSSMMambaMixer(nn.Module):
+    """Mamba's mixer: y = out_proj(scan(conv(x)) * silu(z)), with parameters named as in transformers.
+
+    Args:
+        hidden_size: H. intermediate_size: I. state_size: N at the beginning. time_step_rank: R. conv_kernel: K.
+        layer_idx: this layer's place in a cache.
+        use_bias, use_conv_bias: whether projections and the convolution have biases.
+        time_step_limits: smallest and largest initial time step, and a floor, > 0.
+
+    Source: Gu and Dao 2023, arXiv 2312.00752.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        intermediate_size: int,
+        state_size: int,
+        time_step_rank: int,
+        conv_kernel: int = 4,
+        layer_idx: int = 0,
+        use_bias: bool = False,
+        use_conv_bias: bool = True,
+        time_step_limits: tuple[float, float, float] = (0.001, 0.1, 1e-4),
+    ):
+        super().__init__()
+        self.layer_idx = layer_idx
+        self.time_step_limits = time_step_limits
+        self.A_log = nn.Parameter(torch.empty(intermediate_size, state_size))
+        self.D = nn.Parameter(torch.empty(intermediate_size))
+        self.conv1d = nn.Conv1d(
+            intermediate_size, intermediate_size, conv_kernel, groups=intermediate_size, bias=use_conv_bias
+        )
+        self.in_proj = nn.Linear(hidden_size, 2 * intermediate_size, bias=use_bias)
+        self.x_proj = nn.Linear(intermediate_size, time_step_rank + 2 * state_size, bias=False)
+        self.dt_proj = nn.Linear(time_step_rank, intermediate_size, bias=True)
+        self.out_proj = nn.Linear(intermediate_size, hidden_size, bias=use_bias)
+
+    @property
+    def state_size(self) -> int:
+        """Present number of states N."""
+        return self.A_log.shape[1]
+
+    def initial_values(self, time_step_scale: float = 1.0, scheme: str = "random") -> dict[str, Tensor]:
+        """Fresh values of A_log, D, dt_proj.weight and dt_proj.bias, as Mamba is initialised."""
+        channels, size = self.A_log.shape
+        device = self.A_log.device
+        rate = torch.arange(1, size + 1, dtype=torch.float32, device=device).log().expand(channels, -1).contiguous()
+        spread = self.dt_proj.weight.shape[1] ** -0.5 * time_step_scale
+        weight = torch.full_like(self.dt_proj.weight, spread, dtype=torch.float32)
+        if scheme == "random":
+            weight.uniform_(-spread, spread)
+        return {
+            "A_log": rate,
+            "D": torch.ones(channels, device=device),
+            "dt_proj.weight": weight,
+            "dt_proj.bias": inverse_softplus_of_time_steps(channels, self.time_step_limits, device),
+        }
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        cache_params: Any = None,
+        attention_mask: Tensor | None = None,
+        **kwargs: Any,
+    ) -> Tensor:
+        """(B, L, H) -> (B, L, H); a cache is gone on from and updated. Padding (mask 0) leaves no trace."""
+        state = recurrent_state(cache_params, self.layer_idx)
+        projected = self.in_proj(real_positions(hidden_states, attention_mask))
+        u, gate = projected.chunk(2, dim=-1)
+        u = real_positions(convolve(u, self.conv1d, cache_params, self.layer_idx), attention_mask)
+        rank, size = self.dt_proj.weight.shape[1], self.state_size
+        step, B, C = self.x_proj(u).split([rank, size, size], dim=-1)
+        delta = step @ self.dt_proj.weight.T
+        A = -self.A_log.float().exp()
+        options = {"D": self.D.float(), "delta_bias": self.dt_proj.bias.float(), "delta_softplus": True}
+        if state is not None and u.shape[1] == 1:
+            y = selective_state_update(state, u[:, 0], delta[:, 0], A, B[:, 0], C[:, 0], z=gate[:, 0], **options)[
+                :, None
+            ]
+        elif cache_params is None:
+            y = selective_scan(u, delta, A, B, C, z=gate, **options)
+        else:
+            y, final = selective_scan(
+                u, delta, A, B, C, z=gate, initial_state=state, return_final_state=True, **options
+            )
+            cache_params.update_recurrent_state(final, self.layer_idx)
+        return self.out_proj(y.to(hidden_states.dtype))
+
+    def extra_repr(self) -> str:
+        return f"state_size={self.state_size}"
+
+
+def inverse_softplus_of_time_steps(count: int, limits: tuple[float, float, float], device: Any = None) -> Tensor:
+    """Biases whose softplus is log-uniform between the first two limits, and at least the third. float32 (count,)."""
+    low, high, floor = limits
+    draw = torch.rand(count, device=device, dtype=torch.float32)
+    step = (draw * (math.log(high) - math.log(low)) + math.log(low)).exp().clamp(min=floor)
+    return step + (-torch.expm1(-step)).log()

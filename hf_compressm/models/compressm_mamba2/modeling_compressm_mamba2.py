@@ -1,0 +1,125 @@
+"""Mamba-2 models with a state size for each layer, on transformers' own blocks."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import GenerationMixin
+from transformers import initialization as init
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.models.mamba2.modeling_mamba2 import (
+    Mamba2Block,
+    Mamba2ForCausalLM,
+    Mamba2Model,
+    Mamba2PreTrainedModel,
+    Mamba2RMSNorm,
+)
+
+from ...layers.mamba2 import CompreSSMMamba2Mixer
+from ..selective import (
+    SequenceClassification,
+    SizesFromConfig,
+    embedded,
+    initialise_convolution_and_output,
+    make_embeddings,
+)
+from .configuration_compressm_mamba2 import CompreSSMMamba2Config
+
+
+class CompreSSMMamba2Block(Mamba2Block):
+    """x + mixer(norm(x)), with this package's mixer."""
+
+    def __init__(self, config: CompreSSMMamba2Config, layer_idx: int):
+        GradientCheckpointingLayer.__init__(self)
+        self.config = config
+        self.layer_idx = layer_idx
+        self.residual_in_fp32 = config.residual_in_fp32
+        self.norm = Mamba2RMSNorm(config.hidden_size, eps=config.layer_norm_epsilon)
+        self.mixer = CompreSSMMamba2Mixer(
+            config.hidden_size,
+            config.num_heads,
+            config.head_dim,
+            config.n_groups,
+            config.state_size,
+            config.state_sizes[layer_idx],
+            config.conv_kernel,
+            config.chunk_size,
+            layer_idx,
+            config.use_bias,
+            config.use_conv_bias,
+            config.layer_norm_epsilon,
+            tuple(config.time_step_limit),
+            (config.time_step_min, config.time_step_max, config.time_step_floor),
+        )
+
+
+class CompreSSMMamba2PreTrainedModel(SizesFromConfig, Mamba2PreTrainedModel):
+    """Loading, saving and initialisation of all CompreSSMMamba2 models."""
+
+    config: CompreSSMMamba2Config
+    config_class = CompreSSMMamba2Config
+    _no_split_modules = ["CompreSSMMamba2Block"]
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, CompreSSMMamba2Mixer):
+            for name, value in module.initial_values().items():
+                init.copy_(module.get_parameter(name), value)
+            initialise_convolution_and_output(module, self.config)
+
+
+class CompreSSMMamba2Model(CompreSSMMamba2PreTrainedModel, Mamba2Model):
+    """Mamba-2's stack of blocks. Reads `input_ids`, `inputs_embeds`, or with `config.num_channels` `input_values`."""
+
+    def __init__(self, config: CompreSSMMamba2Config):
+        CompreSSMMamba2PreTrainedModel.__init__(self, config)
+        self.embeddings = make_embeddings(config)
+        self.layers = nn.ModuleList([CompreSSMMamba2Block(config, index) for index in range(config.num_hidden_layers)])
+        self.gradient_checkpointing = False
+        self.norm_f = Mamba2RMSNorm(config.hidden_size, eps=config.layer_norm_epsilon)
+        if config.num_channels is not None:
+            self.main_input_name = "input_values"
+        self.post_init()
+
+    def forward(self, *args: Any, input_values: Tensor | None = None, **kwargs: Any) -> Any:
+        """As transformers' `Mamba2Model`; also takes `input_values` (B, L, num_channels)."""
+        embeds = embedded(self.embeddings, input_values, kwargs.pop("inputs_embeds", None))
+        return Mamba2Model.forward(self, *args, inputs_embeds=embeds, **kwargs)
+
+
+class CompreSSMMamba2ForCausalLM(CompreSSMMamba2PreTrainedModel, Mamba2ForCausalLM, GenerationMixin):
+    """A Mamba-2 that predicts the next token; forward and `generate` as transformers' `Mamba2ForCausalLM`."""
+
+    _tied_weights_keys = {"lm_head.weight": "backbone.embeddings.weight"}
+
+    def __init__(self, config: CompreSSMMamba2Config):
+        if config.num_channels is not None:
+            raise ValueError("CompreSSMMamba2ForCausalLM predicts tokens: leave config.num_channels out")
+        CompreSSMMamba2PreTrainedModel.__init__(self, config)
+        self.backbone = CompreSSMMamba2Model(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+
+class CompreSSMMamba2ForSequenceClassification(SequenceClassification, CompreSSMMamba2PreTrainedModel):
+    """A Mamba-2 with a linear classifier of whole sequences."""
+
+    def __init__(self, config: CompreSSMMamba2Config):
+        CompreSSMMamba2PreTrainedModel.__init__(self, config)
+        self.num_labels = config.num_labels
+        self.backbone = CompreSSMMamba2Model(config)
+        self.score = nn.Linear(config.hidden_size, config.num_labels, bias=False)
+        if config.num_channels is not None:
+            self.main_input_name = "input_values"
+        self.post_init()
+
+
+__all__ = [
+    "CompreSSMMamba2ForCausalLM",
+    "CompreSSMMamba2ForSequenceClassification",
+    "CompreSSMMamba2Model",
+    "CompreSSMMamba2PreTrainedModel",
+]
