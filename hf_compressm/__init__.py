@@ -1,10 +1,20 @@
 """State-space models that shrink while they train, with the Hugging Face Trainer."""
 
 from .models import (
+    CompreSSMMamba2Config,
+    CompreSSMMamba2ForCausalLM,
+    CompreSSMMamba2ForSequenceClassification,
+    CompreSSMMamba2Model,
+    CompreSSMMambaConfig,
+    CompreSSMMambaForCausalLM,
+    CompreSSMMambaForSequenceClassification,
+    CompreSSMMambaModel,
     MimoSSMConfig,
     MimoSSMForCausalLM,
     MimoSSMForSequenceClassification,
     MimoSSMModel,
+    from_stock,
+    to_stock,
 )
 from .reduction import SizeConstraints
 from .surgery import Energy, Fraction, MixerAdapter, Target, compress, register_adapter, state_sizes
@@ -14,6 +24,14 @@ __version__ = "0.1.0"
 
 __all__ = [
     "CompreSSMCallback",
+    "CompreSSMMamba2Config",
+    "CompreSSMMamba2ForCausalLM",
+    "CompreSSMMamba2ForSequenceClassification",
+    "CompreSSMMamba2Model",
+    "CompreSSMMambaConfig",
+    "CompreSSMMambaForCausalLM",
+    "CompreSSMMambaForSequenceClassification",
+    "CompreSSMMambaModel",
     "CompressionConfig",
     "Energy",
     "Fraction",
@@ -25,6 +43,8 @@ __all__ = [
     "SizeConstraints",
     "Target",
     "compress",
+    "from_stock",
     "register_adapter",
     "state_sizes",
+    "to_stock",
 ]

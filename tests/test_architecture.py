@@ -13,6 +13,7 @@ ALLOWED = {
     "layers": {"ops"},
     "models": {"layers", "ops"},
     "surgery": {"reduction", "models", "layers", "ops"},
+    "baselines": {"surgery", "reduction"},
     "training": {"surgery", "reduction"},
     "data": set(),
     "pretraining": {"data", "surgery", "training", "models"},

@@ -12,6 +12,7 @@ from .compressm_mamba2 import (
     CompreSSMMamba2ForSequenceClassification,
     CompreSSMMamba2Model,
 )
+from .convert import from_stock, to_stock
 from .mimo_ssm import (
     MimoSSMCache,
     MimoSSMConfig,
@@ -36,4 +37,6 @@ __all__ = [
     "MimoSSMForSequenceClassification",
     "MimoSSMModel",
     "MimoSSMPreTrainedModel",
+    "from_stock",
+    "to_stock",
 ]

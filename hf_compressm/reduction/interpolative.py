@@ -1,8 +1,8 @@
 """Reduction of selective layers from empirical Gramians: a subset of states with a corrected read-out, or a new basis.
 
 A selective layer computes y_k = c_k^T h_k with states h_k and read-outs c_k that vary from token to token. Its
-empirical Gramians are G = E[h h^T] (controllability: how strongly inputs drive the states) and W = E[c c^T] (how strongly
-outputs read them), both float64 (N, N), symmetric positive semidefinite.
+empirical Gramians are G = E[h h^T] (controllability: how strongly inputs drive the states) and W = E[c c^T]
+(how strongly outputs read them), both float64 (N, N), symmetric positive semidefinite.
 """
 
 from __future__ import annotations

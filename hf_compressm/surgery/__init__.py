@@ -3,6 +3,7 @@
 from . import lru as _lru  # noqa: F401  registers its adapter
 from . import mamba as _mamba  # noqa: F401
 from . import mamba2 as _mamba2  # noqa: F401
+from . import refusals as _refusals  # noqa: F401
 from .adapters import (
     Measurement,
     MixerAdapter,
@@ -31,6 +32,7 @@ from .plan import (
 )
 from .policies import Energy, Fraction, Policy, Target
 from .resize import resize_mixers, sizes_in_state_dict
+from .selective import Signals, selective_signals
 from .snapshot import Snapshot
 
 __all__ = [
@@ -45,6 +47,7 @@ __all__ = [
     "ParameterChange",
     "Policy",
     "ReductionError",
+    "Signals",
     "Snapshot",
     "Statistics",
     "Target",
@@ -63,6 +66,7 @@ __all__ = [
     "register_adapter",
     "register_refusal",
     "resize_mixers",
+    "selective_signals",
     "set_history",
     "sizes_in_state_dict",
     "state_sizes",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import random
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -24,8 +24,11 @@ def needs_calibration(model: nn.Module) -> bool:
 
 
 def gather_statistics(
-    model: nn.Module, batches: Batches | None, recordings: dict[str, Recording] | None = None
-) -> dict[str, Statistics]:
+    model: nn.Module,
+    batches: Batches | None,
+    recordings: dict[str, Recording] | None = None,
+    make: Callable[[MixerSite], Any] = lambda site: site.adapter.statistics(site.mixer),
+) -> dict[str, Any]:
     """Pass calibration batches through a model once and let every mixer that asks for it gather statistics.
 
     The model is in evaluation mode meanwhile (no dropout, no update of running averages) and no gradients are formed;
@@ -37,6 +40,7 @@ def gather_statistics(
         batches: mappings with what the model's forward takes, for example from a DataLoader; a single mapping counts as
             one batch. Labels are not used. May be None if no mixer needs statistics.
         recordings: filled, by mixer name, with inputs and outputs to refit on, if given.
+        make: makes the empty statistics of a mixer, or None where none are needed; by default its adapter does.
 
     Returns:
         Statistics by mixer name, for the mixers that need them.
@@ -48,7 +52,7 @@ def gather_statistics(
         ReductionError: statistics that are not finite.
     """
     sites = find_mixers(model)
-    gathered = {site.name: found for site in sites if (found := site.adapter.statistics(site.mixer)) is not None}
+    gathered = {site.name: found for site in sites if (found := make(site)) is not None}
     if not gathered:
         return {}
     if batches is None:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..layers.mamba import convolve, real_positions
 from ..reduction import Selection, output_residual, read_out_correction
 from .adapters import MixerAdapter, MixerReduction, ReductionError, register_adapter
 from .changes import ParameterChange, Term
@@ -22,9 +23,7 @@ from .selective import (
     SelectiveMeasurement,
     SelectiveStatistics,
     Signals,
-    causal_convolution,
     choose_states,
-    masked,
 )
 
 
@@ -93,24 +92,18 @@ class MambaAdapter(MixerAdapter[Any]):
         read_in = torch.eye(len(G), dtype=G.dtype)[kept]
         return MixerReduction(changes, residual=output_residual(G, W, read_in, K))
 
+    def keep(self, mixer: Any, kept: Sequence[Sequence[int]]) -> dict[str, ParameterChange]:
+        """Parameters with the given states of each group and everything else unchanged."""
+        rows = torch.eye(self.state_size(mixer), dtype=torch.float64)[list(kept[0])]
+        return self._subset(mixer, kept[0], rows)
+
     def subset_changes(
         self, mixer: Any, measurement: SelectiveMeasurement, kept: Sequence[int], K: Tensor
     ) -> dict[str, ParameterChange]:
         """Parameters of the mixer with the r kept states and the read-out K C_t, K float64 (r, N)."""
-        rank, size, order = mixer.dt_proj.weight.shape[1], self.state_size(mixer), len(kept)
-        index = torch.tensor(kept)
-        select = torch.eye(size, dtype=torch.float64)[index]
-        projection = mixer.x_proj.weight.detach().to("cpu", torch.float64)
-        weights_B, weights_C = (_norm_weight(mixer, name, size) for name in ("b_layernorm", "c_layernorm"))
-        fold = K * weights_C
-        # A cut keeps the states' dynamics, so what trained row n of C trains row s wherever n = s. Co-states of the
-        # kept states are driven by the folded read-out, so gradients of B fold as the read-out does.
-        value = torch.block_diag(torch.eye(rank, dtype=torch.float64), select, fold) @ projection
-        gradient = torch.block_diag(torch.eye(rank, dtype=torch.float64), K, select)
-        changes = {
-            "A_log": ParameterChange(mixer.A_log.detach().cpu()[:, index], (Term("A_log", right=select.T),)),
-            "x_proj.weight": ParameterChange(value, (Term("x_proj.weight", left=gradient),)),
-        }
+        changes = self._subset(mixer, kept, K)
+        order, index = len(kept), torch.tensor(kept)
+        weights_B = _norm_weight(mixer, "b_layernorm", self.state_size(mixer))
         if not _norms(mixer):
             return changes
         # An RMS norm makes the mean square of what it is given 1; these are the mean squares asked for.
@@ -129,6 +122,21 @@ class MambaAdapter(MixerAdapter[Any]):
             changes["D"] = ParameterChange(D / scale, (Term("D", scale=scale),))
             changes["out_proj.weight"] = ParameterChange(out * scale, (Term("out_proj.weight", scale=1 / scale),))
         return changes
+
+    def _subset(self, mixer: Any, kept: Sequence[int], K: Tensor) -> dict[str, ParameterChange]:
+        rank, size = mixer.dt_proj.weight.shape[1], self.state_size(mixer)
+        index = torch.tensor(kept)
+        select = torch.eye(size, dtype=torch.float64)[index]
+        projection = mixer.x_proj.weight.detach().to("cpu", torch.float64)
+        fold = K * _norm_weight(mixer, "c_layernorm", size)
+        # A cut keeps the states' dynamics, so what trained row n of C trains row s wherever n = s. Co-states of the
+        # kept states are driven by the folded read-out, so gradients of B fold as the read-out does.
+        value = torch.block_diag(torch.eye(rank, dtype=torch.float64), select, fold) @ projection
+        gradient = torch.block_diag(torch.eye(rank, dtype=torch.float64), K, select)
+        return {
+            "A_log": ParameterChange(mixer.A_log.detach().cpu()[:, index], (Term("A_log", right=select.T),)),
+            "x_proj.weight": ParameterChange(value, (Term("x_proj.weight", left=gradient),)),
+        }
 
     def refitted(self, mixer: Any) -> dict[str, slice]:
         rows = {"A_log": slice(None), "x_proj.weight": slice(mixer.dt_proj.weight.shape[1], None)}
@@ -154,9 +162,9 @@ class MambaAdapter(MixerAdapter[Any]):
 
 def mamba_signals(mixer: Any, hidden_states: Tensor, attention_mask: Tensor | None) -> Signals:
     """What the mixer gives its scan for the hidden states (B, L, H) that it gets."""
-    projected = mixer.in_proj(masked(hidden_states, attention_mask))
-    u = causal_convolution(projected.chunk(2, dim=-1)[0], mixer.conv1d)
-    u = masked(u, attention_mask)
+    projected = mixer.in_proj(real_positions(hidden_states, attention_mask))
+    u = convolve(projected.chunk(2, dim=-1)[0], mixer.conv1d, None, 0)
+    u = real_positions(u, attention_mask)
     size, rank = mixer.A_log.shape[1], mixer.dt_proj.weight.shape[1]
     step, B, C = mixer.x_proj(u).split([rank, size, size], dim=-1)
     if _norms(mixer):

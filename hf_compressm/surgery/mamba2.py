@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..layers.mamba import convolve, real_positions
 from ..reduction import Selection, low_rank_basis, output_residual
 from .adapters import MixerAdapter, MixerReduction, ReductionError, register_adapter
 from .changes import ParameterChange, Term
@@ -24,9 +25,7 @@ from .selective import (
     SelectiveMeasurement,
     SelectiveStatistics,
     Signals,
-    causal_convolution,
     choose_states,
-    masked,
 )
 
 
@@ -93,10 +92,10 @@ class StockMamba2Adapter(_Mamba2Adapter):
         for G, W, states in zip(measurement.G, measurement.W, kept, strict=True):
             rows = torch.eye(len(G), dtype=G.dtype)[states]
             residuals.append(output_residual(G, W, rows, rows))
-        return MixerReduction(self.subset_changes(mixer, kept), residual=sum(residuals) / len(residuals))
+        return MixerReduction(self.keep(mixer, kept), residual=sum(residuals) / len(residuals))
 
-    def subset_changes(self, mixer: Any, kept: Sequence[Sequence[int]]) -> dict[str, ParameterChange]:
-        """Parameters of the mixer with the kept states of each group."""
+    def keep(self, mixer: Any, kept: Sequence[Sequence[int]]) -> dict[str, ParameterChange]:
+        """Parameters with the given states of each group and everything else unchanged."""
         channels, size = mixer.out_proj.weight.shape[1], _conv_states(mixer)
         states = torch.tensor([group * size + index for group, chosen in enumerate(kept) for index in chosen])
         block = mixer.n_groups * size
@@ -187,13 +186,13 @@ class CompreSSMMamba2Adapter(_Mamba2Adapter):
 
 def mamba2_signals(mixer: Any, hidden_states: Tensor, attention_mask: Tensor | None) -> Signals:
     """What the mixer gives its scan for the hidden states (B, L, H) that it gets."""
-    hidden_states = masked(hidden_states, attention_mask)
+    hidden_states = real_positions(hidden_states, attention_mask)
     projected = mixer.in_proj(hidden_states * getattr(mixer, "ssm_in_multiplier", 1.0))
     projected = projected * getattr(mixer, "mup_vector", 1.0)
     channels, heads, groups = mixer.out_proj.weight.shape[1], mixer.A_log.shape[0], mixer.n_groups
     convolved = len(mixer.conv1d.weight)
     _, convolved, step = projected.split([channels, convolved, heads], dim=-1)
-    convolved = masked(causal_convolution(convolved, mixer.conv1d), attention_mask)
+    convolved = real_positions(convolve(convolved, mixer.conv1d, None, 0), attention_mask)
     size = _conv_states(mixer)
     u, B, C = convolved.split([channels, groups * size, groups * size], dim=-1)
     B, C = (signal.unflatten(-1, (groups, size)) for signal in (B, C))

@@ -11,11 +11,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from ..ops.state_statistics import state_gramian
 from ..reduction import empirical_singular_values, select_subset
-from .adapters import ReductionError
+from .adapters import ReductionError, find_mixers
 
 STRIDE = 4
 """Every how many tokens the states are looked at. Neighbouring states are nearly alike, and each look costs N^2."""
@@ -38,23 +37,23 @@ class Signals:
     C: Tensor
 
 
-def masked(hidden_states: Tensor, attention_mask: Tensor | None) -> Tensor:
-    """Hidden states (B, L, I) with zeros at padding, as the mixers themselves make them."""
-    if attention_mask is None:
-        return hidden_states
-    return hidden_states * attention_mask[:, -hidden_states.shape[1] :, None].to(hidden_states.dtype)
+def selective_signals(mixer: nn.Module, hidden_states: Tensor, attention_mask: Tensor | None = None) -> Signals:
+    """What a selective mixer with an adapter gives its scan for the hidden states (B, L, H) that it gets.
 
-
-def causal_convolution(channels: Tensor, convolution: nn.Conv1d) -> Tensor:
-    """SiLU of the depthwise causal convolution that selective layers begin with. (B, L, I) -> (B, L, I)."""
-    weight = convolution.weight.to(channels.dtype)
-    bias = None if convolution.bias is None else convolution.bias.to(channels.dtype)
-    padded = F.pad(channels.transpose(1, 2), (weight.shape[-1] - 1, 0))
-    return F.silu(F.conv1d(padded, weight, bias, groups=len(weight))).transpose(1, 2)
+    Raises:
+        ValueError: if the mixer is not selective.
+    """
+    statistics = find_mixers(mixer)[0].adapter.statistics(mixer)
+    if not isinstance(statistics, SelectiveStatistics):
+        raise ValueError(f"{type(mixer).__name__} is not a selective layer")
+    return statistics.signals(mixer, hidden_states, attention_mask)
 
 
 class SelectiveStatistics:
     """Sums over tokens from which the empirical Gramians of a selective layer follow.
+
+    Args:
+        signals: function of a mixer, its hidden states and its mask that gives `Signals`.
 
     Attributes:
         states: float64 (G, N, N), sum of h h^T over the tokens looked at and the channels of a group.
@@ -65,7 +64,7 @@ class SelectiveStatistics:
     """
 
     def __init__(self, signals: Any):
-        self._signals = signals
+        self.signals = signals
         self.states: Tensor | None = None
         self.read_outs: Tensor | None = None
         self.drives: Tensor | None = None
@@ -73,7 +72,7 @@ class SelectiveStatistics:
 
     @torch.no_grad()
     def observe(self, mixer: nn.Module, hidden_states: Tensor, attention_mask: Tensor | None) -> None:
-        signals: Signals = self._signals(mixer, hidden_states, attention_mask)
+        signals: Signals = self.signals(mixer, hidden_states, attention_mask)
         length = signals.u.shape[1]
         mask = None if attention_mask is None else attention_mask[:, -length:].to(signals.u.device)
         stride = min(STRIDE, length)

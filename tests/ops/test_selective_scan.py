@@ -70,16 +70,15 @@ def test_random_sizes(batch, length, channels, size, seed):
     assert_alike(outputs_and_gradients(selective_scan, tensors, return_final_state=True), expected, 1e-11)
 
 
-def test_gradients_of_the_reference_are_those_of_finite_differences():
+@pytest.mark.parametrize("backend", ["naive", "cpu"])
+def test_gradients_are_those_of_finite_differences(backend):
     tensors = inputs(1, 4, 2, 2)
-    names = list(tensors)
-    for backend in ("naive", "cpu"):
-        torch.autograd.gradcheck(
-            lambda *values: selective_scan(  # noqa: B023
-                **dict(zip(names, values, strict=True)), delta_softplus=True, return_final_state=True, backend=backend
-            ),
-            [tensor.requires_grad_() for tensor in tensors.values()],
-        )
+
+    def scan(*values):
+        named = dict(zip(tensors, values, strict=True))
+        return selective_scan(**named, delta_softplus=True, return_final_state=True, backend=backend)
+
+    torch.autograd.gradcheck(scan, [tensor.requires_grad_() for tensor in tensors.values()])
 
 
 @pytest.mark.parametrize("backend", ["naive", "cpu"])

@@ -1,0 +1,187 @@
+"""From transformers' Mamba and Mamba-2 to this package's models and back, with no change of outputs."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import (
+    AutoConfig,
+    Mamba2Config,
+    Mamba2ForCausalLM,
+    Mamba2Model,
+    MambaConfig,
+    MambaForCausalLM,
+    MambaModel,
+    PreTrainedModel,
+)
+
+from .compressm_mamba import CompreSSMMambaConfig, CompreSSMMambaForCausalLM, CompreSSMMambaModel
+from .compressm_mamba2 import CompreSSMMamba2Config, CompreSSMMamba2ForCausalLM, CompreSSMMamba2Model
+
+Tensors = dict[str, Tensor]
+
+_PAIRS: dict[type, tuple[type, type]] = {
+    MambaForCausalLM: (CompreSSMMambaForCausalLM, CompreSSMMambaConfig),
+    MambaModel: (CompreSSMMambaModel, CompreSSMMambaConfig),
+    Mamba2ForCausalLM: (CompreSSMMamba2ForCausalLM, CompreSSMMamba2Config),
+    Mamba2Model: (CompreSSMMamba2Model, CompreSSMMamba2Config),
+}
+_STOCK = {own: (stock, Mamba2Config if "2" in stock.__name__ else MambaConfig) for stock, (own, _) in _PAIRS.items()}
+OWN_FIELDS = ("state_sizes", "num_channels", "pooling", "compression_history")
+DROPPED = ("model_type", "architectures", "transformers_version", "auto_map")
+
+
+def from_stock(model: PreTrainedModel | str | os.PathLike[str], **kwargs: Any) -> PreTrainedModel:
+    """This package's model with the weights of a stock Mamba or Mamba-2, and the same outputs.
+
+    Args:
+        model: `MambaForCausalLM`, `MambaModel`, `Mamba2ForCausalLM` or `Mamba2Model`, or the folder or hub name of one.
+        **kwargs: for `from_pretrained`, if a name is given.
+
+    Returns:
+        The model of the corresponding class, on the same device and in the same dtype, with tensors of its own.
+
+    Raises:
+        TypeError: if the model is of another class; for hybrids and kin compress the stock model itself.
+        ValueError: if a name stands for another architecture, or its config has other layer types.
+    """
+    stock: Any = _load(model, kwargs) if isinstance(model, str | os.PathLike) else model
+    if type(stock) not in _PAIRS:
+        raise TypeError(
+            f"{type(stock).__name__} has no counterpart with a state size per layer; supported are "
+            f"{', '.join(cls.__name__ for cls in _PAIRS)}. Other classes are compressed as they are, all layers alike."
+        )
+    if others := sorted(set(stock.config.layer_types) - {"linear_attention"}):
+        raise ValueError(f"the model has layers of types {', '.join(others)}; only pure Mamba models can be converted")
+    own_class, config_class = _PAIRS[type(stock)]
+    return _rebuilt(stock, own_class, config_class, _fields(stock.config), stock.state_dict())
+
+
+def to_stock(model: PreTrainedModel, state_size: int | None = None) -> PreTrainedModel:
+    """A plain transformers Mamba or Mamba-2 with the same outputs, which any tool loads.
+
+    Layers with fewer states than others are padded with states that nothing drives and nothing reads.
+
+    Args:
+        model: `CompreSSMMambaForCausalLM`, `CompreSSMMambaModel`, `CompreSSMMamba2ForCausalLM` or
+            `CompreSSMMamba2Model`.
+        state_size: common number of states of the result, at least the largest present; that if None. Multiples of 16
+            suit GPU kernels.
+
+    Returns:
+        The stock model, on the same device and in the same dtype, with tensors of its own.
+
+    Raises:
+        TypeError: if the model is of another class; a classifier's head has no stock class.
+        ValueError: if `state_size` is too small; if the model reads continuous values; if a layer of a Mamba-2 has a
+            read-in and read-out that mix states.
+    """
+    if type(model) not in _STOCK:
+        raise TypeError(
+            f"{type(model).__name__} has no stock counterpart; supported are "
+            f"{', '.join(cls.__name__ for cls in _STOCK)}. Of a classifier export its `backbone`."
+        )
+    config: Any = model.config
+    if config.num_channels is not None:
+        raise ValueError("stock models read token ids; a model with config.num_channels cannot be written as one")
+    stock_class, config_class = _STOCK[type(model)]
+    largest = max(config.state_sizes)
+    state_size = largest if state_size is None else state_size
+    if state_size < largest:
+        raise ValueError(f"state_size must be at least that of the largest layer, {largest}; got {state_size}")
+    convert = _mamba2_tensors if issubclass(config_class, Mamba2Config) else _mamba_tensors
+    tensors = convert(model, state_size)
+    fields = {name: value for name, value in _fields(config).items() if name not in OWN_FIELDS}
+    return _rebuilt(model, stock_class, config_class, fields | {"state_size": state_size}, tensors)
+
+
+def _load(name: str | os.PathLike[str], kwargs: dict[str, Any]) -> PreTrainedModel:
+    config = AutoConfig.from_pretrained(name)
+    wanted = (config.architectures or ["none"])[0]
+    classes = {cls.__name__: cls for cls in _PAIRS}
+    if wanted not in classes:
+        raise ValueError(f"{name} holds a model of class {wanted}; supported are {', '.join(classes)}")
+    loaded: Any = classes[wanted]
+    return loaded.from_pretrained(name, **kwargs)
+
+
+def _fields(config: Any) -> dict[str, Any]:
+    return {name: value for name, value in config.to_dict().items() if name not in DROPPED and name[0] != "_"}
+
+
+def _rebuilt(model: Any, cls: Any, config_class: Any, fields: dict[str, Any], tensors: Mapping[str, Tensor]) -> Any:
+    """A model of another class with copies of the tensors, each in its own dtype, and tied weights tied."""
+    if issubclass(config_class, Mamba2Config):
+        fields = fields | {"time_step_limit": tuple(model.config.time_step_limit)}
+    rebuilt = cls(config_class(**fields)).to(next(model.parameters()).device)
+    for name, parameter in rebuilt.named_parameters():
+        parameter.data = parameter.data.to(tensors[name].dtype)
+    rebuilt.load_state_dict(tensors)
+    rebuilt.tie_weights()
+    if getattr(model, "generation_config", None) is not None:
+        rebuilt.generation_config = model.generation_config
+    return rebuilt.train(model.training)
+
+
+def _mixers(model: Any) -> list[tuple[str, Any]]:
+    return [(name, module) for name, module in model.named_modules() if name.endswith(".mixer")]
+
+
+def _mamba_tensors(model: Any, state_size: int) -> Tensors:
+    tensors = dict(model.state_dict())
+    for name, mixer in _mixers(model):
+        missing = state_size - mixer.state_size
+        rank, size = mixer.dt_proj.weight.shape[1], mixer.state_size
+        step, B, C = mixer.x_proj.weight.detach().split([rank, size, size])
+        B, C = (torch.cat([rows, rows.new_zeros(missing, rows.shape[1])]) for rows in (B, C))
+        tensors[f"{name}.x_proj.weight"] = torch.cat([step, B, C])
+        tensors[f"{name}.A_log"] = torch.nn.functional.pad(mixer.A_log.detach(), (0, missing))
+    return tensors
+
+
+def _mamba2_tensors(model: Any, state_size: int) -> Tensors:
+    tensors = dict(model.state_dict())
+    for name, mixer in _mixers(model):
+        kept = _selected(name, mixer)
+        channels, size, groups = mixer.norm.weight.shape[0], mixer.conv_states, mixer.n_groups
+
+        def block(rows: Tensor, kept: list[list[int]] = kept, size: int = size, groups: int = groups) -> Tensor:
+            """Rows of B or C: those kept, and zeros; SiLU of a convolution with zero weights is zero."""
+            parts = []
+            for group, states in enumerate(kept):
+                found = rows[[group * size + state for state in states]]
+                parts.append(torch.cat([found, rows.new_zeros(state_size - len(states), *rows.shape[1:])]))
+            return torch.cat(parts)
+
+        for key, lead in {"in_proj.weight": 2, "in_proj.bias": 2, "conv1d.weight": 1, "conv1d.bias": 1}.items():
+            if f"{name}.{key}" in tensors:
+                old = tensors[f"{name}.{key}"]
+                cuts = [lead * channels, groups * size, groups * size]
+                head, B, C, tail = old.split([*cuts, len(old) - sum(cuts)])
+                tensors[f"{name}.{key}"] = torch.cat([head, block(B), block(C), tail])
+        for matrix in ("read_in", "read_out"):
+            tensors.pop(f"{name}.{matrix}", None)
+    return tensors
+
+
+def _selected(name: str, mixer: Any) -> list[list[int]]:
+    """States of each group that the read-in and read-out select.
+
+    Raises:
+        ValueError: if they mix states.
+    """
+    if mixer.read_in is None:
+        return [list(range(mixer.conv_states))] * mixer.n_groups
+    chosen = mixer.read_in.argmax(-1)
+    rows = torch.nn.functional.one_hot(chosen, mixer.conv_states).to(mixer.read_in)
+    if not (torch.equal(rows, mixer.read_in) and torch.equal(rows, mixer.read_out)):
+        raise ValueError(
+            f"{name} mixes its states in read_in and read_out, behind the convolution and SiLU where a stock Mamba-2 "
+            "has no such matrices, so it cannot be written as one without loss. Save this package's class instead, or "
+            "compress the stock Mamba2ForCausalLM itself."
+        )
+    return chosen.tolist()
