@@ -95,13 +95,19 @@ class MambaAdapter(MixerAdapter[Any]):
     def keep(self, mixer: Any, kept: Sequence[Sequence[int]]) -> dict[str, ParameterChange]:
         """Parameters with the given states of each group and everything else unchanged."""
         rows = torch.eye(self.state_size(mixer), dtype=torch.float64)[list(kept[0])]
-        return self._subset(mixer, kept[0], rows)
+        return self._subset(mixer, kept[0], rows, rows)
 
     def subset_changes(
         self, mixer: Any, measurement: SelectiveMeasurement, kept: Sequence[int], K: Tensor
     ) -> dict[str, ParameterChange]:
         """Parameters of the mixer with the r kept states and the read-out K C_t, K float64 (r, N)."""
-        changes = self._subset(mixer, kept, K)
+        G = measurement.G[0]
+        # What moved the decay of a removed state n moves those of the kept ones, by their shares in predicting it.
+        shares = K * G[kept] / G.diagonal().clamp(min=torch.finfo(G.dtype).tiny)
+        rates = mixer.A_log.detach().cpu().double().exp()
+        shares = shares * (rates[:, kept, None] / rates[:, None]).mean(0)
+        shares[:, kept] = torch.eye(len(kept), dtype=G.dtype)
+        changes = self._subset(mixer, kept, K, shares)
         order, index = len(kept), torch.tensor(kept)
         weights_B = _norm_weight(mixer, "b_layernorm", self.state_size(mixer))
         if not _norms(mixer):
@@ -123,7 +129,8 @@ class MambaAdapter(MixerAdapter[Any]):
             changes["out_proj.weight"] = ParameterChange(out * scale, (Term("out_proj.weight", scale=1 / scale),))
         return changes
 
-    def _subset(self, mixer: Any, kept: Sequence[int], K: Tensor) -> dict[str, ParameterChange]:
+    def _subset(self, mixer: Any, kept: Sequence[int], K: Tensor, shares: Tensor) -> dict[str, ParameterChange]:
+        """The kept states with the read-out K C_t; gradients of the decays fold by `shares`, float64 (r, N)."""
         rank, size = mixer.dt_proj.weight.shape[1], self.state_size(mixer)
         index = torch.tensor(kept)
         select = torch.eye(size, dtype=torch.float64)[index]
@@ -134,7 +141,7 @@ class MambaAdapter(MixerAdapter[Any]):
         value = torch.block_diag(torch.eye(rank, dtype=torch.float64), select, fold) @ projection
         gradient = torch.block_diag(torch.eye(rank, dtype=torch.float64), K, select)
         return {
-            "A_log": ParameterChange(mixer.A_log.detach().cpu()[:, index], (Term("A_log", right=select.T),)),
+            "A_log": ParameterChange(mixer.A_log.detach().cpu()[:, index], (Term("A_log", right=shares.T),)),
             "x_proj.weight": ParameterChange(value, (Term("x_proj.weight", left=gradient),)),
         }
 

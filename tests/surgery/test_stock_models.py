@@ -1,0 +1,143 @@
+"""Compression of plain transformers models of every supported family, and refusals of the others."""
+
+import sys
+
+import pytest
+import torch
+from stock_models import CONFIGS
+from transformers import (
+    AutoModelForCausalLM,
+    Qwen3NextConfig,
+    RecurrentGemmaConfig,
+    RwkvConfig,
+    ZambaConfig,
+)
+
+from hf_compressm import SizeConstraints, compress, state_sizes
+from hf_compressm.surgery import find_mixers, selective_signals
+
+FAMILIES = pytest.mark.parametrize("family", sorted(CONFIGS))
+IDS = torch.randint(0, 64, (4, 24), generator=torch.Generator().manual_seed(1))
+FIELDS = {"nemotron_h": "ssm_state_size", "mamba": "state_size", "mamba2": "state_size", "falcon_mamba": "state_size"}
+
+
+def make(family, seed=0):
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(CONFIGS[family]()).eval()
+    generator = torch.Generator().manual_seed(2)
+    for site in find_mixers(model):  # stock initial values make the state-space path vanish beside the others
+        for name, parameter in site.mixer.named_parameters():
+            if parameter.ndim > 1 and "A_log" not in name:
+                parameter.data.normal_(std=2 * parameter[0].numel() ** -0.5, generator=generator)
+    return model
+
+
+@FAMILIES
+def test_signals_are_what_the_mixer_gives_its_scan(family, monkeypatch):
+    model, seen, inputs = make(family), [], []
+    site = find_mixers(model)[0]
+    module = sys.modules[type(site.mixer).__module__]
+    name = "mamba_selective_scan" if hasattr(module, "mamba_selective_scan") else "mamba2_chunk_scan"
+    scan = getattr(module, name)
+
+    def spy(*args, **kwargs):
+        seen.append((args[:5], kwargs))
+        return scan(*args, **kwargs)
+
+    monkeypatch.setattr(module, name, spy)
+    keep = lambda mixer, args, kwargs: inputs.append((args, kwargs))  # noqa: E731
+    site.mixer.register_forward_pre_hook(keep, with_kwargs=True)
+    mask = torch.ones_like(IDS)
+    mask[:2, :5] = 0
+    with torch.no_grad():
+        model(IDS, attention_mask=mask, use_cache=False)
+        args, kwargs = inputs[0]
+        hidden = args[0] if args else kwargs["hidden_states"]
+        signals = selective_signals(site.mixer, hidden, kwargs.get("attention_mask"))
+    (u, dt, A, B, C), options = seen[0]
+    if name == "mamba_selective_scan":
+        dt = torch.nn.functional.softplus(dt + options["delta_bias"][..., None]).transpose(1, 2)
+        u, B, C = u.transpose(1, 2), B.transpose(1, 2)[:, :, None], C.transpose(1, 2)[:, :, None]
+    else:
+        width = u.shape[3]
+        dt = torch.nn.functional.softplus(dt + options["dt_bias"]).clamp(*options["dt_limit"])
+        u, dt, A = u.flatten(2), dt.repeat_interleave(width, 2), A.repeat_interleave(width)[:, None]
+    for found, expected in ((signals.u, u), (signals.dt, dt), (signals.A, A), (signals.B, B), (signals.C, C)):
+        assert torch.allclose(found, expected, atol=1e-5)
+
+
+@FAMILIES
+def test_a_smaller_plain_model_comes_out(family, tmp_path):
+    model = make(family)
+    others = {name: p.clone() for name, p in model.named_parameters() if ".mamba" not in name and ".mixer" not in name}
+    record = compress(model, {"input_ids": IDS}, target=8, refit_steps=0)
+    assert state_sizes(model) == [8] * len(record["layers"])
+    assert getattr(model.config, FIELDS.get(family, "mamba_d_state")) == 8
+    assert all(torch.equal(p, model.get_parameter(name)) for name, p in others.items())
+    small = model(IDS).logits.detach()
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    assert torch.equal(loaded(IDS).logits, small)
+    assert loaded.generate(IDS[:1, :5], max_new_tokens=4, do_sample=False).shape == (1, 9)
+    assert loaded.config.compression_history == [record]
+
+
+@FAMILIES
+def test_a_mild_cut_changes_less_than_a_harsh_one(family):
+    errors = []
+    for target in (15, 12, 4):
+        model = make(family)
+        full = model(IDS).logits.detach()
+        compress(model, {"input_ids": IDS}, target=target, refit_steps=0)
+        errors.append((model(IDS).logits.detach() - full).square().mean())
+    assert 3 * errors[0] < 1.5 * errors[1] < errors[2]
+
+
+@FAMILIES
+def test_refit_lowers_the_error_of_the_outputs(family):
+    outputs = []
+    for steps in (0, 30):
+        model = make(family)
+        full = model(IDS).logits.detach()
+        compress(model, {"input_ids": IDS}, target=3, refit_steps=steps)
+        outputs.append((model(IDS).logits.detach() - full).square().mean())
+    assert outputs[1] < 0.9 * outputs[0]
+
+
+def test_the_chosen_subset_beats_a_random_one():
+    errors = {}
+    for selection in ("largest", "random", "smallest"):
+        model = make("mamba")
+        full = model(IDS).logits.detach()
+        generator = torch.Generator().manual_seed(0)
+        compress(model, {"input_ids": IDS}, target=4, refit_steps=0, selection=selection, generator=generator)
+        errors[selection] = (model(IDS).logits - full).square().mean()
+    assert errors["largest"] < errors["random"] < errors["smallest"]
+
+
+def test_sizes_stay_uniform_and_uneven_ones_are_refused():
+    model = make("mamba")
+    with pytest.raises(ValueError, match="one state size for all layers, so uniform=False cannot be met.*from_stock"):
+        compress(model, {"input_ids": IDS}, target=8, constraints=SizeConstraints(uniform=False))
+    compress(model, {"input_ids": IDS}, target=7, constraints=SizeConstraints(multiple_of=4), refit_steps=0)
+    assert state_sizes(model) == [4, 4]
+
+
+@pytest.mark.parametrize(
+    "config, reason",
+    [
+        (ZambaConfig(vocab_size=8, hidden_size=32, num_hidden_layers=4, layers_block_type=["mamba", "hybrid"] * 2,
+                     intermediate_size=32, num_attention_heads=4, n_mamba_heads=2), "Zamba2 is supported"),
+        (RecurrentGemmaConfig(vocab_size=8, hidden_size=32, num_hidden_layers=3, num_attention_heads=2,
+                              intermediate_size=32, lru_width=32), "one state per channel"),
+        (RwkvConfig(vocab_size=8, hidden_size=32, num_hidden_layers=2, context_length=8), "one state per channel"),
+        (Qwen3NextConfig(vocab_size=8, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, num_experts=2,
+                         num_key_value_heads=1, intermediate_size=32, moe_intermediate_size=16, head_dim=16,
+                         shared_expert_intermediate_size=16, linear_num_key_heads=2, linear_num_value_heads=2,
+                         linear_key_head_dim=8, linear_value_head_dim=8, num_experts_per_tok=1), "delta rule"),
+    ],
+)  # fmt: skip
+def test_other_recurrent_models_are_refused_with_the_reason(config, reason):
+    model = AutoModelForCausalLM.from_config(config)
+    with pytest.raises(ValueError, match=f"no layer that can be compressed. .*{reason}.*Supported mixer classes"):
+        compress(model, {"input_ids": IDS})
