@@ -21,7 +21,7 @@ ALLOWED = {
 }
 FOREIGN = {
     "reduction": {"torch", "scipy"},
-    "ops": {"torch", "triton", "numba", "numpy"},
+    "ops": {"torch", "triton", "numba", "llvmlite", "numpy"},
     "layers": {"torch"},
 }
 

@@ -1,7 +1,8 @@
 """Published scores for the states of selective layers: keep those with the largest, with the read-out as it is.
 
-Scores made for time-invariant layers (LAST, AIRE, the mean-LTI surrogate) are applied to the mean system of a layer, whose
-time step, B and C are their means over tokens. Shapes: B batch, L length, I channels, G groups, J = I / G, N states.
+Scores made for time-invariant layers (LAST, AIRE, the mean-LTI surrogate) are applied to the mean system of a layer,
+whose time step, B and C are their means over tokens. Shapes: B batch, L length, I channels, G groups, J = I / G, N
+states.
 """
 
 from __future__ import annotations

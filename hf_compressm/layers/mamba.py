@@ -115,7 +115,7 @@ class CompreSSMMambaMixer(nn.Module):
         step, B, C = self.x_proj(u).split([rank, size, size], dim=-1)
         delta = step @ self.dt_proj.weight.T
         A = -self.A_log.float().exp()
-        options = {"D": self.D.float(), "delta_bias": self.dt_proj.bias.float(), "delta_softplus": True}
+        options: dict[str, Any] = {"D": self.D.float(), "delta_bias": self.dt_proj.bias.float(), "delta_softplus": True}
         if state is not None and u.shape[1] == 1:
             y = selective_state_update(state, u[:, 0], delta[:, 0], A, B[:, 0], C[:, 0], z=gate[:, 0], **options)[
                 :, None

@@ -73,6 +73,8 @@ class CompreSSMMamba2Mixer(nn.Module):
         super().__init__()
         channels = num_heads * head_dim
         convolved = channels + 2 * n_groups * conv_states
+        self.read_in: nn.Parameter | None
+        self.read_out: nn.Parameter | None
         self.n_groups, self.chunk_size, self.layer_idx = n_groups, chunk_size, layer_idx
         self.time_step_limit, self.time_step_limits = tuple(time_step_limit), time_step_limits
         self.dt_bias = nn.Parameter(torch.empty(num_heads))
@@ -126,7 +128,7 @@ class CompreSSMMamba2Mixer(nn.Module):
         x, B, C = signal.split([channels, block, block], dim=-1)
         x = x.unflatten(-1, (heads, -1))
         B, C = (part.unflatten(-1, (self.n_groups, -1)) for part in (B, C))
-        if self.read_in is not None:
+        if self.read_in is not None and self.read_out is not None:
             B, C = _basis(B, self.read_in), _basis(C, self.read_out)
         options: dict[str, Any] = {
             "D": self.D.float(),

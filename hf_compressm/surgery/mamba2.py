@@ -159,7 +159,8 @@ class CompreSSMMamba2Adapter(_Mamba2Adapter):
         ins, outs, residuals = [], [], []
         for G, W in zip(measurement.G, measurement.W, strict=True):
             L, R = _basis(G, W, order, selection, generator)
-            ins.append(L), outs.append(R)
+            ins.append(L)
+            outs.append(R)
             residuals.append(output_residual(G, W, L, R))
         read_in, read_out = torch.stack(ins), torch.stack(outs)
         if not (read_in.isfinite().all() and read_out.isfinite().all()):

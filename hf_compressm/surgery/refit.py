@@ -99,7 +99,7 @@ def refit(site: MixerSite, reduction: MixerReduction, recording: Recording, step
 
 def _descend(
     mixer: nn.Module,
-    fitted: Mapping[str, nn.Parameter],
+    fitted: Mapping[str, Tensor],
     rows: Mapping[str, slice],
     portions: list[tuple[Tensor, Tensor, Tensor | None]],
     steps: int,

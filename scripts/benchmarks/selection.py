@@ -4,10 +4,10 @@
     python scripts/benchmarks/selection.py configs/runs/stdlib_mamba2.yaml --state-size 64 --orders 32 16 8 --seeds 3
 
 For every seed the config's model is trained at full size (or read from --models), then each method removes states from
-a copy of it, with the same calibration batches of training data, and the test loss is measured without further training.
-Options after `--` override the config. Rows: this package's closed form ("subset + read-out", or for Mamba-2 "L and R"),
-the same refitted on the calibration data, and the rivals of `hf_compressm.baselines`. For Mamba-2, rivals and "stock"
-rows act on the stock class, which cannot carry a read-in and read-out.
+a copy of it, with the same calibration batches of training data, and the test loss is measured without further
+training. Options after `--` override the config. Rows: this package's closed form ("subset + read-out", or for Mamba-2
+"L and R"), the same refitted on the calibration data, and the rivals of `hf_compressm.baselines`. For Mamba-2, rivals
+and "stock" rows act on the stock class, which cannot carry a read-in and read-out.
 """
 
 import argparse

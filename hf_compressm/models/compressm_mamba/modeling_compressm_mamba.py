@@ -37,7 +37,7 @@ class CompreSSMMambaBlock(MambaBlock):
         self.layer_idx = layer_idx
         self.residual_in_fp32 = config.residual_in_fp32
         self.norm = MambaRMSNorm(config.hidden_size, eps=config.layer_norm_epsilon)
-        self.mixer = CompreSSMMambaMixer(
+        self.mixer = CompreSSMMambaMixer(  # type: ignore[assignment]
             config.hidden_size,
             config.intermediate_size,
             config.state_sizes[layer_idx],
@@ -72,7 +72,7 @@ class CompreSSMMambaModel(CompreSSMMambaPreTrainedModel, MambaModel):
 
     def __init__(self, config: CompreSSMMambaConfig):
         CompreSSMMambaPreTrainedModel.__init__(self, config)
-        self.embeddings = make_embeddings(config)
+        self.embeddings = make_embeddings(config)  # type: ignore[assignment]
         self.layers = nn.ModuleList([CompreSSMMambaBlock(config, index) for index in range(config.num_hidden_layers)])
         self.gradient_checkpointing = False
         self.norm_f = MambaRMSNorm(config.hidden_size, eps=config.layer_norm_epsilon)
@@ -105,9 +105,10 @@ class CompreSSMMambaForSequenceClassification(SequenceClassification, CompreSSMM
 
     def __init__(self, config: CompreSSMMambaConfig):
         CompreSSMMambaPreTrainedModel.__init__(self, config)
-        self.num_labels = config.num_labels
+        num_labels: Any = config.num_labels
+        self.num_labels = num_labels
         self.backbone = CompreSSMMambaModel(config)
-        self.score = nn.Linear(config.hidden_size, config.num_labels, bias=False)
+        self.score = nn.Linear(config.hidden_size, num_labels, bias=False)
         if config.num_channels is not None:
             self.main_input_name = "input_values"
         self.post_init()

@@ -37,7 +37,7 @@ class CompreSSMMamba2Block(Mamba2Block):
         self.layer_idx = layer_idx
         self.residual_in_fp32 = config.residual_in_fp32
         self.norm = Mamba2RMSNorm(config.hidden_size, eps=config.layer_norm_epsilon)
-        self.mixer = CompreSSMMamba2Mixer(
+        self.mixer = CompreSSMMamba2Mixer(  # type: ignore[assignment]
             config.hidden_size,
             config.num_heads,
             config.head_dim,
@@ -50,7 +50,7 @@ class CompreSSMMamba2Block(Mamba2Block):
             config.use_bias,
             config.use_conv_bias,
             config.layer_norm_epsilon,
-            tuple(config.time_step_limit),
+            tuple(config.time_step_limit),  # type: ignore[arg-type]
             (config.time_step_min, config.time_step_max, config.time_step_floor),
         )
 
@@ -76,7 +76,7 @@ class CompreSSMMamba2Model(CompreSSMMamba2PreTrainedModel, Mamba2Model):
 
     def __init__(self, config: CompreSSMMamba2Config):
         CompreSSMMamba2PreTrainedModel.__init__(self, config)
-        self.embeddings = make_embeddings(config)
+        self.embeddings = make_embeddings(config)  # type: ignore[assignment]
         self.layers = nn.ModuleList([CompreSSMMamba2Block(config, index) for index in range(config.num_hidden_layers)])
         self.gradient_checkpointing = False
         self.norm_f = Mamba2RMSNorm(config.hidden_size, eps=config.layer_norm_epsilon)
@@ -109,9 +109,10 @@ class CompreSSMMamba2ForSequenceClassification(SequenceClassification, CompreSSM
 
     def __init__(self, config: CompreSSMMamba2Config):
         CompreSSMMamba2PreTrainedModel.__init__(self, config)
-        self.num_labels = config.num_labels
+        num_labels: Any = config.num_labels
+        self.num_labels = num_labels
         self.backbone = CompreSSMMamba2Model(config)
-        self.score = nn.Linear(config.hidden_size, config.num_labels, bias=False)
+        self.score = nn.Linear(config.hidden_size, num_labels, bias=False)
         if config.num_channels is not None:
             self.main_input_name = "input_values"
         self.post_init()

@@ -117,10 +117,11 @@ class _CPUScan(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, dy: Tensor, dfinal: Tensor) -> tuple[Tensor, ...]:  # type: ignore[override]
+    def backward(ctx: Any, dy: Tensor, dfinal: Tensor) -> tuple[Tensor, ...]:
         from .cpu import scan_backward
 
-        return scan_backward(*ctx.saved_tensors, dy.contiguous(), dfinal.contiguous())
+        u, dt, A, B, C, checkpoints = ctx.saved_tensors
+        return scan_backward(u, dt, A, B, C, checkpoints, dy.contiguous(), dfinal.contiguous())
 
 
 def _backend(wanted: str | None, u: Tensor) -> str:

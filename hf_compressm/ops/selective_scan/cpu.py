@@ -47,7 +47,7 @@ def _exp32(x):
     p = p * f + np.float32(0.5)
     p = p * f + np.float32(1.0)
     p = p * f + np.float32(1.0)
-    return p * _float_from_bits(np.int32((np.int32(k) + 127) << 23))
+    return p * _float_from_bits(np.int32((np.int32(k) + 127) << 23))  # type: ignore[call-arg]
 
 
 @njit(inline="always", fastmath=FAST)
@@ -164,7 +164,7 @@ def scan_backward(
 
 def _run(kernel: Any, *tensors: Tensor) -> None:
     threads = numba.get_num_threads()
-    numba.set_num_threads(max(1, min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS)))
+    numba.set_num_threads(max(1, min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS)))  # type: ignore[attr-defined]
     try:
         kernel(*(tensor.detach().numpy() for tensor in tensors))
     finally:
