@@ -2,8 +2,10 @@
 
 from . import digits as digits
 from . import images as images
+from . import listops as listops
 from . import mqar as mqar
 from . import stdlib_bytes as stdlib_bytes
+from . import wikitext as wikitext
 from .metrics import Accuracy, Perplexity, classification_metrics
 from .task import Task, load_task, register_task, task_names
 

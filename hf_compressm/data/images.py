@@ -2,14 +2,13 @@
 
 import os
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-import datasets
 import numpy as np
-from datasets import Dataset, Image, load_dataset
+from datasets import Dataset, Image
 
 from .pixels import PIXEL_FEATURES, DecodePixels, pixel_task, stratified_split
+from .sources import load_from_folder, load_from_hub, require_columns
 from .task import Task, register_task
 
 SPLITS = ("train", "test")
@@ -76,7 +75,10 @@ def image_task(name: str, source: ImageSource, data_dir: str | os.PathLike[str] 
     Raises ConnectionError if the hub does not yield the data set, FileNotFoundError if `data_dir` is not a
     folder, and ValueError if a split or column is missing, or an image or label is not what `source` says.
     """
-    raw = _load_from_hub(name, source) if data_dir is None else _load_from_folder(data_dir)
+    if data_dir is None:
+        raw = load_from_hub(name, source.repo, SPLITS, (source.image_column, source.label_column))
+    else:
+        raw = load_from_folder(data_dir, SPLITS)
     full_train, test = (_encode(raw[split], source, f"split {split!r} of {name!r}") for split in SPLITS)
     keep, hold_out = stratified_split(_labels(full_train), (1 - VALIDATION_FRACTION, VALIDATION_FRACTION))
     return pixel_task(
@@ -89,65 +91,8 @@ def image_task(name: str, source: ImageSource, data_dir: str | os.PathLike[str] 
     )
 
 
-def _load_from_hub(name: str, source: ImageSource) -> dict[str, Dataset]:
-    try:
-        return load_dataset(source.repo)
-    except Exception as error:  # the hub's clients have many classes that all mean "cannot be had"
-        raise ConnectionError(
-            f"Task {name!r}: could not load the data set {source.repo!r} from the Hugging Face Hub or from "
-            f"the cache {datasets.config.HF_DATASETS_CACHE} ({type(error).__name__}: {error}). Without a "
-            "connection, either pass --data_dir FOLDER with the files train-*.parquet and test-*.parquet of "
-            f"the data set repository {source.repo!r} (columns {source.image_column!r} and "
-            f"{source.label_column!r}), or set HF_HOME to a cache in which it has been loaded before."
-        ) from error
-
-
-def _load_from_folder(data_dir: str | os.PathLike[str]) -> dict[str, Dataset]:
-    found = find_parquet_splits(data_dir)
-    files = {split: [str(file) for file in found[split]] for split in SPLITS}
-    return load_dataset("parquet", data_files=files)
-
-
-def find_parquet_splits(data_dir: str | os.PathLike[str]) -> dict[str, list[Path]]:
-    """The parquet files of each split in a folder, or in the one sub-folder that has them.
-
-    A file belongs to the split that its name starts with: `train.parquet` and `train-00000-of-00002.parquet`
-    are both of the split `train`.
-
-    Raises FileNotFoundError if `data_dir` is not a folder, ValueError if no folder holds all of `SPLITS`, or
-    if several sub-folders do.
-    """
-    root = Path(data_dir).expanduser()
-    if not root.is_dir():
-        raise FileNotFoundError(f"data_dir is not a folder: {root}")
-    nested = sorted(path for path in root.iterdir() if path.is_dir())
-    found = {folder: splits for folder in (root, *nested) if (splits := _splits_in(folder))}
-    complete = [folder for folder, splits in found.items() if set(SPLITS) <= set(splits)]
-    if root in complete:
-        return found[root]
-    if len(complete) == 1:
-        return found[complete[0]]
-    if complete:
-        names = ", ".join(folder.name for folder in complete)
-        raise ValueError(f"several folders in {root} hold a data set: {names}; pass one of them as data_dir")
-    seen = "; ".join(f"{sorted(splits)} in {folder}" for folder, splits in found.items())
-    raise ValueError(
-        f"data_dir needs train-*.parquet and test-*.parquet, in {root} or one folder below; "
-        f"found {seen or 'no parquet files'}"
-    )
-
-
-def _splits_in(folder: Path) -> dict[str, list[Path]]:
-    splits: dict[str, list[Path]] = {}
-    for file in sorted(folder.glob("*.parquet")):
-        splits.setdefault(file.stem.partition("-")[0], []).append(file)
-    return splits
-
-
 def _encode(dataset: Dataset, source: ImageSource, where: str) -> Dataset:
-    missing = {source.image_column, source.label_column} - set(dataset.column_names)
-    if missing:
-        raise ValueError(f"{where} has no column {sorted(missing)}; its columns are {dataset.column_names}")
+    require_columns(dataset, (source.image_column, source.label_column), where)
     dataset = dataset.cast_column(source.image_column, Image())
     encoded = dataset.map(
         _encode_batch,

@@ -1,4 +1,4 @@
-"""What the language-model tasks share: packing bytes into sequences, and metrics that keep no logits."""
+"""What the language-model tasks share: packed sequences of tokens, and metrics that keep no logits."""
 
 from __future__ import annotations
 
@@ -15,21 +15,26 @@ from transformers import EvalPrediction
 from .metrics import Accuracy, Perplexity
 
 IGNORED = -100
-BYTE_FEATURES = Features({"input_ids": Value("binary")})
+TOKEN_FEATURES = Features({"input_ids": Value("binary")})
 
 
 @dataclass(frozen=True)
-class DecodeBytes:
-    """A `datasets` transform: one `binary` column of L bytes becomes `input_ids` and `labels`, int64 (B, L).
+class DecodeTokens:
+    """A `datasets` transform: one `binary` column of L tokens becomes `input_ids` and `labels`, int64 (B, L).
 
     Labels equal the inputs: models shift them by one themselves.
+
+    Attributes:
+        length: L.
+        dtype: NumPy's name of the type of a stored token.
     """
 
     length: int
+    dtype: str = "uint8"
 
     def __call__(self, batch: dict[str, list[Any]]) -> dict[str, Tensor]:
         rows = batch["input_ids"]
-        ids = np.frombuffer(b"".join(rows), dtype=np.uint8).reshape(len(rows), self.length)
+        ids = np.frombuffer(b"".join(rows), dtype=self.dtype).reshape(len(rows), self.length)
         tokens = torch.from_numpy(ids.astype(np.int64))
         return {"input_ids": tokens, "labels": tokens.clone()}
 
@@ -45,8 +50,8 @@ def packed_bytes(documents: list[bytes], length: int) -> Dataset:
     if count == 0:
         raise ValueError(f"{len(stream)} bytes are too few for one sequence of {length}; choose a smaller length")
     rows = [stream[start * length : (start + 1) * length] for start in range(count)]
-    dataset = Dataset.from_dict({"input_ids": rows}, features=BYTE_FEATURES)
-    return dataset.with_transform(DecodeBytes(length))
+    dataset = Dataset.from_dict({"input_ids": rows}, features=TOKEN_FEATURES)
+    return dataset.with_transform(DecodeTokens(length))
 
 
 def token_scores(logits: Any, labels: Tensor) -> Tensor:
@@ -66,13 +71,17 @@ def token_scores(logits: Any, labels: Tensor) -> Tensor:
 
 
 def language_metrics(unit: str) -> Callable[[EvalPrediction], dict[str, float]]:
-    """`compute_metrics` for `token_scores`: `accuracy`, and the mean negative log-likelihood as `nats_per_<unit>`."""
+    """`compute_metrics` for `token_scores`: `accuracy`, and the mean negative log-likelihood as `nats_per_<unit>`.
+
+    Where the unit is "token", also its exponential, `perplexity`.
+    """
 
     def compute(prediction: EvalPrediction) -> dict[str, float]:
         scores, counted = np.asarray(prediction.predictions), np.asarray(prediction.label_ids)[:, 1:] != IGNORED
         nll, correct = scores[..., 0][counted], scores[..., 1][counted].astype(int)
         found: Any = Perplexity().compute(nll=nll, num_tokens=np.ones(len(nll), dtype=int))
         right: Any = Accuracy().compute(predictions=correct, references=np.ones(len(correct), dtype=int))
-        return {f"nats_per_{unit}": found["nats_per_token"], "accuracy": right["accuracy"]}
+        scores = {f"nats_per_{unit}": found["nats_per_token"], "accuracy": right["accuracy"]}
+        return scores | ({"perplexity": found["perplexity"]} if unit == "token" else {})
 
     return compute

@@ -15,8 +15,8 @@ class Task:
     """Everything that training on one task needs besides the model and the optimizer.
 
     Each split is a `datasets.Dataset` that yields torch tensors under the names that the models' `forward`
-    takes. In classification tasks these are `input_values`, float32 of shape (L, channels), and `labels`, an
-    int64 scalar in [0, num_labels).
+    takes. In classification tasks these are `input_values`, float32 of shape (L, channels), or `input_ids`, int64 of
+    shape (L,), and `labels`, an int64 scalar in [0, num_labels).
 
     Attributes:
         name: the registered name.

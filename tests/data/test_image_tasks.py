@@ -13,7 +13,8 @@ from datasets import ClassLabel, Dataset, Features, Image, Value
 from PIL import Image as PILImage
 
 from hf_compressm.data import load_task
-from hf_compressm.data.images import CIFAR10, MNIST, find_parquet_splits
+from hf_compressm.data.images import CIFAR10, MNIST, SPLITS
+from hf_compressm.data.sources import find_splits
 
 TRAIN, TEST = 100, 7
 
@@ -111,10 +112,10 @@ def test_missing_split_says_which_were_found(tmp_path):
 
 
 def test_empty_and_absent_folders(tmp_path):
-    with pytest.raises(ValueError, match="found no parquet files"):
-        find_parquet_splits(tmp_path)
+    with pytest.raises(ValueError, match="found no such files"):
+        find_splits(tmp_path, SPLITS)
     with pytest.raises(FileNotFoundError, match="not a folder.*nowhere"):
-        find_parquet_splits(tmp_path / "nowhere")
+        find_splits(tmp_path / "nowhere", SPLITS)
 
 
 def test_two_data_sets_below_one_folder_are_not_guessed_between(tmp_path):
@@ -123,8 +124,8 @@ def test_two_data_sets_below_one_folder_are_not_guessed_between(tmp_path):
         for split in ("train", "test"):
             (tmp_path / folder / f"{split}.parquet").touch()
     with pytest.raises(ValueError, match="a, b; pass one of them"):
-        find_parquet_splits(tmp_path)
-    assert find_parquet_splits(tmp_path / "a")["train"] == [tmp_path / "a" / "train.parquet"]
+        find_splits(tmp_path, SPLITS)
+    assert find_splits(tmp_path / "a", SPLITS)["train"] == [tmp_path / "a" / "train.parquet"]
 
 
 def test_files_in_the_folder_itself_come_first(tmp_path):
@@ -132,7 +133,7 @@ def test_files_in_the_folder_itself_come_first(tmp_path):
         folder.mkdir(exist_ok=True)
         for split in ("train", "test"):
             (folder / f"{split}.parquet").touch()
-    assert find_parquet_splits(tmp_path)["test"] == [tmp_path / "test.parquet"]
+    assert find_splits(tmp_path, SPLITS)["test"] == [tmp_path / "test.parquet"]
 
 
 def test_missing_column_says_which_were_found(tmp_path):

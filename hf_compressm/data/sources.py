@@ -1,0 +1,101 @@
+"""Data sets from the hub, its cache or a local folder, and errors that say what to do without them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import datasets
+from datasets import Dataset, load_dataset
+
+READERS: dict[str, dict[str, Any]] = {
+    ".parquet": {"path": "parquet"},
+    ".txt": {"path": "text", "keep_linebreaks": True},
+}
+"""Arguments of `load_dataset` for files of each ending."""
+
+
+def load_from_hub(
+    name: str, repo: str, splits: Sequence[str], columns: Sequence[str], config: str | None = None
+) -> dict[str, Dataset]:
+    """The splits of a data set of the Hugging Face Hub, or of its cache.
+
+    Args:
+        name: the task's name, for the error.
+        repo: the data set's name on the hub.
+        splits, columns: what the task reads, for the error.
+        config: which of the data set's configurations; None if it has one only.
+
+    Raises ConnectionError if it cannot be had, with what to do instead.
+    """
+    try:
+        return load_dataset(repo, config)
+    except Exception as error:  # the hub's clients have many classes that all mean "cannot be had"
+        files = " and ".join(f"{split}-*.parquet" for split in splits)
+        raise ConnectionError(
+            f"Task {name!r}: could not load the data set {repo!r} from the Hugging Face Hub or from "
+            f"the cache {datasets.config.HF_DATASETS_CACHE} ({type(error).__name__}: {error}). Without a "
+            f"connection, either pass --data_dir FOLDER with the files {files} of the data set repository {repo!r} "
+            f"(columns {' and '.join(map(repr, columns))}), or set HF_HOME to a cache in which it has been loaded "
+            "before."
+        ) from error
+
+
+def load_from_folder(
+    data_dir: str | os.PathLike[str], splits: Sequence[str], endings: Sequence[str] = (".parquet",)
+) -> dict[str, Dataset]:
+    """The splits of a data set in a folder, as `find_splits` finds them.
+
+    Raises ValueError if files of several endings make up the data set, and as `find_splits` does.
+    """
+    found = find_splits(data_dir, splits, endings)
+    files = {split: [str(file) for file in found[split]] for split in splits}
+    kinds = sorted({file.suffix for split in splits for file in found[split]})
+    if len(kinds) > 1:
+        raise ValueError(f"the files of {data_dir} end in {' and '.join(kinds)}; keep one kind of them")
+    return load_dataset(**READERS[kinds[0]], data_files=files)
+
+
+def find_splits(
+    data_dir: str | os.PathLike[str], splits: Sequence[str], endings: Sequence[str] = (".parquet",)
+) -> dict[str, list[Path]]:
+    """The files of each split in a folder, or in the one sub-folder that has them.
+
+    A file belongs to the split that its name starts with: `train.parquet` and `train-00000-of-00002.parquet`
+    are both of the split `train`.
+
+    Raises FileNotFoundError if `data_dir` is not a folder, ValueError if no folder holds all of `splits`, or
+    if several sub-folders do.
+    """
+    root = Path(data_dir).expanduser()
+    if not root.is_dir():
+        raise FileNotFoundError(f"data_dir is not a folder: {root}")
+    nested = sorted(path for path in root.iterdir() if path.is_dir())
+    found = {folder: files for folder in (root, *nested) if (files := _splits_in(folder, endings))}
+    complete = [folder for folder, files in found.items() if set(splits) <= set(files)]
+    if root in complete:
+        return found[root]
+    if len(complete) == 1:
+        return found[complete[0]]
+    if complete:
+        names = ", ".join(folder.name for folder in complete)
+        raise ValueError(f"several folders in {root} hold a data set: {names}; pass one of them as data_dir")
+    seen = "; ".join(f"{sorted(files)} in {folder}" for folder, files in found.items())
+    wanted = " or ".join(", ".join(f"{split}-*{ending}" for split in splits) for ending in endings)
+    raise ValueError(f"data_dir needs {wanted}, in {root} or one folder below; found {seen or 'no such files'}")
+
+
+def _splits_in(folder: Path, endings: Sequence[str]) -> dict[str, list[Path]]:
+    splits: dict[str, list[Path]] = {}
+    for file in sorted(folder.iterdir()):
+        if file.suffix in endings:
+            splits.setdefault(file.stem.partition("-")[0], []).append(file)
+    return splits
+
+
+def require_columns(dataset: Dataset, columns: Sequence[str], where: str) -> None:
+    """Raise ValueError, with the columns that there are, if one of `columns` is missing."""
+    if missing := sorted(set(columns) - set(dataset.column_names)):
+        raise ValueError(f"{where} has no column {missing}; its columns are {dataset.column_names}")
