@@ -2,24 +2,51 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 from transformers.utils import logging
 
+from .compression import (
+    CompressionJob,
+    DataSource,
+    calibration,
+    load_data,
+    load_model,
+    load_tokenizer,
+    progress,
+    run,
+    summary,
+)
 from .reduction import SizeConstraints, energy_orders, numerical_rank
-from .surgery import Energy, Fraction, Policy, Target, compress, find_mixers, measure_model, state_sizes
+from .surgery import Energy, Fraction, Policy, Target, find_mixers, measure_model
+from .surgery.refit import STEPS
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False)
 Model = Annotated[str, typer.Argument(help="Folder of a saved model, or its name on the hub.")]
+Data = Annotated[
+    str | None,
+    typer.Option(
+        help="What selective layers are ranked on: a registered task, or a text file, parquet file or folder of them, "
+        "read with the model's own tokenizer. MIMO SSM models need none."
+    ),
+]
+TaskOptions = Annotated[str | None, typer.Option(help="Options of the task, as a JSON object.")]
+DataDir = Annotated[str | None, typer.Option(help="Local folder with the task's data, instead of the hub.")]
+Batches = Annotated[int, typer.Option(help="Batches to calibrate on.")]
+BatchSize = Annotated[int, typer.Option(help="Sequences of a batch.")]
+Length = Annotated[int | None, typer.Option(help="Tokens of a sequence. Default: the task's own, or 512 for files.")]
+Seed = Annotated[int, typer.Option(help="Of a task's data and the order in which they are drawn.")]
+Device = Annotated[str, typer.Option(help="As torch names it; auto takes a GPU if there is one.")]
 
 
-def main() -> None:
-    """Entry point of the console script."""
+def main(argv: Sequence[str] | None = None) -> None:
+    """Entry point of the console script, and of scripts that stand for one of its commands."""
     try:
-        app()
+        app(argv, prog_name=None if argv is None else "hf-compressm")
     except (ValueError, OSError, RuntimeError) as error:
         typer.echo(f"error: {error}", err=True)
         raise SystemExit(1) from error
@@ -35,10 +62,21 @@ def quiet() -> None:
 def inspect(
     model: Model,
     tau: Annotated[list[float], typer.Option(help="Tolerance to try; may be given several times.")] = [0.01, 0.05, 0.1],  # noqa: B006
+    data: Data = None,
+    task_options: TaskOptions = None,
+    data_dir: DataDir = None,
+    batches: Batches = DataSource.batches,
+    batch_size: BatchSize = DataSource.batch_size,
+    length: Length = None,
+    seed: Seed = 0,
+    device: Device = "auto",
 ) -> None:
     """Show how many states each layer has, needs in exact arithmetic, and would keep at some tolerances."""
-    loaded = _load(model)
-    spectra = [measurement.spectrum() for measurement in measure_model(loaded).values()]
+    source = _source(data, task_options, data_dir, batches, batch_size, length, seed)
+    loaded = load_model(model, device)
+    task = None if source is None else load_data(source, loaded, load_tokenizer(model))
+    measured = measure_model(loaded, progress(calibration(loaded, source, task)))
+    spectra = [measurement.spectrum() for measurement in measured.values()]
     orders = {f"tau {value:g}": energy_orders(spectra, value) for value in tau}
     header = f"{'layer':28}{'states':>8}{'rank':>8}{'largest':>12}" + "".join(f"{name:>11}" for name in orders)
     typer.echo(header)
@@ -51,37 +89,87 @@ def inspect(
 def compress_command(
     model: Model,
     output: Annotated[Path, typer.Option(help="Folder for the compressed model.")],
+    data: Data = None,
     tau: Annotated[float | None, typer.Option(help="Share of the sum of singular values that may go.")] = None,
-    target: Annotated[float | None, typer.Option(help="Mean number of states per layer to reach.")] = None,
+    target: Annotated[
+        float | None,
+        typer.Option("--target-state-size", "--target", help="Mean number of states per layer to reach."),
+    ] = None,
     fraction: Annotated[float | None, typer.Option(help="Share of every layer's states to keep.")] = None,
+    min_state_size: Annotated[int, typer.Option(help="Fewest states that a layer may be left with.")] = 1,
     multiple_of: Annotated[int, typer.Option(help="Round state sizes up to a multiple of this.")] = 1,
-    uniform: Annotated[bool | None, typer.Option(help="Cut all layers to one common size.")] = None,
+    uniform: Annotated[
+        bool | None, typer.Option(help="Cut all layers to one common size. Default: only where the class needs it.")
+    ] = None,
+    refit_steps: Annotated[
+        int, typer.Option(help="Steps in which each reduced selective layer is refitted to the full one's outputs.")
+    ] = STEPS,
+    task_options: TaskOptions = None,
+    data_dir: DataDir = None,
+    batches: Batches = DataSource.batches,
+    batch_size: BatchSize = DataSource.batch_size,
+    length: Length = None,
+    seed: Seed = 0,
+    device: Device = "auto",
+    to_stock: Annotated[bool, typer.Option("--to-stock", help="Write a plain transformers model.")] = False,
+    evaluate: Annotated[bool, typer.Option("--evaluate", help="Print the held-out loss before and after.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the model that the folder holds.")] = False,
 ) -> None:
     """Cut the states of a trained model and save the result."""
-    given = {"tau": tau, "target": target, "fraction": fraction}
-    if sum(value is not None for value in given.values()) > 1:
-        raise typer.BadParameter("give one of --tau, --target and --fraction, not several")
-    policy: Policy = Energy(0.1 if tau is None else tau)
-    if target is not None:
-        policy = Target(target)
-    elif fraction is not None:
-        policy = Fraction(fraction)
-    loaded = _load(model)
-    before = state_sizes(loaded)
-    compress(loaded, policy=policy, constraints=SizeConstraints(multiple_of=multiple_of, uniform=uniform))
-    loaded.save_pretrained(output)
-    typer.echo(f"states {before} -> {state_sizes(loaded)}; saved to {output}")
+    job = CompressionJob(
+        model=model,
+        output=output,
+        policy=_policy(tau, target, fraction),
+        constraints=SizeConstraints(minimum=min_state_size, multiple_of=multiple_of, uniform=uniform),
+        data=_source(data, task_options, data_dir, batches, batch_size, length, seed),
+        refit_steps=refit_steps,
+        device=device,
+        stock=to_stock,
+        evaluate=evaluate,
+        overwrite=overwrite,
+    )
+    typer.echo(f"{summary(run(job))}\nsaved to {output}")
 
 
-def _load(name: str) -> Any:
-    """The model with the head that its config names, so that saving it loses nothing."""
-    config = AutoConfig.from_pretrained(name)
-    architecture = (config.architectures or [""])[0]
-    for auto in (AutoModelForCausalLM, AutoModelForSequenceClassification):
-        known: Any = auto._model_mapping.get(type(config), None)
-        if known is not None and known.__name__ == architecture:
-            return auto.from_pretrained(name)
-    raise ValueError(
-        f"{name} was saved as {architecture or 'an unnamed architecture'}; supported are causal language models and "
-        "sequence classifiers"
+def _policy(tau: float | None, target: float | None, fraction: float | None) -> Policy:
+    given = {Energy: tau, Target: target, Fraction: fraction}
+    chosen: list[Policy] = [policy(value) for policy, value in given.items() if value is not None]
+    if len(chosen) != 1:
+        raise typer.BadParameter(
+            f"give exactly one of --tau, --target-state-size and --fraction, not {'several' if chosen else 'none'}"
+        )
+    return chosen[0]
+
+
+def _source(
+    data: str | None,
+    task_options: str | None,
+    data_dir: str | None,
+    batches: int,
+    batch_size: int,
+    length: int | None,
+    seed: int,
+) -> DataSource | None:
+    if data is None:
+        if task_options is not None or data_dir is not None:
+            raise typer.BadParameter("--task-options and --data-dir belong to the task that --data names")
+        return None
+    options: Any = {}
+    if task_options is not None:
+        try:
+            options = json.loads(task_options)
+        except json.JSONDecodeError:
+            options = None
+        if not isinstance(options, dict):
+            raise typer.BadParameter(
+                f'--task-options takes a JSON object such as {{"length": 256}}; got {task_options}'
+            )
+    return DataSource(
+        name=data,
+        options=options,
+        data_dir=data_dir,
+        batches=batches,
+        batch_size=batch_size,
+        length=length,
+        seed=seed,
     )

@@ -17,7 +17,8 @@ ALLOWED = {
     "training": {"surgery", "reduction"},
     "data": set(),
     "pretraining": {"data", "surgery", "training", "models"},
-    "cli": {"reduction", "surgery", "models"},
+    "compression": {"data", "models", "pretraining", "reduction", "surgery", "training"},
+    "cli": {"compression", "reduction", "surgery"},
 }
 FOREIGN = {
     "reduction": {"torch", "scipy"},

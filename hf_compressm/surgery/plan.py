@@ -15,7 +15,7 @@ from .calibration import Batches, gather_statistics
 from .history import append_history, original_sizes
 from .optimizer import State, carried_state, unwrap_optimizer
 from .policies import Energy, Policy, Target, describe_policy
-from .refit import Recording, refit
+from .refit import STEPS, Recording, refit
 from .resize import replace_parameters
 
 
@@ -194,7 +194,7 @@ def compress(
     policy: Policy | None = None,
     optimizer: Any = None,
     constraints: SizeConstraints | None = None,
-    refit_steps: int = 60,
+    refit_steps: int = STEPS,
     selection: Selection = "largest",
     generator: torch.Generator | None = None,
     step: int | None = None,

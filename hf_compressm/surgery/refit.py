@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from .adapters import MixerReduction, MixerSite, ReductionError
 from .resize import replace_parameters
 
+STEPS = 60
+"""Optimizer steps of a refit by default."""
 TOKENS = 8192
 """Tokens per mixer that are kept to refit on, at most: memory must not grow with the calibration data."""
 BATCH_TOKENS = 1024
@@ -63,7 +65,8 @@ class Recording:
 def refit(site: MixerSite, reduction: MixerReduction, recording: Recording, steps: int) -> MixerReduction:
     """The reduction with the values of state parameters refitted by `steps` steps of Adam on the recorded outputs.
 
-    The error is measured before and after over the whole recording; a refit that does not lower it is dropped.
+    The error is measured before and after over the whole recording; a refit that does not lower it is dropped. All of
+    it is in float32 whatever the mixer's dtype: Adam's second moments vanish in float16.
 
     Args:
         site: the mixer before the cut; it is left alone.
@@ -74,7 +77,7 @@ def refit(site: MixerSite, reduction: MixerReduction, recording: Recording, step
     Raises:
         ReductionError: if the reduced mixer puts out NaN or infinite values.
     """
-    mixer = copy.deepcopy(site.mixer).eval().requires_grad_(False)
+    mixer = copy.deepcopy(site.mixer).eval().float().requires_grad_(False)
     reduced = MixerSite(site.name, mixer, site.adapter)
     values = {name: change.value.clone() for name, change in reduction.changes.items()}
     replace_parameters([reduced], {site.name: values})
@@ -120,9 +123,9 @@ def _descend(
 
 def _relative_error(mixer: nn.Module, inputs: Tensor, outputs: Tensor, mask: Tensor | None) -> Tensor:
     device = next(mixer.parameters()).device
-    inputs, outputs = inputs.to(device), outputs.to(device).float()
+    inputs, outputs = inputs.to(device).float(), outputs.to(device).float()
     mask = None if mask is None else mask.to(device)
-    miss = mixer(inputs, attention_mask=mask).float() - outputs
+    miss = mixer(inputs, attention_mask=mask) - outputs
     if mask is not None:
         miss, outputs = miss * mask[..., None], outputs * mask[..., None]
     return miss.square().sum() / outputs.square().sum().clamp(min=1e-30)

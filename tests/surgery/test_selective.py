@@ -237,3 +237,21 @@ def test_conversion_then_uneven_compression():
     model = from_stock(make(STOCK, "mamba2"))
     compress(model, BATCHES, target=5)
     assert sum(state_sizes(model)) == 15 and COMMON["state_size"] == 8 and HEADS
+
+
+@KINDS
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_refit_works_in_half_precision(kind, dtype):
+    errors = []
+    for steps in (0, 30):
+        model = make(STOCK, kind)
+        generator = torch.Generator().manual_seed(2)
+        for name, parameter in model.named_parameters():  # initial values make all states alike
+            if parameter.ndim > 1 and "A_log" not in name:
+                parameter.data.normal_(std=parameter[0].numel() ** -0.5, generator=generator)
+        model = model.to(dtype)
+        full = model(IDS).logits.detach().float()
+        compress(model, BATCHES, target=3, refit_steps=steps)
+        assert {p.dtype for p in model.parameters()} == {dtype}
+        errors.append((model(IDS).logits.detach().float() - full).square().mean())
+    assert errors[1] < 0.6 * errors[0]

@@ -1,0 +1,21 @@
+"""A saved model made smaller: load, calibrate, cut, evaluate, save."""
+
+from .job import CompressionJob, CompressionResult, run, summary
+from .loading import load_model, load_tokenizer
+from .source import DataSource, calibration, evaluate, load_data, progress
+from .text_files import text_task
+
+__all__ = [
+    "CompressionJob",
+    "CompressionResult",
+    "DataSource",
+    "calibration",
+    "evaluate",
+    "load_data",
+    "load_model",
+    "load_tokenizer",
+    "progress",
+    "run",
+    "summary",
+    "text_task",
+]
