@@ -19,6 +19,7 @@ from transformers import (
     HfArgumentParser,
     Trainer,
     TrainingArguments,
+    default_data_collator,
     set_seed,
 )
 from transformers.trainer_utils import get_last_checkpoint
@@ -161,7 +162,8 @@ def build_trainer(run: Run, task: Task, model: nn.Module) -> tuple[Trainer, Comp
         args=run.training,
         train_dataset=task.train,
         eval_dataset=task.validation,
-        data_collator=task.collator,
+        data_collator=task.collator or default_data_collator,  # never the one that pads by the tokenizer
+        processing_class=task.tokenizer,
         compute_metrics=task.compute_metrics,
         preprocess_logits_for_metrics=task.preprocess_logits_for_metrics,
         callbacks=[callback] if callback else None,

@@ -84,6 +84,7 @@ def wikitext(
         metric_for_best_model="nats_per_token",
         greater_is_better=False,
         problem="causal_lm",
+        tokenizer=encoder,
     )
 
 

@@ -10,6 +10,7 @@ B (G N), C (G N), dt (H); channels of the convolution are u, B, C.
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -27,6 +28,9 @@ from .selective import (
     Signals,
     choose_states,
 )
+
+CONV_MULTIPLE = 8
+"""The `causal_conv1d` kernel takes channels-last tensors only where strides are a multiple of this."""
 
 
 class _Mamba2Adapter(MixerAdapter[Any]):
@@ -85,6 +89,7 @@ class StockMamba2Adapter(_Mamba2Adapter):
         selection: Selection = "largest",
         generator: torch.Generator | None = None,
     ) -> MixerReduction:
+        self._check_kernel(mixer, order)
         kept = [
             choose_states(G, W, order, selection, generator) for G, W in zip(measurement.G, measurement.W, strict=True)
         ]
@@ -93,6 +98,25 @@ class StockMamba2Adapter(_Mamba2Adapter):
             rows = torch.eye(len(G), dtype=G.dtype)[states]
             residuals.append(output_residual(G, W, rows, rows))
         return MixerReduction(self.keep(mixer, kept), residual=sum(residuals) / len(residuals))
+
+    def _check_kernel(self, mixer: Any, order: int) -> None:
+        """Raise ValueError if the installed convolution kernel could run the mixer before the cut but not after it."""
+        if importlib.util.find_spec("causal_conv1d") is None:
+            return
+
+        def runs(size: int) -> bool:
+            shapes = self.parameter_shapes(mixer, size)
+            return not any(shapes[name][0] % CONV_MULTIPLE for name in ("conv1d.weight", "in_proj.weight"))
+
+        size = _conv_states(mixer)
+        if runs(size) and not runs(order):
+            step = next(step for step in range(1, CONV_MULTIPLE + 1) if runs(size - step))
+            raise ValueError(
+                "causal_conv1d is installed and needs the projection's and the convolution's channels to be a multiple "
+                f"of {CONV_MULTIPLE}, which they are not with {order} states in {mixer.n_groups} group(s). Set "
+                f"multiple_of={step}, or convert the model with hf_compressm.from_stock, whose layers keep their "
+                "convolution."
+            )
 
     def keep(self, mixer: Any, kept: Sequence[Sequence[int]]) -> dict[str, ParameterChange]:
         """Parameters with the given states of each group and everything else unchanged."""

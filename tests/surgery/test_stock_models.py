@@ -1,5 +1,6 @@
 """Compression of plain transformers models of every supported family, and refusals of the others."""
 
+import importlib.util
 import sys
 
 import pytest
@@ -141,3 +142,16 @@ def test_other_recurrent_models_are_refused_with_the_reason(config, reason):
     model = AutoModelForCausalLM.from_config(config)
     with pytest.raises(ValueError, match=f"no layer that can be compressed. .*{reason}.*Supported mixer classes"):
         compress(model, {"input_ids": IDS})
+
+
+def test_a_size_that_the_installed_convolution_kernel_cannot_run_is_refused(monkeypatch):
+    model = make("bamba")
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name == "causal_conv1d" or find_spec(name))
+    with pytest.raises(
+        ValueError, match=r"causal_conv1d is installed .* with 5 states in 2 group\(s\). Set multiple_of=2"
+    ):
+        compress(model, {"input_ids": IDS}, target=5)
+    assert state_sizes(model) == [16, 16]
+    compress(model, {"input_ids": IDS}, target=5, constraints=SizeConstraints(multiple_of=2), refit_steps=0)
+    assert state_sizes(model) == [4, 4]
