@@ -30,7 +30,7 @@ from ..surgery import (
     state_sizes,
 )
 from .calibration import Batches, calibration_batches
-from .checkpoint import ResizeOnLoad, load_callback_state, save_callback_state
+from .checkpoint import ResizeOnLoad, checkpoint_folder, load_callback_state, save_callback_state
 from .config import CompressionConfig
 from .distributed import (
     decided_by_rank_0,
@@ -183,7 +183,7 @@ class CompreSSMCallback(TrainerCallback, ExportableState):
         if self._tracker is not None:
             tensors["tracker"] = self._tracker.state_dict()
         if tensors and state.is_world_process_zero:
-            save_callback_state(_checkpoint_folder(args, state), tensors)
+            save_callback_state(checkpoint_folder(args, state), tensors)
 
     def on_train_end(
         self,
@@ -409,12 +409,6 @@ def _follow(model: nn.Module, optimizer: Any) -> None:
     if ddp is not None:
         rebuild_reducer(ddp)
         verify_replicas(model, optimizer)
-
-
-def _checkpoint_folder(args: TrainingArguments, state: TrainerState) -> Path:
-    trainer = running_trainer()
-    run = args.output_dir if trainer is None else trainer._get_output_dir(trial=None)
-    return Path(str(run)) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
 
 
 def _resumed_folders(args: TrainingArguments, state: TrainerState) -> list[Any]:
