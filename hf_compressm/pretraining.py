@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
+import signal
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,7 +28,14 @@ from transformers.utils import logging
 
 from .data import Task, load_task, task_names
 from .surgery import history, original_sizes, state_sizes
-from .training import CompressionConfig, CompreSSMCallback, create_optimizer, verify_checkpoint
+from .training import (
+    CompressionConfig,
+    CompreSSMCallback,
+    DurableCheckpoints,
+    create_optimizer,
+    newest_checkpoint,
+    verify_checkpoint,
+)
 
 logger = logging.get_logger(__name__)
 
@@ -56,6 +64,13 @@ class RunArguments:
     ssm_learning_rate: float | None = field(
         default=None,
         metadata={"help": "Learning rate of state-space parameters, without weight decay. Default: no own group."},
+    )
+    resume: str | None = field(
+        default=None,
+        metadata={
+            "help": "auto: go on from the newest checkpoint in output_dir that verifies, or start afresh if there is "
+            "none. A folder: go on from that checkpoint."
+        },
     )
     compress: bool = field(
         default=True, metadata={"help": "Cut states during training; --no_compress trains at full size."}
@@ -147,6 +162,7 @@ def build_model(run: Run, task: Task) -> nn.Module:
             f"{', '.join(sorted(key for key in config.to_dict() if not key.startswith('_')))}"
         )
     config = AutoConfig.for_model(run.arguments.model_type, **task.model_kwargs, **run.model)
+    config.validate()  # now, not at the first save
     set_seed(run.training.seed)
     return HEADS[task.problem].from_config(config)
 
@@ -166,7 +182,7 @@ def build_trainer(run: Run, task: Task, model: nn.Module) -> tuple[Trainer, Comp
         processing_class=task.tokenizer,
         compute_metrics=task.compute_metrics,
         preprocess_logits_for_metrics=task.preprocess_logits_for_metrics,
-        callbacks=[callback] if callback else None,
+        callbacks=[*([callback] if callback else []), DurableCheckpoints()],
         optimizers=(optimizer, None),
     )
     return trainer, callback
@@ -177,13 +193,18 @@ def execute(run: Run) -> RunResult:
 
     Raises:
         ValueError: on a checkpoint to resume from whose tensors disagree with its config, and as `build_model` does.
+        SystemExit: with code 143, after SIGTERM has ended training with a checkpoint.
     """
     task = load_task(
         run.arguments.task or "", data_dir=run.arguments.data_dir, seed=run.training.seed, **run.task_options
     )
     model = build_model(run, task)
     trainer, callback = build_trainer(run, task, model)
-    trained = trainer.train(resume_from_checkpoint=_checkpoint_to_resume(run.training), ignore_keys_for_eval=CACHES)
+    trained = trainer.train(resume_from_checkpoint=_checkpoint_to_resume(run), ignore_keys_for_eval=CACHES)
+    durable = next(cb for cb in trainer.callback_handler.callbacks if isinstance(cb, DurableCheckpoints))
+    if durable.stopped_at is not None:
+        logger.warning(f"stopped by SIGTERM at step {durable.stopped_at}; go on with --resume auto")
+        raise SystemExit(128 + signal.SIGTERM)
     trainer.save_model()
     trainer.save_state()
     trainer.save_metrics("train", trained.metrics)
@@ -209,8 +230,15 @@ def execute(run: Run) -> RunResult:
     return result
 
 
-def _checkpoint_to_resume(training: TrainingArguments) -> str | None:
-    wanted = training.resume_from_checkpoint
+def _checkpoint_to_resume(run: Run) -> str | None:
+    training = run.training
+    if run.arguments.resume is not None and training.resume_from_checkpoint is not None:
+        raise ValueError("give --resume or --resume_from_checkpoint, not both")
+    if run.arguments.resume == "auto":
+        found = newest_checkpoint(str(training.output_dir))
+        logger.warning(f"going on from {found}" if found else "no checkpoint to go on from; starting afresh")
+        return None if found is None else str(found)
+    wanted = run.arguments.resume or training.resume_from_checkpoint
     if wanted in (None, "", False, "false", "False"):
         return None
     if wanted in (True, "true", "True"):

@@ -28,6 +28,7 @@ from .plan import (
     check_parameters,
     compress,
     make_plan,
+    measure_mixers,
     measure_model,
 )
 from .policies import Energy, Fraction, Policy, Target
@@ -60,6 +61,7 @@ __all__ = [
     "gather_statistics",
     "history",
     "make_plan",
+    "measure_mixers",
     "measure_model",
     "needs_calibration",
     "original_sizes",

@@ -7,7 +7,7 @@ instance. Nothing else in the library needs to know.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, Protocol, TypeVar
 
@@ -50,6 +50,10 @@ class Statistics(Protocol):
 
     def observe(self, mixer: Any, hidden_states: Tensor, attention_mask: Tensor | None) -> None:
         """Take in one batch of a mixer's inputs: (B, L, H), and a mask (B, L) with 0 for padding."""
+        ...
+
+    def sum_with(self, all_reduce: Callable[[Tensor], Any]) -> None:
+        """Sum everything over processes, in place, by a function that does so for one tensor."""
         ...
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -91,7 +92,15 @@ def measure_model(
         ReductionError: naming the first layer that cannot be measured and why.
         ValueError, TypeError: calibration batches that are missing, empty, too short or of the wrong fields.
     """
-    statistics = gather_statistics(model, calibration, recordings)
+    return measure_mixers(model, gather_statistics(model, calibration, recordings))
+
+
+def measure_mixers(model: nn.Module, statistics: Mapping[str, Any]) -> dict[str, Any]:
+    """Measure every mixer, from statistics by mixer name where it needs them.
+
+    Raises:
+        ReductionError: naming the first layer that cannot be measured and why.
+    """
     measurements = {}
     for site in find_mixers(model):
         try:
@@ -110,11 +119,13 @@ def make_plan(
     attempts_left: int = 1,
     calibration: Batches | None = None,
     refit_steps: int = 0,
+    measured: tuple[Mapping[str, Any], dict[str, Recording]] | None = None,
 ) -> CompressionPlan:
     """Measure a model and compute the reduced parameters of every layer that should shrink, changing nothing.
 
     Arguments as in `compress`; `attempts_left` is the number of cuts, this one included, among which a policy that
-    walks to its goal shares the way.
+    walks to its goal shares the way; `measured`, if given, are measurements and recordings that stand for calibration
+    batches.
 
     Raises:
         ValueError: if the model has no compressible layer, or the policy cannot be met.
@@ -125,7 +136,9 @@ def make_plan(
     sites = find_mixers(model)
     constraints = constraints.for_uniform_layers() if any(site.adapter.uniform for site in sites) else constraints
     recordings: dict[str, Recording] = {}
-    measurements = measure_model(model, calibration, recordings if refit_steps else None)
+    if measured is None:
+        measured = measure_model(model, calibration, recordings if refit_steps else None), recordings
+    measurements, recordings = measured
     spectra = [measurements[site.name].spectrum() for site in sites]
     sizes = [site.state_size for site in sites]
     orders = policy.orders(spectra, original_sizes(model), constraints, attempts_left)

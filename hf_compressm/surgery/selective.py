@@ -5,7 +5,7 @@ Shapes: batch B, length L, channels I, groups G of channels with their own B and
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -89,6 +89,14 @@ class SelectiveStatistics:
         ones = torch.ones(signals.u.shape[:2]) if mask is None else mask
         self.tokens += int(ones.sum())
         self.looked += int(ones[:, stride - 1 :: stride].sum())
+
+    def sum_with(self, all_reduce: Callable[[Tensor], Any]) -> None:
+        """Sum everything over processes, in place, by a function that does so for one tensor."""
+        assert self.states is not None and self.read_outs is not None and self.drives is not None
+        counts = torch.tensor([self.looked, self.tokens], device=self.states.device)
+        for tensor in (self.states, self.read_outs, self.drives, counts):
+            all_reduce(tensor)
+        self.looked, self.tokens = counts.tolist()
 
 
 @dataclass(frozen=True)

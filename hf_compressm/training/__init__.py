@@ -3,13 +3,21 @@
 from .callback import CompreSSMCallback
 from .checkpoint import verify_checkpoint
 from .config import CompressionConfig
+from .distributed import rebuild_reducer, verify_replicas
 from .groups import create_optimizer
 from .stability import StabilityTracker
+from .survival import DurableCheckpoints, newest_checkpoint, verify_manifest, write_manifest
 
 __all__ = [
     "CompreSSMCallback",
     "CompressionConfig",
+    "DurableCheckpoints",
     "StabilityTracker",
     "create_optimizer",
+    "newest_checkpoint",
+    "rebuild_reducer",
     "verify_checkpoint",
+    "verify_manifest",
+    "verify_replicas",
+    "write_manifest",
 ]

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, IterableDataset
 Batches = list[Mapping[str, Any]]
 
 
-def calibration_batches(dataloader: Any, count: int, seed: int) -> Batches:
+def calibration_batches(dataloader: Any, count: int, seed: int, rank: int = 0, processes: int = 1) -> Batches:
     """Collate `count` batches of the training data in an order of their own.
 
     The training's sampler and workers are not touched, and the random state of Python, NumPy and torch, which a
@@ -26,6 +26,8 @@ def calibration_batches(dataloader: Any, count: int, seed: int) -> Batches:
             are used.
         count: number of batches, >= 1; fewer come if the data ends before.
         seed: of the order.
+        rank, processes: with several processes each takes its own part of every batch, so that all together see what
+            one process would.
 
     Raises:
         ValueError: if there is no training data to draw from.
@@ -35,7 +37,7 @@ def calibration_batches(dataloader: Any, count: int, seed: int) -> Batches:
         raise ValueError(
             "the states of selective layers are ranked on training data, but the Trainer has no training data loader"
         )
-    size = getattr(dataloader, "total_batch_size", None) or dataloader.batch_size or 1
+    total = getattr(dataloader, "total_batch_size", None) or processes * (dataloader.batch_size or 1)
     generator = torch.Generator().manual_seed(seed)
     states = random.getstate(), np.random.get_state()
     devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else []
@@ -44,12 +46,12 @@ def calibration_batches(dataloader: Any, count: int, seed: int) -> Batches:
         try:
             own: Any = DataLoader(
                 dataset,
-                batch_size=size,
+                batch_size=max(total // processes, 1),
                 shuffle=not isinstance(dataset, IterableDataset),
                 collate_fn=dataloader.collate_fn,
                 generator=generator,
             )
-            return list(islice(own, count))
+            return list(islice(own, rank, count * processes, processes))
         finally:
             random.setstate(states[0])
             np.random.set_state(states[1])

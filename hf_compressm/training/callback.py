@@ -23,16 +23,26 @@ from ..surgery import (
     check_parameters,
     find_mixers,
     history,
-    make_plan,
-    measure_model,
+    measure_mixers,
     needs_calibration,
     original_sizes,
     set_history,
     state_sizes,
 )
 from .calibration import Batches, calibration_batches
-from .checkpoint import ResizeOnLoad, load_callback_state, save_callback_state
+from .checkpoint import ResizeOnLoad, checkpoint_folder, load_callback_state, save_callback_state
 from .config import CompressionConfig
+from .distributed import (
+    decided_by_rank_0,
+    find_ddp,
+    gather_together,
+    plan_together,
+    processes,
+    raise_recompile_limit,
+    rebuild_reducer,
+    refuse_unsupported,
+    verify_replicas,
+)
 from .stability import StabilityTracker
 from .timing import StepTimer
 from .trainer_log import log_to_trackers, running_trainer
@@ -61,7 +71,8 @@ class CompreSSMCallback(TrainerCallback, ExportableState):
         ValueError: settings out of range; when training starts: no compressible layer, a frozen or shared parameter,
             a window that holds no step, a target above the present size, a rollback metric without evaluation.
         TypeError: unknown settings; when training starts: an optimizer whose state cannot be carried.
-        NotImplementedError: when training starts on several processes or with sharded parameters.
+        NotImplementedError: when training starts with sharded parameters (FSDP, DeepSpeed, tensor parallelism).
+        RuntimeError: if ranks differ after a cut.
     """
 
     def __init__(self, config: CompressionConfig | None = None, **settings: Any):
@@ -98,8 +109,9 @@ class CompreSSMCallback(TrainerCallback, ExportableState):
         optimizer: Any = None,
         **kwargs: Any,
     ):
-        _refuse_sharded(args)
+        refuse_unsupported(args, model)
         check_parameters(model, optimizer)
+        find_ddp(running_trainer(), model)  # what a cut will need is missed now, not then
         self._attach(model, optimizer)
         exported: dict[str, Any] = state.stateful_callbacks  # type: ignore[assignment]  # a dict once training runs
         # A checkpoint written without this callback has no entry, and the Trainer's next save would fail without one.
@@ -108,6 +120,8 @@ class CompreSSMCallback(TrainerCallback, ExportableState):
             self._resume(args, state, model, saved)
         self._attempts = self.config.attempt_steps(state.max_steps)
         self._check_settings(args, model)
+        if args.torch_compile:
+            raise_recompile_limit(len(self._attempts))
         self.timer = StepTimer()
         if self.config.trigger == "stability" and self._tracker is None:
             self._tracker = StabilityTracker(self.config.stability_threshold)
@@ -139,7 +153,7 @@ class CompreSSMCallback(TrainerCallback, ExportableState):
     ):
         self.timer.end_step()
         if state.global_step in self._attempts and self._may_cut(model):
-            self._attempt(state, model, optimizer, kwargs.get("train_dataloader"))
+            self._attempt(args, state, model, optimizer, kwargs.get("train_dataloader"))
 
     def on_evaluate(
         self,
@@ -152,7 +166,7 @@ class CompreSSMCallback(TrainerCallback, ExportableState):
         # An evaluation in the cut's own step would judge a model that had no chance to recover.
         if self._judging is None or self._judging["undo"] or state.global_step == self._judging["step"]:
             return
-        value = metrics.get(self.config.rollback_metric)
+        value = decided_by_rank_0(lambda: metrics.get(self.config.rollback_metric))
         if value is None:  # an evaluation of other data, or with another prefix
             return
         loss = self._judging["reference"] - value
@@ -169,7 +183,7 @@ class CompreSSMCallback(TrainerCallback, ExportableState):
         if self._tracker is not None:
             tensors["tracker"] = self._tracker.state_dict()
         if tensors and state.is_world_process_zero:
-            save_callback_state(_checkpoint_folder(args, state), tensors)
+            save_callback_state(checkpoint_folder(args, state), tensors)
 
     def on_train_end(
         self,
@@ -249,25 +263,34 @@ class CompreSSMCallback(TrainerCallback, ExportableState):
             return False
         return not (self.config.trigger == "stability" and records)
 
-    def _attempt(self, state: TrainerState, model: nn.Module, optimizer: Any, train_dataloader: Any) -> None:
+    def _attempt(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        model: nn.Module,
+        optimizer: Any,
+        train_dataloader: Any,
+    ) -> None:
         step, config = state.global_step, self.config
         seed = config.selection_seed * 1_000_003 + step
         batches = None
         if needs_calibration(model):
-            batches = calibration_batches(train_dataloader, config.calibration_batches, seed)
+            batches = calibration_batches(
+                train_dataloader, config.calibration_batches, seed, args.process_index, processes()
+            )
         try:
             if self._tracker is not None and not self._settled(model, batches):
                 return
             left = 1 if self._tracker else sum(attempt >= step for attempt in self._attempts)
-            plan = make_plan(
+            plan = plan_together(
                 model,
-                config.order_policy(),
-                config.constraints(),
-                config.selection,
-                torch.Generator().manual_seed(seed),
-                left,
                 batches,
                 config.refit_steps,
+                policy=config.order_policy(),
+                constraints=config.constraints(),
+                selection=config.selection,
+                generator=torch.Generator().manual_seed(seed),
+                attempts_left=left,
             )
         except ReductionError as error:
             logger.warning(f"Step {step}: no cut, and training goes on at the present size: {error}")
@@ -277,11 +300,16 @@ class CompreSSMCallback(TrainerCallback, ExportableState):
                 self._keep_for_rollback(state, model, optimizer)
             self.timer.close_segment(step, _mean([layer.old_size for layer in plan.layers]))
             apply_plan(model, optimizer, plan, step)
+            _follow(model, optimizer)
         self._report(state, plan)
 
     def _settled(self, model: nn.Module, batches: Batches | None) -> bool:
+        statistics = gather_together(model, batches)
+        return decided_by_rank_0(lambda: self._track(model, statistics))
+
+    def _track(self, model: nn.Module, statistics: dict[str, Any]) -> bool:
         assert self._tracker is not None
-        measured = measure_model(model, batches)
+        measured = measure_mixers(model, statistics)
         names, spectra = list(measured), [m.spectrum() for m in measured.values()]
         orders = self.config.order_policy().orders(spectra, original_sizes(model), self.config.constraints())
         score = self._tracker.update(measured, dict(zip(names, orders, strict=True)))
@@ -312,6 +340,7 @@ class CompreSSMCallback(TrainerCallback, ExportableState):
         self.timer.close_segment(state.global_step, _mean(before))
         records = history(model)
         self._snapshot.restore(model, optimizer)
+        _follow(model, optimizer)
         set_history(model, records)
         names = [site.name for site in find_mixers(model)]
         append_history(
@@ -374,23 +403,12 @@ class CompreSSMCallback(TrainerCallback, ExportableState):
             )
 
 
-def _refuse_sharded(args: TrainingArguments) -> None:
-    if args.world_size > 1:
-        raise NotImplementedError(
-            f"this run has {args.world_size} processes; compression is implemented for one process only. Launch a "
-            "single process, or compress before or after training with hf_compressm.compress."
-        )
-    if args.deepspeed or args.fsdp:
-        raise NotImplementedError(
-            "DeepSpeed and FSDP keep parameters in flat shards that cannot change shape during training. Train "
-            "without them, or compress before or after training with hf_compressm.compress."
-        )
-
-
-def _checkpoint_folder(args: TrainingArguments, state: TrainerState) -> Path:
-    trainer = running_trainer()
-    run = args.output_dir if trainer is None else trainer._get_output_dir(trial=None)
-    return Path(str(run)) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
+def _follow(model: nn.Module, optimizer: Any) -> None:
+    """Let what trains the model on several processes know of new parameters, and check that all ranks have the same."""
+    ddp = find_ddp(running_trainer(), model)
+    if ddp is not None:
+        rebuild_reducer(ddp)
+        verify_replicas(model, optimizer)
 
 
 def _resumed_folders(args: TrainingArguments, state: TrainerState) -> list[Any]:

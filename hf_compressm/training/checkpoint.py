@@ -4,19 +4,24 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import safe_open
-from torch import nn
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers import TrainerState, TrainingArguments
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, logging
 
 from ..surgery import resize_mixers, sizes_in_state_dict, unwrap_optimizer
+from .trainer_log import running_trainer
 
 logger = logging.get_logger(__name__)
 
-STATE_NAME = "compression_state.pt"
+STATE_NAME = "compression_state.safetensors"
 
 
 class ResizeOnLoad:
@@ -96,21 +101,67 @@ def _weight_files(folder: Path) -> list[Path]:
     return files
 
 
+def checkpoint_folder(args: TrainingArguments, state: TrainerState) -> Path:
+    """Where the running Trainer writes the checkpoint of the present step."""
+    trainer = running_trainer()
+    run = args.output_dir if trainer is None else trainer._get_output_dir(trial=None)
+    return Path(str(run)) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
+
+
 def save_callback_state(folder: str | os.PathLike[str], state: dict[str, Any]) -> None:
-    """Write the callback's tensors into a checkpoint folder: a temporary name first, so that no half file is read."""
+    """Write a tree of dicts, lists, tensors and JSON values into a checkpoint folder, as one safetensors file.
+
+    A temporary name comes first, so that no half file is read.
+    """
+    tensors: dict[str, Tensor] = {}
+    tree = json.dumps(_without_tensors(state, tensors))
     target = Path(folder) / STATE_NAME
     partial = target.with_suffix(".partial")
-    with open(partial, "wb") as file:
-        torch.save(state, file)
-        file.flush()
-        os.fsync(file.fileno())
+    save_file(tensors, partial, metadata={"tree": tree})
+    sync(partial)
     os.replace(partial, target)
 
 
 def load_callback_state(folders: list[str | os.PathLike[str]]) -> dict[str, Any] | None:
-    """Read the callback's tensors from the first of the folders that has them; None if none does."""
+    """Read what `save_callback_state` wrote from the first of the folders that has it; None if none does."""
     for folder in folders:
         path = Path(folder) / STATE_NAME
         if path.is_file():
-            return torch.load(path, map_location="cpu", weights_only=True)
+            with safe_open(path, framework="pt") as file:
+                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  not a dict
+                return _with_tensors(json.loads(file.metadata()["tree"]), tensors)
     return None
+
+
+def sync(path: str | os.PathLike[str]) -> None:
+    """Wait until a file or folder is on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _without_tensors(tree: Any, tensors: dict[str, Tensor]) -> Any:
+    """A JSON-ready copy of a tree, whose tensors go to `tensors`; dicts become lists of items, for keys may be int."""
+    if isinstance(tree, Tensor):
+        key = str(len(tensors))
+        plain = tree.detach().cpu().resolve_conj()
+        tensors[key] = (torch.view_as_real(plain) if plain.is_complex() else plain).contiguous()
+        return {"tensor": key, "complex": plain.is_complex()}
+    if isinstance(tree, Mapping):
+        return {"items": [[key, _without_tensors(value, tensors)] for key, value in tree.items()]}
+    if isinstance(tree, (list, tuple)):
+        return [_without_tensors(value, tensors) for value in tree]
+    return tree
+
+
+def _with_tensors(tree: Any, tensors: Mapping[str, Tensor]) -> Any:
+    if isinstance(tree, list):
+        return [_with_tensors(value, tensors) for value in tree]
+    if isinstance(tree, dict):
+        if "tensor" in tree:
+            found = tensors[tree["tensor"]]
+            return torch.view_as_complex(found) if tree["complex"] else found
+        return {key: _with_tensors(value, tensors) for key, value in tree["items"]}
+    return tree

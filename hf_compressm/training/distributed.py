@@ -1,0 +1,246 @@
+"""Cuts across processes: statistics are summed, rank 0 decides, every rank applies the same plan, a checksum proves it.
+
+A parameter that is replaced behind the back of `DistributedDataParallel` is never all-reduced again, without an error.
+So the reducer is rebuilt in place after every cut, and parameters and moments are compared across ranks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from accelerate.state import AcceleratorState
+from accelerate.utils import DistributedType
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+from transformers import TrainingArguments
+
+from ..surgery import CompressionPlan, gather_statistics, make_plan, measure_mixers, unwrap_optimizer
+from ..surgery.refit import Recording
+
+Value = TypeVar("Value")
+
+PRIVATE = (
+    *("reducer", "logger", "parameters_to_ignore", "static_graph", "_module_parameters", "_has_rebuilt_buckets"),
+    *("_build_params_for_reducer", "_build_debug_param_to_name_mapping", "_ddp_init_helper", "_comm_hooks"),
+)
+"""What `rebuild_reducer` uses of `DistributedDataParallel` beyond its public interface."""
+
+SUPPORTED = {DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU}
+ALTERNATIVE = (
+    "Train with plain data parallelism (DDP), or compress before or after training with hf_compressm.compress."
+)
+CHUNK = 1 << 22
+"""Elements of a tensor that a checksum takes at once, so that it needs little memory."""
+
+
+def processes() -> int:
+    """Number of processes that train together."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def refuse_unsupported(args: TrainingArguments, model: nn.Module) -> None:
+    """Raise if parameters cannot change shape in the way this run distributes them.
+
+    Raises:
+        NotImplementedError: FSDP, DeepSpeed, tensor parallelism and other sharded set-ups; `nn.DataParallel`.
+        RuntimeError: an attribute of `DistributedDataParallel` that `rebuild_reducer` needs is missing in this torch.
+    """
+    if args.deepspeed or args.fsdp:
+        raise NotImplementedError(
+            f"DeepSpeed and FSDP keep parameters in flat shards that cannot change shape during training. {ALTERNATIVE}"
+        )
+    kind = AcceleratorState().distributed_type if AcceleratorState._shared_state else DistributedType.NO
+    if kind not in SUPPORTED:
+        raise NotImplementedError(
+            f"this run is distributed as {kind.value}, which shards or copies parameters in a way that a change of "
+            f"their shape does not reach. {ALTERNATIVE}"
+        )
+    if sharded := next((name for name, p in model.named_parameters() if isinstance(p, DTensor)), None):
+        raise NotImplementedError(
+            f"{sharded} is a DTensor, as tensor parallelism and FSDP2 make them; replacing one is undone by the next "
+            f"forward pass. {ALTERNATIVE}"
+        )
+    if args.n_gpu > 1 and processes() == 1:
+        raise NotImplementedError(
+            f"one process would drive {args.n_gpu} GPUs by nn.DataParallel. Start one process for each GPU: "
+            f"torchrun --nproc_per_node {args.n_gpu} ..., or set CUDA_VISIBLE_DEVICES to one."
+        )
+
+
+def find_ddp(trainer: Any, model: nn.Module) -> DistributedDataParallel | None:
+    """The DDP wrapper through which a Trainer runs a model; None in a single process.
+
+    Raises:
+        RuntimeError: if several processes train but no wrapper around this model is found, or the installed torch lacks
+            what `rebuild_reducer` needs.
+    """
+    if processes() == 1:
+        return None
+    wrapper = getattr(trainer, "model_wrapped", None)
+    while isinstance(wrapper, nn.Module) and not isinstance(wrapper, DistributedDataParallel):
+        wrapper = getattr(wrapper, "_orig_mod", None)
+    module = getattr(wrapper, "module", None)
+    if wrapper is None or model not in (module, getattr(module, "_orig_mod", None)):
+        raise RuntimeError(
+            f"{processes()} processes train, but no DistributedDataParallel around the model was found, so new "
+            f"parameters could not be kept equal. {ALTERNATIVE}"
+        )
+    if missing := [name for name in PRIVATE if not hasattr(wrapper, name)]:
+        raise RuntimeError(
+            f"torch {torch.__version__} has no DistributedDataParallel.{', '.join(missing)}, which rebuilding its "
+            "reducer needs. Install a version of torch that this package is tested with, or train in one process."
+        )
+    return wrapper
+
+
+def rebuild_reducer(ddp: DistributedDataParallel) -> None:
+    """Make a DDP wrapper reduce the gradients of the parameters that its module has now. Call it on all ranks.
+
+    In place, so that whoever holds the wrapper goes on using it; communication hooks and a static graph are kept. The
+    sequence is that of `DistributedDataParallel.__setstate__`.
+    """
+    wrapper: Any = ddp
+    wrapper.reducer = wrapper.logger = None  # the old hooks die with the old reducer
+    wrapper._module_parameters = [
+        parameter for name, parameter in ddp.module.named_parameters() if name not in wrapper.parameters_to_ignore
+    ]
+    parameters, sparse = wrapper._build_params_for_reducer()
+    names = wrapper._build_debug_param_to_name_mapping(parameters)
+    wrapper._ddp_init_helper(parameters, sparse, names, wrapper.static_graph)
+    if wrapper.static_graph:  # the public setter returns at once where the flag is set already
+        wrapper._static_graph_delay_allreduce_enqueued = False
+        wrapper.reducer._set_static_graph()
+        wrapper.logger._set_static_graph()
+    wrapper._has_rebuilt_buckets = False
+    hooks, wrapper._comm_hooks = wrapper._comm_hooks, []
+    for hook, state in hooks:
+        ddp.register_comm_hook(state, hook)
+
+
+def decided_by_rank_0(work: Callable[[], Value]) -> Value:
+    """What `work` returns on rank 0, on every rank; or the error that it raises there, on every rank."""
+    if processes() == 1:
+        return work()
+    outcome: list[Any] = [None, None]
+    if dist.get_rank() == 0:
+        try:
+            outcome[0] = work()
+        except Exception as error:  # the other ranks wait, and must fail in the same way
+            outcome[1] = error
+    dist.broadcast_object_list(outcome, src=0)
+    if outcome[1] is not None:
+        raise outcome[1]
+    return outcome[0]
+
+
+def gather_together(model: nn.Module, batches: Any, recordings: dict[str, Recording] | None = None) -> dict[str, Any]:
+    """Statistics of every mixer that needs them over the calibration batches of all ranks, on every rank.
+
+    Raises:
+        Exception: what any rank raises, on every rank; that of the lowest rank if several do.
+    """
+    problem: Exception | None = None
+    statistics: dict[str, Any] = {}
+    try:
+        statistics = gather_statistics(model, batches, recordings)
+    except Exception as error:  # the other ranks must not wait for this one's sums
+        problem = error
+    if processes() > 1:
+        problems: list[Any] = [None] * processes()
+        dist.all_gather_object(problems, problem)
+        problem = next((found for found in problems if found is not None), None)
+    if problem is not None:
+        raise problem
+    if processes() > 1:
+        for name in sorted(statistics):
+            statistics[name].sum_with(dist.all_reduce)
+    return statistics
+
+
+def plan_together(model: nn.Module, batches: Any, refit_steps: int, **settings: Any) -> CompressionPlan:
+    """`make_plan` on the calibration batches of all ranks, decided and computed on rank 0, equal on all.
+
+    Args:
+        model: the model, with equal parameters on all ranks.
+        batches: this rank's calibration batches, or None if no mixer needs any.
+        refit_steps, settings: as `make_plan` takes them.
+    """
+    recordings: dict[str, Recording] = {}
+    statistics = gather_together(model, batches, recordings if refit_steps else None)
+
+    def plan() -> CompressionPlan:
+        measured = measure_mixers(model, statistics), recordings
+        return make_plan(model, measured=measured, refit_steps=refit_steps, **settings)
+
+    return decided_by_rank_0(plan)
+
+
+def verify_replicas(model: nn.Module, optimizer: Any = None) -> None:
+    """Compare checksums of all parameters, buffers and optimizer moments across ranks.
+
+    Raises:
+        RuntimeError: on every rank, if any tensor differs; the message names the first and the rank.
+    """
+    if processes() == 1:
+        return
+    names, tensors = zip(*_tensors(model, optimizer), strict=True)
+    shapes: list[Any] = [None] * processes()
+    dist.all_gather_object(shapes, [(name, tuple(tensor.shape)) for name, tensor in zip(names, tensors, strict=True)])
+    device = next(model.parameters()).device
+    own = torch.tensor([_checksum(tensor) for tensor in tensors], dtype=torch.int64, device=device)
+    found = [torch.empty_like(own) for _ in shapes] if len({len(listed) for listed in shapes}) == 1 else []
+    if found:
+        dist.all_gather(found, own)
+    for rank, listed in enumerate(shapes):
+        if listed == shapes[0] and torch.equal(found[rank], found[0]):
+            continue
+        names_differ = [str(a[0]) for a, b in zip(listed, shapes[0], strict=False) if a != b]
+        values_differ = [] if not found else [names[i] for i in (found[rank] != found[0]).nonzero().flatten().tolist()]
+        first = (names_differ or values_differ or ["the number of tensors"])[0]
+        raise RuntimeError(
+            f"rank {rank} and rank 0 differ in {first} after a change of state size; going on would train two models. "
+            "Resume from the last checkpoint, and report this."
+        )
+
+
+def raise_recompile_limit(cuts: int) -> None:
+    """Let torch.compile compile once for every shape that `cuts` cuts bring; beyond its limit it would run eagerly."""
+    config: Any = torch._dynamo.config
+    needed = cuts + 8
+    for name in ("recompile_limit", "cache_size_limit"):
+        if hasattr(config, name):
+            setattr(config, name, max(getattr(config, name), needed))
+            return
+    raise RuntimeError(
+        f"torch {torch.__version__} has no torch._dynamo.config.recompile_limit, so cuts could end in eager mode "
+        "unnoticed. Train without torch_compile, or with a version of torch that this package is tested with."
+    )
+
+
+def _tensors(model: nn.Module, optimizer: Any) -> Iterator[tuple[str, Tensor]]:
+    yield from model.state_dict().items()
+    if optimizer is None:
+        return
+    state = unwrap_optimizer(optimizer).state
+    for name, parameter in model.named_parameters():
+        for key, value in sorted(state.get(parameter, {}).items()):
+            if isinstance(value, Tensor):
+                yield f"{name} ({key})", value
+
+
+def _checksum(tensor: Tensor) -> int:
+    """A sum over the bits of a tensor, weighted by position, modulo 2^63."""
+    width = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+    flat = tensor.detach().contiguous().flatten()
+    flat = torch.view_as_real(flat).flatten() if flat.is_complex() else flat
+    bits = flat.view(width[flat.element_size()])
+    total = 0
+    for start in range(0, len(bits), CHUNK):
+        part = bits[start : start + CHUNK].to(torch.int64)
+        weights = torch.arange(start + 1, start + 1 + len(part), device=part.device)
+        total += int((part * (2 * weights + 1)).sum())
+    return total % (1 << 63)

@@ -1,0 +1,161 @@
+"""Checkpoints that a kill at any moment cannot spoil: a manifest written last, the newest that verifies, SIGTERM.
+
+The Trainer writes a checkpoint's files one by one under their final names. The manifest, with the size and hash of
+each, is written after all of them are on the disk, under a temporary name that is then changed: a folder without one is
+not finished, and one whose files differ from it is damaged.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import signal
+import threading
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers.utils import logging
+
+from .checkpoint import checkpoint_folder, sync, verify_checkpoint
+from .distributed import processes
+
+logger = logging.get_logger(__name__)
+
+MANIFEST_NAME = "checkpoint_manifest.json"
+PARTIAL_SUFFIX = ".partial"
+BLOCK = 1 << 20
+"""Bytes of a file that are hashed at once."""
+
+
+class DurableCheckpoints(TrainerCallback):
+    """Seals every checkpoint of a Trainer with a manifest, and on SIGTERM saves one and stops.
+
+    Put it after the callbacks that write files of their own into a checkpoint.
+
+    Attributes:
+        stopped_at: the step at which SIGTERM ended training; None if it did not.
+    """
+
+    def __init__(self) -> None:
+        self.stopped_at: int | None = None
+        self._asked = False
+        self._previous: Any = None
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
+        if args.save_total_limit == 1:
+            raise ValueError(
+                "save_total_limit=1 deletes the previous checkpoint before the next is sealed, so a kill in between "
+                "would leave none. Set it to at least 2."
+            )
+        if threading.current_thread() is threading.main_thread() and self._previous is None:
+            self._previous = signal.signal(signal.SIGTERM, self._ask)
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
+        if self._anyone_asked(args):
+            self.stopped_at = state.global_step
+            control.should_save = control.should_training_stop = True
+            if state.is_world_process_zero:
+                logger.warning(f"SIGTERM: saving a checkpoint at step {state.global_step} and stopping")
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
+        if processes() > 1:
+            dist.barrier()  # every rank has written its files
+        if args.should_save:
+            write_manifest(checkpoint_folder(args, state))
+
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
+        if self._previous is not None:
+            signal.signal(signal.SIGTERM, self._previous)
+            self._previous = None
+
+    def _ask(self, signum: int, frame: FrameType | None) -> None:
+        self._asked = True
+
+    def _anyone_asked(self, args: TrainingArguments) -> bool:
+        """Whether any rank has got the signal: all must save and stop in the same step."""
+        if processes() == 1:
+            return self._asked
+        asked = torch.tensor(int(self._asked), device=args.device)
+        dist.all_reduce(asked, op=dist.ReduceOp.MAX)
+        return bool(asked)
+
+
+def write_manifest(folder: str | os.PathLike[str]) -> None:
+    """Seal a checkpoint: wait until its files are on the disk, then write their sizes and SHA-256 hashes."""
+    folder = Path(folder)
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and _is_content(path))
+    entries = {}
+    for path in files:
+        sync(path)
+        entries[path.relative_to(folder).as_posix()] = {"bytes": path.stat().st_size, "sha256": _hash(path)}
+    partial = folder / f"{MANIFEST_NAME}{PARTIAL_SUFFIX}"
+    partial.write_text(json.dumps({"files": entries}, indent=2) + "\n")
+    sync(partial)
+    os.replace(partial, folder / MANIFEST_NAME)
+    for directory in {path.parent for path in files} | {folder, folder.parent}:
+        sync(directory)
+
+
+def verify_manifest(folder: str | os.PathLike[str]) -> None:
+    """Check that a checkpoint is finished and its files are those that were written.
+
+    Raises:
+        FileNotFoundError: the folder has no manifest, or lacks a file that its manifest names.
+        ValueError: a damaged manifest, or a file of another size or hash; the message names it.
+    """
+    folder = Path(folder)
+    manifest = folder / MANIFEST_NAME
+    if not manifest.is_file():
+        raise FileNotFoundError(f"{folder} holds no {MANIFEST_NAME}: the checkpoint was not finished")
+    try:
+        entries = {str(name): (entry["bytes"], entry["sha256"]) for name, entry in _files(manifest).items()}
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{manifest} cannot be read: {error}") from error
+    for name, (size, digest) in entries.items():
+        path = folder / name
+        if not path.is_file():
+            raise FileNotFoundError(f"{path} is missing")
+        if path.stat().st_size != size:
+            raise ValueError(f"{path} has {path.stat().st_size} bytes instead of {size}")
+        if _hash(path) != digest:
+            raise ValueError(f"{path} is damaged: its hash is not the one that was written")
+
+
+def newest_checkpoint(output_dir: str | os.PathLike[str]) -> Path | None:
+    """The newest checkpoint of a run that verifies, with a warning for each newer one that does not; None without."""
+    found = {}
+    for path in Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
+        step = path.name.rpartition("-")[2]
+        if path.is_dir() and step.isdecimal():
+            found[int(step)] = path
+    for step in sorted(found, reverse=True):
+        try:
+            verify_manifest(found[step])
+            verify_checkpoint(found[step])
+        except (OSError, ValueError) as error:
+            logger.warning(f"skipped the checkpoint of step {step}: {error}")
+        else:
+            return found[step]
+    return None
+
+
+def _files(manifest: Path) -> Any:
+    return json.loads(manifest.read_text())["files"]
+
+
+def _is_content(path: Path) -> bool:
+    return path.name != MANIFEST_NAME and path.suffix != PARTIAL_SUFFIX
+
+
+def _hash(path: Path) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(BLOCK):
+            digest.update(block)
+    return digest.hexdigest()

@@ -1,0 +1,92 @@
+"""Started by test_distributed.py under torchrun: checks that need several processes but no Trainer."""
+
+import torch
+import torch.distributed as dist
+from selective_models import IDS, OWN, make
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import fp16_compress_hook
+from torch.nn.parallel import DistributedDataParallel
+
+from hf_compressm.surgery import ReductionError, apply_plan
+from hf_compressm.training.distributed import (
+    decided_by_rank_0,
+    gather_together,
+    plan_together,
+    rebuild_reducer,
+    verify_replicas,
+)
+
+
+def expect(error, message, work):
+    try:
+        work()
+    except error as raised:
+        assert message in str(raised), raised
+    else:
+        raise AssertionError(f"no {error.__name__}: {message}")
+
+
+def only_rank_0_may_fail(rank):
+    def fail():
+        raise ValueError(f"decided on rank {rank}")
+
+    assert decided_by_rank_0(lambda: rank) == 0
+    expect(ValueError, "decided on rank 0", lambda: decided_by_rank_0(fail))
+
+
+def one_bad_rank_stops_all(rank):
+    model = make(OWN, "mamba")
+    with torch.no_grad():
+        if rank == 1:
+            model.backbone.embeddings.weight[:] = torch.nan
+    expect(ReductionError, "NaN", lambda: gather_together(model, {"input_ids": IDS}))
+
+
+def statistics_are_those_of_all_batches(rank):
+    model = make(OWN, "mamba")
+    together = gather_together(model, {"input_ids": IDS[rank : rank + 1]})
+    name, found = next(iter(together.items()))
+    whole = gather_together(model, {"input_ids": IDS})[name]
+    assert found.tokens * dist.get_world_size() == whole.tokens
+    assert torch.allclose(2 * found.states, whole.states)
+
+
+def training_goes_on_equal_after_a_cut(rank, **options):
+    model = make(OWN, "mamba2").train()
+    ddp = DistributedDataParallel(model, **options)
+    ddp.register_comm_hook(None, fp16_compress_hook)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    for step in range(8):
+        if step in (3, 5):
+            plan = plan_together(model, {"input_ids": IDS}, 0, policy=None)
+            apply_plan(model, optimizer, plan)
+            rebuild_reducer(ddp)
+            assert plan.cuts or step == 5
+        ddp(IDS[rank : rank + 1], labels=IDS[rank : rank + 1]).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        verify_replicas(model, optimizer)
+    assert len(ddp._comm_hooks) == 1
+
+
+def a_difference_is_named(rank):
+    model = make(OWN, "mamba")
+    with torch.no_grad():
+        model.backbone.layers[1].mixer.A_log[3, 2] += 1e-6 * rank
+    expect(RuntimeError, "rank 1 and rank 0 differ in backbone.layers.1.mixer.A_log", lambda: verify_replicas(model))
+
+
+def main():
+    dist.init_process_group("gloo")
+    torch.set_num_threads(1)
+    rank = dist.get_rank()
+    for check in (only_rank_0_may_fail, one_bad_rank_stops_all, statistics_are_those_of_all_batches):
+        check(rank)
+    for options in ({}, {"find_unused_parameters": True}, {"static_graph": True}):
+        training_goes_on_equal_after_a_cut(rank, **options)
+    a_difference_is_named(rank)
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
