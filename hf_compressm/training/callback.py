@@ -44,7 +44,7 @@ from .distributed import (
     verify_replicas,
 )
 from .stability import StabilityTracker
-from .timing import StepTimer
+from .timing import StepTimer, Stopwatch
 from .trainer_log import log_to_trackers, running_trainer
 
 logger = logging.get_logger(__name__)
@@ -273,11 +273,12 @@ class CompreSSMCallback(TrainerCallback, ExportableState):
     ) -> None:
         step, config = state.global_step, self.config
         seed = config.selection_seed * 1_000_003 + step
-        batches = None
+        batches, watch = None, Stopwatch()
         if needs_calibration(model):
-            batches = calibration_batches(
-                train_dataloader, config.calibration_batches, seed, args.process_index, processes()
-            )
+            with watch("statistics"):
+                batches = calibration_batches(
+                    train_dataloader, config.calibration_batches, seed, args.process_index, processes()
+                )
         try:
             if self._tracker is not None and not self._settled(model, batches):
                 return
@@ -286,6 +287,7 @@ class CompreSSMCallback(TrainerCallback, ExportableState):
                 model,
                 batches,
                 config.refit_steps,
+                watch,
                 policy=config.order_policy(),
                 constraints=config.constraints(),
                 selection=config.selection,
@@ -299,9 +301,10 @@ class CompreSSMCallback(TrainerCallback, ExportableState):
             if config.rollback:
                 self._keep_for_rollback(state, model, optimizer)
             self.timer.close_segment(step, _mean([layer.old_size for layer in plan.layers]))
-            apply_plan(model, optimizer, plan, step)
-            _follow(model, optimizer)
-        self._report(state, plan)
+            with watch("surgery"):
+                apply_plan(model, optimizer, plan, step)
+            _follow(model, optimizer, watch)
+        self._report(state, plan, watch)
 
     def _settled(self, model: nn.Module, batches: Batches | None) -> bool:
         statistics = gather_together(model, batches)
@@ -340,7 +343,7 @@ class CompreSSMCallback(TrainerCallback, ExportableState):
         self.timer.close_segment(state.global_step, _mean(before))
         records = history(model)
         self._snapshot.restore(model, optimizer)
-        _follow(model, optimizer)
+        _follow(model, optimizer, Stopwatch())
         set_history(model, records)
         names = [site.name for site in find_mixers(model)]
         append_history(
@@ -367,9 +370,11 @@ class CompreSSMCallback(TrainerCallback, ExportableState):
             f"{_sizes(state_sizes(model))}; no further cuts.",
         )
 
-    def _report(self, state: TrainerState, plan: CompressionPlan) -> None:
+    def _report(self, state: TrainerState, plan: CompressionPlan, watch: Stopwatch) -> None:
         old, new = [layer.old_size for layer in plan.layers], [layer.new_size for layer in plan.layers]
-        logs = {"compression/mean_state_size": _mean(new), "compression/seconds": plan.seconds}
+        seconds = sum(watch.seconds.values())
+        logs = {"compression/mean_state_size": _mean(new), "compression/seconds": seconds}
+        logs |= {f"compression/seconds_{part}": spent for part, spent in watch.seconds.items()}
         for index, layer in enumerate(plan.layers):
             values, prefix = layer.singular_values, f"compression/layer_{index}"
             logs |= {
@@ -393,22 +398,24 @@ class CompreSSMCallback(TrainerCallback, ExportableState):
             bound = f", error bound <= {max(bounds):.3g} per layer" if bounds else ""
             _say(
                 state,
-                f"Step {state.global_step}: states {_sizes(old)} -> {_sizes(new)}{bound}, {plan.seconds:.2f} s",
+                f"Step {state.global_step}: states {_sizes(old)} -> {_sizes(new)}{bound}, {seconds:.2f} s",
             )
         else:
             _say(
                 state,
                 f"Step {state.global_step}: nothing to cut at {_sizes(old)} states: no layer would lose "
-                f"{self.config.min_change:.0%} of them, {plan.seconds:.2f} s",
+                f"{self.config.min_change:.0%} of them, {seconds:.2f} s",
             )
 
 
-def _follow(model: nn.Module, optimizer: Any) -> None:
+def _follow(model: nn.Module, optimizer: Any, watch: Stopwatch) -> None:
     """Let what trains the model on several processes know of new parameters, and check that all ranks have the same."""
     ddp = find_ddp(running_trainer(), model)
     if ddp is not None:
-        rebuild_reducer(ddp)
-        verify_replicas(model, optimizer)
+        with watch("rebuild"):
+            rebuild_reducer(ddp)
+        with watch("verification"):
+            verify_replicas(model, optimizer)
 
 
 def _resumed_folders(args: TrainingArguments, state: TrainerState) -> list[Any]:

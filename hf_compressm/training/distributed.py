@@ -20,6 +20,7 @@ from transformers import TrainingArguments
 
 from ..surgery import CompressionPlan, gather_statistics, make_plan, measure_mixers, unwrap_optimizer
 from ..surgery.refit import Recording
+from .timing import Stopwatch
 
 Value = TypeVar("Value")
 
@@ -121,17 +122,24 @@ def rebuild_reducer(ddp: DistributedDataParallel) -> None:
         ddp.register_comm_hook(state, hook)
 
 
-def decided_by_rank_0(work: Callable[[], Value]) -> Value:
-    """What `work` returns on rank 0, on every rank; or the error that it raises there, on every rank."""
+def decided_by_rank_0(work: Callable[[], Value], watch: Stopwatch | None = None) -> Value:
+    """What `work` returns on rank 0, on every rank; or the error that it raises there, on every rank.
+
+    Adds to `watch` the time that the decision took, and that of its broadcast: on other ranks, of waiting for it.
+    """
+    watch = watch or Stopwatch()
     if processes() == 1:
-        return work()
+        with watch("decision"):
+            return work()
     outcome: list[Any] = [None, None]
     if dist.get_rank() == 0:
         try:
-            outcome[0] = work()
+            with watch("decision"):
+                outcome[0] = work()
         except Exception as error:  # the other ranks wait, and must fail in the same way
             outcome[1] = error
-    dist.broadcast_object_list(outcome, src=0)
+    with watch("broadcast"):
+        dist.broadcast_object_list(outcome, src=0)
     if outcome[1] is not None:
         raise outcome[1]
     return outcome[0]
@@ -161,22 +169,27 @@ def gather_together(model: nn.Module, batches: Any, recordings: dict[str, Record
     return statistics
 
 
-def plan_together(model: nn.Module, batches: Any, refit_steps: int, **settings: Any) -> CompressionPlan:
+def plan_together(
+    model: nn.Module, batches: Any, refit_steps: int, watch: Stopwatch | None = None, **settings: Any
+) -> CompressionPlan:
     """`make_plan` on the calibration batches of all ranks, decided and computed on rank 0, equal on all.
 
     Args:
         model: the model, with equal parameters on all ranks.
         batches: this rank's calibration batches, or None if no mixer needs any.
+        watch: takes the times of statistics, decision and broadcast.
         refit_steps, settings: as `make_plan` takes them.
     """
+    watch = watch or Stopwatch()
     recordings: dict[str, Recording] = {}
-    statistics = gather_together(model, batches, recordings if refit_steps else None)
+    with watch("statistics"):
+        statistics = gather_together(model, batches, recordings if refit_steps else None)
 
     def plan() -> CompressionPlan:
         measured = measure_mixers(model, statistics), recordings
         return make_plan(model, measured=measured, refit_steps=refit_steps, **settings)
 
-    return decided_by_rank_0(plan)
+    return decided_by_rank_0(plan, watch)
 
 
 def verify_replicas(model: nn.Module, optimizer: Any = None) -> None:
