@@ -153,4 +153,4 @@ class CompreSSMMamba2Mixer(nn.Module):
 
 def _basis(signal: Tensor, matrix: Tensor) -> Tensor:
     """(B, L, G, N) and (G, r, N) -> (B, L, G, r)."""
-    return (signal[..., None, :] @ matrix.mT.to(signal.dtype)).squeeze(-2)
+    return torch.einsum("blgn,grn->blgr", signal, matrix.to(signal.dtype))
