@@ -89,12 +89,13 @@ def ranks(process: subprocess.Popen) -> list[int]:
     return [int(child) for child in children]
 
 
-def end(process: subprocess.Popen) -> int:
-    """Kill whatever is left of a run after a minute, and return its exit code."""
+def end(process: subprocess.Popen, patience: float = 600) -> int:
+    """Wait for the end of a run, after `patience` seconds by killing it and its workers; returns its exit code."""
     try:
-        return process.wait(timeout=60)
+        return process.wait(timeout=patience)
     except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
+        for pid in [*ranks(process), process.pid]:  # torchrun's workers have sessions of their own
+            os.kill(pid, signal.SIGKILL)
         return process.wait()
 
 
@@ -129,7 +130,7 @@ def break_run(kind: str, folder: Path, rng: random.Random) -> Path | None:
             os.kill(rng.choice(ranks(process)), signal.SIGKILL)
         else:
             process.send_signal(signal.SIGTERM if kind == "term" else signal.SIGKILL)
-    end(process)
+    end(process, patience=60)
     return damage(kind, folder, rng) if kind in ("truncate", "flip", "remove") else None
 
 
