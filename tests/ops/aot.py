@@ -26,7 +26,7 @@ TYPES = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32", "float64": "f
 
 @dataclass(frozen=True)
 class Resources:
-    """What one thread (registers, bytes spilled or otherwise kept in local memory) and one block (shared bytes) need."""
+    """What a thread needs (registers, bytes spilled or kept in local memory) and what a block needs (shared bytes)."""
 
     registers: int
     spills: int
