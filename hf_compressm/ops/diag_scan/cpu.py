@@ -1,18 +1,20 @@
 """Numba kernels of the diagonal scan: threads over sequences and blocks of states, vectors over states.
 
-Complex numbers are pairs of reals, (real, imaginary), in the last dimension. Each thread goes through time alone, so
-results do not depend on the number of threads.
+Complex numbers are pairs of reals, (real, imaginary), in the last dimension. A unit of work, one block of states of
+one sequence, goes through time alone, so results do not depend on the number of threads.
 
 Shapes: batch B, length L, N states.
 """
 
 from __future__ import annotations
 
+import os
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 from typing import Any
 
-import numba
 import torch
-from numba import njit, prange
+from numba import njit
 from torch import Tensor
 
 FAST = {"reassoc", "contract", "arcp", "nsz"}
@@ -21,17 +23,17 @@ BLOCK = 64
 """States of one unit of work."""
 
 
-@njit(parallel=True, fastmath=FAST, cache=True)
-def diag_scan_fwd_kernel(lam, u, carry, states):
+@njit(nogil=True, fastmath=FAST, cache=True)
+def diag_scan_fwd_kernel(begin, end, lam, u, carry, states):
     """states_k = lam * states_{k-1} + u_k from the state `carry` (B, N, 2), which becomes the last one.
 
     `states` may be `u`.
     """
-    batch, length, size = u.shape[:3]
+    length, size = u.shape[1:3]
     blocks = (size + BLOCK - 1) // BLOCK
     # Slices of flat arrays: LLVM finds no constant stride in slices of the others and would not vectorise.
     lam, u, carry, states = lam.reshape(-1), u.reshape(-1), carry.reshape(-1), states.reshape(-1)
-    for unit in prange(batch * blocks):
+    for unit in range(begin, end):
         b, first = unit // blocks, (unit % blocks) * BLOCK
         width = min(BLOCK, size - first)
         lam_re, lam_im = lam[2 * first : 2 * (first + width) : 2].copy(), lam[2 * first + 1 :: 2][:width].copy()
@@ -51,18 +53,18 @@ def diag_scan_fwd_kernel(lam, u, carry, states):
         ends[::2], ends[1::2] = re, im
 
 
-@njit(parallel=True, fastmath=FAST, cache=True)
-def diag_scan_bwd_kernel(lam, states, initial, grad, carry, adjoint, dlam):
+@njit(nogil=True, fastmath=FAST, cache=True)
+def diag_scan_bwd_kernel(begin, end, lam, states, initial, grad, carry, adjoint, dlam):
     """adjoint_k = grad_k + carry_k with carry_{k-1} = conj(lam) * adjoint_k, from the last step to the first.
 
     `carry` (B, N, 2) enters as the gradient of the final state and leaves as that of `initial`; `dlam` (B, N, 2)
     gains the sums of adjoint_k * conj(states_{k-1}). `adjoint` may be `grad`.
     """
-    batch, length, size = grad.shape[:3]
+    length, size = grad.shape[1:3]
     blocks = (size + BLOCK - 1) // BLOCK
     lam, states, initial, grad = lam.reshape(-1), states.reshape(-1), initial.reshape(-1), grad.reshape(-1)
     carry, adjoint, dlam = carry.reshape(-1), adjoint.reshape(-1), dlam.reshape(-1)
-    for unit in prange(batch * blocks):
+    for unit in range(begin, end):
         b, first = unit // blocks, (unit % blocks) * BLOCK
         width = min(BLOCK, size - first)
         lam_re, lam_im = lam[2 * first : 2 * (first + width) : 2].copy(), lam[2 * first + 1 :: 2][:width].copy()
@@ -90,14 +92,29 @@ def diag_scan_bwd_kernel(lam, states, initial, grad, carry, adjoint, dlam):
         sums[::2], sums[1::2] = sum_re, sum_im
 
 
-def run(kernel: Any, *tensors: Tensor) -> None:
-    """A kernel on contiguous real tensors, with as many threads as PyTorch uses."""
-    threads = numba.get_num_threads()
-    numba.set_num_threads(max(1, min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS)))
-    try:
-        kernel(*(tensor.detach().numpy() for tensor in tensors))
-    finally:
-        numba.set_num_threads(threads)
+def run(kernel: Any, lam: Tensor, *tensors: Tensor) -> None:
+    """A kernel on contiguous real tensors, of which the next after lam (N, 2) has B rows, on PyTorch's thread count.
+
+    Python's threads: Numba's would be a second OpenMP pool beside PyTorch's, and each spins while the other works.
+    """
+    arrays = [tensor.detach().numpy() for tensor in (lam, *tensors)]
+    units = len(tensors[0]) * -(-len(lam) // BLOCK)
+    threads = min(torch.get_num_threads(), units)
+    bounds = [units * k // threads for k in range(threads + 1)]
+    others = [_pool().submit(kernel, bounds[k], bounds[k + 1], *arrays) for k in range(1, threads)]
+    kernel(0, bounds[1], *arrays)
+    for other in others:
+        other.result()
+
+
+@cache
+def _pool() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(max(1, (os.cpu_count() or 1) - 1), "diag_scan")
+
+
+# Threads do not survive a fork.
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_pool.cache_clear)
 
 
 def real_pairs(x: Tensor) -> Tensor:

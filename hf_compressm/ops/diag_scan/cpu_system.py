@@ -12,7 +12,7 @@ from torch import Tensor
 from ..linear import product
 from .cpu import diag_scan_bwd_kernel, diag_scan_fwd_kernel, initial_pairs, real_pairs, run
 
-TILE_BYTES = 1 << 22
+TILE_BYTES = 1 << 21
 """States of a tile: well below a last-level cache, and enough for the threads."""
 
 
@@ -75,7 +75,7 @@ def system_backward(
             run(diag_scan_bwd_kernel, poles, states, before, adjoint, carry[group], adjoint, dlam[group])
             adjoint = adjoint.flatten(2).flatten(0, 1).to(u.dtype)
             dC += product(grad.t(), states.flatten(2).flatten(0, 1).to(u.dtype))
-            dB += product(adjoint.t(), rows)
+            dB += product(rows.t(), adjoint).t()
             dD += (grad * rows).sum(0)
             du[group, span] = product(adjoint, B).addcmul_(grad, D).view_as(du[group, span])
     return du, torch.view_as_complex(dlam.sum(0)), dB, dC, dD, torch.view_as_complex(carry)
