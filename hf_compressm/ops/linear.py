@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import cache
 from typing import Any
 
 import torch
@@ -38,13 +37,11 @@ def _dense(x: Tensor) -> Tensor:
 
 def _by_onednn(*tensors: Tensor) -> bool:
     # float64 is unknown to oneDNN; for half precision PyTorch takes oneDNN by itself.
-    return all(x.dtype == torch.float32 and x.device.type == "cpu" for x in tensors) and _onednn_runs()
+    return all(x.dtype == torch.float32 and x.device.type == "cpu" for x in tensors) and _ONEDNN_RUNS
 
 
-@torch.compiler.assume_constant_result
-@cache
-def _onednn_runs() -> bool:
-    return torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+# Not a function: torch.compile would trace into it, and stop there.
+_ONEDNN_RUNS = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
 @torch.library.custom_op("hf_compressm::linear", mutates_args=())

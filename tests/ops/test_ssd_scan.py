@@ -4,10 +4,10 @@ import importlib.util
 
 import pytest
 import torch
+from ops import interpreter
 
 from hf_compressm.ops import backends
 from hf_compressm.ops.ssd_scan import ssd_scan, ssd_state_update
-from ops import interpreter
 
 BACKENDS = ["naive", "cpu"]
 

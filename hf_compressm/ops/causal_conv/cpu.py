@@ -1,7 +1,7 @@
 """Numba kernels of the causal convolution: threads over chunks of time steps, vectors over channels.
 
-Sums over time are formed per chunk and added in a fixed order, so results do not depend on the number of threads. The last
-vector of channels overlaps the one before it, so that no vector is incomplete.
+Sums over time are formed per chunk and added in a fixed order, so results do not depend on the number of threads. The
+last vector of channels overlaps the one before it, so that no vector is incomplete.
 
 Shapes: batch B, length L, C channels, K taps; the kernels take weights as (TAPS, C).
 """
@@ -10,14 +10,14 @@ from __future__ import annotations
 
 from typing import Any
 
-import numba
 import numpy as np
 import torch
-from numba import njit, prange
+from numba import njit
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..lanes import LANES, bytes_of, full, load, sigmoid, store
+from ..lanes import LANES, bytes_of, load, sigmoid, store
+from ..threads import run_units
 
 FAST = {"reassoc", "contract", "arcp", "nsz"}
 TAPS = 4
@@ -34,11 +34,11 @@ def _rows(x, t, row, zeros):
     return x0, x1, x2, x + t * row
 
 
-@njit(parallel=True, fastmath=FAST, cache=True)
-def causal_conv_fwd_kernel(x, x_batch, x_row, weight, bias, zeros, y, batch, length, channels, like):
+@njit(nogil=True, fastmath=FAST, cache=True)
+def causal_conv_fwd_kernel(begin, end, x, x_batch, x_row, weight, bias, zeros, y, length, channels, like):
     vector, row = LANES * bytes_of(like), channels * bytes_of(like)
     blocks, chunks = (channels + LANES - 1) // LANES, (length + CHUNK - 1) // CHUNK
-    for unit in prange(batch * chunks):
+    for unit in range(begin, end):
         b, start = unit // chunks, unit % chunks * CHUNK
         for t in range(start, min(start + CHUNK, length)):
             x0, x1, x2, x3 = _rows(x + b * x_batch, t, x_row, zeros)
@@ -53,11 +53,11 @@ def causal_conv_fwd_kernel(x, x_batch, x_row, weight, bias, zeros, y, batch, len
                 store(out + at, z * sigmoid(z))
 
 
-@njit(parallel=True, fastmath=FAST, cache=True)
-def causal_conv_bwd_kernel(x, x_batch, x_row, weight, bias, zeros, grad, dx, sums, batch, length, channels, like):
+@njit(nogil=True, fastmath=FAST, cache=True)
+def causal_conv_bwd_kernel(begin, end, x, x_batch, x_row, weight, bias, zeros, grad, dx, sums, length, channels, like):
     vector, row = LANES * bytes_of(like), channels * bytes_of(like)
     blocks, chunks = (channels + LANES - 1) // LANES, (length + CHUNK - 1) // CHUNK
-    for unit in prange(batch * chunks):
+    for unit in range(begin, end):
         b, start = unit // chunks, unit % chunks * CHUNK
         stop = min(start + CHUNK, length)
         # Slopes are needed up to three steps beyond the chunk, where they are zero after the last step.
@@ -74,13 +74,13 @@ def causal_conv_bwd_kernel(x, x_batch, x_row, weight, bias, zeros, grad, dx, sum
                 at = min(block * vector, row - vector)
                 w0, w1 = load(weight + at, like), load(weight + row + at, like)
                 w2, w3 = load(weight + 2 * row + at, like), load(weight + 3 * row + at, like)
-                slope = full(w0, 0.0)
+                slope = w0 * 0.0
                 if within:
                     v0, v1 = load(x0 + at, like), load(x1 + at, like)
                     v2, v3 = load(x2 + at, like), load(x3 + at, like)
                     z = load(bias + at, like) + w0 * v0 + w1 * v1 + w2 * v2 + w3 * v3
                     s = sigmoid(z)
-                    slope = load(grad_at + at, like) * (s + z * s * (full(s, 1.0) - s))
+                    slope = load(grad_at + at, like) * (s + z * (s - s * s))
                     if own:
                         total = totals + 5 * block * vector
                         store(total, load(total, like) + slope * v0)
@@ -125,12 +125,5 @@ def _run(kernel: Any, x: Tensor, weight: Tensor, bias: Tensor | None, *others: T
     strides = (x.stride(0) * x.element_size(), x.stride(1) * x.element_size())
     pointers = (tensor.data_ptr() for tensor in (weight, bias, zeros, *others))
     like = np.float32(0) if x.dtype == torch.float32 else np.float64(0)
-    threads, wanted = numba.get_num_threads(), torch.get_num_threads()
-    numba.set_num_threads(max(1, min(wanted, numba.config.NUMBA_NUM_THREADS)))
-    try:
-        kernel(x.data_ptr(), *strides, *pointers, *x.shape, like)
-    finally:
-        numba.set_num_threads(threads)
-        # Numba's OpenMP layer starts with as many threads as there are cores, for PyTorch's operations too.
-        if torch.get_num_threads() != wanted:
-            torch.set_num_threads(wanted)
+    units = len(x) * -(-x.shape[1] // CHUNK)
+    run_units(kernel, units, x.data_ptr(), *strides, *pointers, *x.shape[1:], like)

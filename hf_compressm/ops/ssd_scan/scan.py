@@ -87,7 +87,7 @@ def _scan(
 ) -> tuple[Tensor, Tensor, Tensor]:
     dtype = torch.promote_types(x.dtype, torch.float32)
     step = time_steps(dt.to(dtype), dt_bias, softplus, (low, high))
-    A, D, initial = _wide(A, dtype), _wide(D, dtype), _wide(initial, dtype)
+    A, D, initial = A.to(dtype), _wide(D, dtype), _wide(initial, dtype)
     if backend == "triton":
         from .triton import scan_forward as on_gpu
 
@@ -115,15 +115,19 @@ def _(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     if backend == "triton":
-        from .triton import checkpoint_shape
+        from .triton import checkpoint_shape as on_gpu
+
+        shape = on_gpu(x, B.shape[3], chunk)
     else:
         from .cpu import checkpoint_shape
+
+        shape = checkpoint_shape(x, B.shape[3])
     dtype = torch.promote_types(x.dtype, torch.float32)
     state = (x.shape[0], x.shape[2], x.shape[3], B.shape[3])
     return (
         x.new_empty(x.shape),
         x.new_empty(state, dtype=dtype),
-        x.new_empty(checkpoint_shape(*x.shape, B.shape[3], chunk), dtype=dtype),
+        x.new_empty(shape, dtype=dtype),
     )
 
 
@@ -151,12 +155,12 @@ def _scan_backward(
     if backend == "triton":
         from .triton import scan_backward as on_gpu
 
-        found = on_gpu(x, step, _wide(A, dtype), B, C, _wide(D, dtype), checkpoints, slopes, dfinal, chunk)
+        found = on_gpu(x, step, A.to(dtype), B, C, _wide(D, dtype), checkpoints, slopes, dfinal, chunk)
     else:
         from .cpu import scan_backward
 
-        wide = (tensor.to(dtype) for tensor in (x, step, A, B, C))
-        found = scan_backward(*wide, _wide(D, dtype), checkpoints, slopes.to(dtype), dfinal)
+        moving = (x.to(dtype), step, A.to(dtype), B.to(dtype), C.to(dtype), _wide(D, dtype))
+        found = scan_backward(*moving, checkpoints, slopes.to(dtype), dfinal)
     dx, dstep, dA, dB, dC, dD, dinitial = found
     ddt = time_steps_backward(dstep, dt.to(dtype), dt_bias, softplus, (low, high))
     dbias = ddt.sum((0, 1)).to(dt.dtype if dt_bias is None else dt_bias.dtype)
