@@ -21,48 +21,87 @@ SHORTEST_CHUNK = 64
 
 
 @triton.jit
-def _pair(pointer, mask):
-    """Real and imaginary parts from the addresses (LANES, 2) of pairs."""
-    re, im = tl.split(tl.load(pointer, mask=mask, other=0.0))
+def _load(pointer, mask):
+    """Real and imaginary parts; `pointer` is one of `_complex`."""
+    if pointer.dtype.element_ty == tl.int64:
+        pair = tl.load(pointer, mask=mask, other=0)
+        re = pair.to(tl.int32).to(tl.float32, bitcast=True)
+        im = (pair >> 32).to(tl.int32).to(tl.float32, bitcast=True)
+    else:
+        re = tl.load(pointer, mask=mask, other=0.0)
+        im = tl.load(pointer + 1, mask=mask, other=0.0)
     return re, im
+
+
+@triton.jit
+def _store(pointer, re, im, mask):
+    if pointer.dtype.element_ty == tl.int64:
+        low = re.to(tl.int32, bitcast=True).to(tl.int64) & 0xFFFFFFFF
+        high = im.to(tl.int32, bitcast=True).to(tl.int64) << 32
+        tl.store(pointer, low | high, mask=mask)
+    else:
+        tl.store(pointer, re, mask=mask)
+        tl.store(pointer + 1, im, mask=mask)
+
+
+@triton.jit
+def _complex(pointer):
+    """A pointer to pairs of float32 as one to integers of the same size, so that a pair is moved as a whole."""
+    if pointer.dtype.element_ty == tl.float32:
+        pointer = pointer.to(tl.pointer_type(tl.int64), bitcast=True)
+    return pointer
+
+
+@triton.jit
+def _unit(pointer):
+    """Elements of `_complex(pointer)` that make a pair."""
+    return 1 if pointer.dtype.element_ty == tl.float32 else 2
 
 
 @triton.jit
 def _lanes(N, lanes, LANES: tl.constexpr):
-    """Batch and state of each lane, (LANES, 2) offsets of pairs of (B, N, 2), and a mask."""
+    """Number, batch and state of each lane, and a mask."""
     lane = tl.program_id(0).to(tl.int64) * LANES + tl.arange(0, LANES)
-    part = tl.arange(0, 2)[None, :]
-    return lane // N, lane % N, 2 * lane[:, None] + part, (lane < lanes)[:, None] & (part < 2)
+    return lane, lane // N, lane % N, lane < lanes
 
 
 @triton.jit
-def _poles(lam_ptr, n, mask, CONJUGATE: tl.constexpr):
-    re, im = _pair(lam_ptr + 2 * n[:, None] + tl.arange(0, 2)[None, :], mask)
-    if CONJUGATE:
-        im = -im
-    return re, im
+def _steps(length, doublings):
+    """Steps before this program's chunk and within it."""
+    done = tl.program_id(1).to(tl.int64) << doublings
+    return done, tl.minimum(length - done, tl.full([], 1, tl.int64) << doublings).to(tl.int32)
 
 
 @triton.jit
-def _carry(start_ptr, ends_ptr, pair, mask, lanes, lam_re, lam_im, doublings, SPLIT: tl.constexpr):
+def _advance(lam_re, lam_im, re, im):
+    return lam_re * re - lam_im * im, lam_re * im + lam_im * re
+
+
+@triton.jit
+def _carry(start_ptr, ends_ptr, lane, mask, lanes, lam_re, lam_im, doublings, SPLIT: tl.constexpr):
     """State before chunk k: `start` advanced by k chunks of 2^doublings steps, with what each of them adds."""
-    re, im = _pair(start_ptr + pair, mask)
+    unit = _unit(start_ptr)
+    re, im = _load(_complex(start_ptr) + unit * lane, mask)
     if SPLIT:
+        ends = _complex(ends_ptr) + unit * lane
         for _ in range(doublings):
-            lam_re, lam_im = lam_re * lam_re - lam_im * lam_im, 2 * lam_re * lam_im
-        for k in range(tl.program_id(1)):
-            x_re, x_im = _pair(ends_ptr + 2 * lanes * k + pair, mask)
-            re, im = lam_re * re - lam_im * im + x_re, lam_re * im + lam_im * re + x_im
+            lam_re, lam_im = _advance(lam_re, lam_im, lam_re, lam_im)
+        for _ in range(tl.program_id(1)):
+            x_re, x_im = _load(ends, mask)
+            re, im = _advance(lam_re, lam_im, re, im)
+            re += x_re
+            im += x_im
+            ends += unit * lanes
     return re, im
 
 
 @triton.jit
 def diag_scan_ends_kernel(
     lam_ptr,  # (N, 2)
-    x_ptr,  # (B, L, N, 2), strides in reals
+    x_ptr,  # (B, L, N, 2), strides of pairs
     ends_ptr,  # (K, B, N, 2)
     N,
-    lanes,  # B * N, int64
+    lanes,  # B * N
     length,
     doublings,  # a chunk has 2^doublings steps
     stride_b,
@@ -72,40 +111,42 @@ def diag_scan_ends_kernel(
     LANES: tl.constexpr,
     TILE: tl.constexpr,
 ):
-    b, n, pair, mask = _lanes(N, lanes, LANES)
-    lam_re, lam_im = _poles(lam_ptr, n, mask, REVERSE)
-    done = tl.program_id(1).to(tl.int64) << doublings
-    steps = tl.minimum(length - done, tl.full([], 1, tl.int64) << doublings).to(tl.int32)
-    x_ptr += (b * stride_b + n * stride_n)[:, None] + tl.arange(0, 2)[None, :]
+    unit = _unit(lam_ptr)
+    lane, b, n, mask = _lanes(N, lanes, LANES)
+    done, steps = _steps(length, doublings)
+    lam_re, lam_im = _load(_complex(lam_ptr) + unit * n, mask)
+    first, x_step = done, unit * stride_t
     if REVERSE:
-        x_ptr += (length - 1 - done) * stride_t
-        stride_t = -stride_t
-    else:
-        x_ptr += done * stride_t
+        lam_im = -lam_im
+        first, x_step = length - 1 - done, -unit * stride_t
+    x = _complex(x_ptr) + unit * (b * stride_b + first * stride_t + n * stride_n)
     re = tl.zeros([LANES], lam_re.dtype)
     im = tl.zeros([LANES], lam_re.dtype)
     for _ in range(steps // TILE):
         xs = ()
         for i in tl.static_range(TILE):
-            xs = xs + (tl.load(x_ptr + i * stride_t, mask=mask, other=0.0),)
+            xs = xs + (_load(x + i * x_step, mask),)
         for i in tl.static_range(TILE):
-            x_re, x_im = tl.split(xs[i])
-            re, im = lam_re * re - lam_im * im + x_re, lam_re * im + lam_im * re + x_im
-        x_ptr += TILE * stride_t
+            re, im = _advance(lam_re, lam_im, re, im)
+            re += xs[i][0]
+            im += xs[i][1]
+        x += TILE * x_step
     for _ in range(steps % TILE):
-        x_re, x_im = _pair(x_ptr, mask)
-        re, im = lam_re * re - lam_im * im + x_re, lam_re * im + lam_im * re + x_im
-        x_ptr += stride_t
+        x_re, x_im = _load(x, mask)
+        re, im = _advance(lam_re, lam_im, re, im)
+        re += x_re
+        im += x_im
+        x += x_step
     if REVERSE:
         # What the chunk's first step hands on to the one before it.
-        re, im = lam_re * re - lam_im * im, lam_re * im + lam_im * re
-    tl.store(ends_ptr + 2 * lanes * tl.program_id(1) + pair, tl.join(re, im), mask=mask)
+        re, im = _advance(lam_re, lam_im, re, im)
+    _store(_complex(ends_ptr) + unit * (tl.program_id(1).to(tl.int64) * lanes + lane), re, im, mask)
 
 
 @triton.jit
 def diag_scan_fwd_kernel(
     lam_ptr,  # (N, 2)
-    u_ptr,  # (B, L, N, 2), strides in reals
+    u_ptr,  # (B, L, N, 2), strides of pairs
     start_ptr,  # (B, N, 2)
     ends_ptr,  # (K, B, N, 2), from diag_scan_ends_kernel; anything if not SPLIT
     states_ptr,  # (B, L, N, 2), contiguous
@@ -121,32 +162,35 @@ def diag_scan_fwd_kernel(
     LANES: tl.constexpr,
     TILE: tl.constexpr,
 ):
-    b, n, pair, mask = _lanes(N, lanes, LANES)
-    lam_re, lam_im = _poles(lam_ptr, n, mask, False)
-    re, im = _carry(start_ptr, ends_ptr, pair, mask, lanes, lam_re, lam_im, doublings, SPLIT)
-    done = tl.program_id(1).to(tl.int64) << doublings
-    steps = tl.minimum(length - done, tl.full([], 1, tl.int64) << doublings).to(tl.int32)
-    part = tl.arange(0, 2)[None, :]
-    u_ptr += (b * stride_b + n * stride_n + done * stride_t)[:, None] + part
-    states_ptr += 2 * ((b * length + done) * N + n)[:, None] + part
+    unit = _unit(lam_ptr)
+    lane, b, n, mask = _lanes(N, lanes, LANES)
+    done, steps = _steps(length, doublings)
+    lam_re, lam_im = _load(_complex(lam_ptr) + unit * n, mask)
+    re, im = _carry(start_ptr, ends_ptr, lane, mask, lanes, lam_re, lam_im, doublings, SPLIT)
+    u = _complex(u_ptr) + unit * (b * stride_b + done * stride_t + n * stride_n)
+    states = _complex(states_ptr) + unit * ((b * length + done) * N + n)
+    u_step, step = unit * stride_t, unit * N
     for _ in range(steps // TILE):
         us = ()
         for i in tl.static_range(TILE):
-            us = us + (tl.load(u_ptr + i * stride_t, mask=mask, other=0.0),)
+            us = us + (_load(u + i * u_step, mask),)
         for i in tl.static_range(TILE):
-            u_re, u_im = tl.split(us[i])
-            re, im = lam_re * re - lam_im * im + u_re, lam_re * im + lam_im * re + u_im
-            tl.store(states_ptr + 2 * i * N, tl.join(re, im), mask=mask)
-        u_ptr += TILE * stride_t
-        states_ptr += 2 * TILE * N
+            re, im = _advance(lam_re, lam_im, re, im)
+            re += us[i][0]
+            im += us[i][1]
+            _store(states + i * step, re, im, mask)
+        u += TILE * u_step
+        states += TILE * step
     for _ in range(steps % TILE):
-        u_re, u_im = _pair(u_ptr, mask)
-        re, im = lam_re * re - lam_im * im + u_re, lam_re * im + lam_im * re + u_im
-        tl.store(states_ptr, tl.join(re, im), mask=mask)
-        u_ptr += stride_t
-        states_ptr += 2 * N
+        u_re, u_im = _load(u, mask)
+        re, im = _advance(lam_re, lam_im, re, im)
+        re += u_re
+        im += u_im
+        _store(states, re, im, mask)
+        u += u_step
+        states += step
     if done + steps == length:
-        tl.store(final_ptr + pair, tl.join(re, im), mask=mask)
+        _store(_complex(final_ptr) + unit * lane, re, im, mask)
 
 
 @triton.jit
@@ -154,7 +198,7 @@ def diag_scan_bwd_kernel(
     lam_ptr,  # (N, 2)
     states_ptr,  # (B, L, N, 2), contiguous
     initial_ptr,  # (B, N, 2)
-    grad_ptr,  # (B, L, N, 2), strides in reals: gradient of the states
+    grad_ptr,  # (B, L, N, 2), strides of pairs: gradient of the states
     start_ptr,  # (B, N, 2): gradient of the final state
     ends_ptr,  # (K, B, N, 2), from diag_scan_ends_kernel in reverse; anything if not SPLIT
     adjoint_ptr,  # (B, L, N, 2), contiguous: gradient of u
@@ -172,17 +216,17 @@ def diag_scan_bwd_kernel(
     TILE: tl.constexpr,
 ):
     # Chunks count from the end of time. (re, im) is the gradient that a step hands to the state before it.
-    b, n, pair, mask = _lanes(N, lanes, LANES)
-    lam_re, lam_im = _poles(lam_ptr, n, mask, True)
-    re, im = _carry(start_ptr, ends_ptr, pair, mask, lanes, lam_re, lam_im, doublings, SPLIT)
-    done = tl.program_id(1).to(tl.int64) << doublings
-    steps = tl.minimum(length - done, tl.full([], 1, tl.int64) << doublings).to(tl.int32)
+    unit = _unit(lam_ptr)
+    lane, b, n, mask = _lanes(N, lanes, LANES)
+    done, steps = _steps(length, doublings)
+    lam_re, lam_im = _load(_complex(lam_ptr) + unit * n, mask)
+    lam_im = -lam_im
+    re, im = _carry(start_ptr, ends_ptr, lane, mask, lanes, lam_re, lam_im, doublings, SPLIT)
     last = length - 1 - done
-    part = tl.arange(0, 2)[None, :]
-    grad_ptr += (b * stride_b + n * stride_n + last * stride_t)[:, None] + part
-    place = 2 * ((b * length + last) * N + n)[:, None] + part
-    adjoint_ptr += place
-    before_ptr = states_ptr + place - 2 * N
+    place = unit * ((b * length + last) * N + n)
+    adjoint, before = _complex(adjoint_ptr) + place, _complex(states_ptr) + place - unit * N
+    grad = _complex(grad_ptr) + unit * (b * stride_b + last * stride_t + n * stride_n)
+    grad_step, step = unit * stride_t, unit * N
     sum_re = tl.zeros([LANES], lam_re.dtype)
     sum_im = tl.zeros([LANES], lam_re.dtype)
     # The first step of all has no state before it in `states`; it is left to the loop of single steps.
@@ -191,44 +235,39 @@ def diag_scan_bwd_kernel(
         gs = ()
         hs = ()
         for i in tl.static_range(TILE):
-            gs = gs + (tl.load(grad_ptr - i * stride_t, mask=mask, other=0.0),)
-            hs = hs + (tl.load(before_ptr - 2 * i * N, mask=mask, other=0.0),)
+            gs = gs + (_load(grad - i * grad_step, mask),)
+            hs = hs + (_load(before - i * step, mask),)
         for i in tl.static_range(TILE):
-            g_re, g_im = tl.split(gs[i])
-            h_re, h_im = tl.split(hs[i])
-            g_re += re
-            g_im += im
-            tl.store(adjoint_ptr - 2 * i * N, tl.join(g_re, g_im), mask=mask)
-            sum_re += g_re * h_re + g_im * h_im
-            sum_im += g_im * h_re - g_re * h_im
-            re, im = lam_re * g_re - lam_im * g_im, lam_re * g_im + lam_im * g_re
-        grad_ptr -= TILE * stride_t
-        before_ptr -= 2 * TILE * N
-        adjoint_ptr -= 2 * TILE * N
-    for step in range(tiles * TILE, steps):
-        g_re, g_im = _pair(grad_ptr, mask)
-        first = step == last
-        h_re, h_im = _pair(before_ptr, mask & (step < last))
-        i_re, i_im = _pair(initial_ptr + pair, mask & first)
-        h_re += i_re
-        h_im += i_im
-        g_re += re
-        g_im += im
-        tl.store(adjoint_ptr, tl.join(g_re, g_im), mask=mask)
-        sum_re += g_re * h_re + g_im * h_im
-        sum_im += g_im * h_re - g_re * h_im
-        re, im = lam_re * g_re - lam_im * g_im, lam_re * g_im + lam_im * g_re
-        grad_ptr -= stride_t
-        before_ptr -= 2 * N
-        adjoint_ptr -= 2 * N
-    tl.store(dlam_ptr + 2 * lanes * tl.program_id(1) + pair, tl.join(sum_re, sum_im), mask=mask)
+            re += gs[i][0]
+            im += gs[i][1]
+            _store(adjoint - i * step, re, im, mask)
+            sum_re += re * hs[i][0] + im * hs[i][1]
+            sum_im += im * hs[i][0] - re * hs[i][1]
+            re, im = _advance(lam_re, lam_im, re, im)
+        grad -= TILE * grad_step
+        before -= TILE * step
+        adjoint -= TILE * step
+    initial_re, initial_im = _load(_complex(initial_ptr) + unit * lane, mask)
+    for k in range(tiles * TILE, steps):
+        g_re, g_im = _load(grad, mask)
+        h_re, h_im = _load(before, mask & (k < last))
+        h_re = tl.where(k < last, h_re, initial_re)
+        h_im = tl.where(k < last, h_im, initial_im)
+        re += g_re
+        im += g_im
+        _store(adjoint, re, im, mask)
+        sum_re += re * h_re + im * h_im
+        sum_im += im * h_re - re * h_im
+        re, im = _advance(lam_re, lam_im, re, im)
+        grad -= grad_step
+        before -= step
+        adjoint -= step
+    _store(_complex(dlam_ptr) + unit * (tl.program_id(1).to(tl.int64) * lanes + lane), sum_re, sum_im, mask)
     if done + steps == length:
-        tl.store(dinitial_ptr + pair, tl.join(re, im), mask=mask)
+        _store(_complex(dinitial_ptr) + unit * lane, re, im, mask)
 
 
-def scan_forward(
-    lam: Tensor, u: Tensor, initial: Tensor | None, doublings: int | None = None
-) -> tuple[Tensor, Tensor]:
+def scan_forward(lam: Tensor, u: Tensor, initial: Tensor | None, doublings: int | None = None) -> tuple[Tensor, Tensor]:
     """States (B, L, N) and the final state (B, N), as in `diag_scan`; in chunks of 2^doublings steps if given."""
     lam, u = _pairs(lam).contiguous(), _pairs(u)
     start = _state(initial, u)
@@ -261,9 +300,7 @@ def scan_backward(
         split = grid[1] > 1
         dlam = lam.new_empty(grid[1], *start.shape)
         tensors = (lam, states, first, grad, start, ends, adjoint, dlam, dinitial)
-        diag_scan_bwd_kernel[grid](
-            *tensors, *sizes, SPLIT=split, LANES=LANES, TILE=TILE, num_warps=LANES // 32
-        )
+        diag_scan_bwd_kernel[grid](*tensors, *sizes, SPLIT=split, LANES=LANES, TILE=TILE, num_warps=LANES // 32)
     gradients = dlam.sum((0, 1)), adjoint, dinitial
     return tuple(torch.view_as_complex(gradient) for gradient in gradients)  # type: ignore[return-value]
 
@@ -275,7 +312,7 @@ def _launch(lam: Tensor, x: Tensor, doublings: int | None, reverse: bool) -> tup
     if doublings is None:
         doublings = _doublings(lanes, length, x.device)
     grid = triton.cdiv(lanes, LANES), triton.cdiv(length, 1 << doublings)
-    sizes = (size, lanes, length, doublings, *x.stride()[:3])
+    sizes = (size, lanes, length, doublings, *(stride // 2 for stride in x.stride()[:3]))
     ends = lam.new_empty(grid[1] if grid[1] > 1 else 0, batch, size, 2)
     if grid[1] > 1:
         diag_scan_ends_kernel[grid](
