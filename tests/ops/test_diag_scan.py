@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.library import opcheck
 
-from hf_compressm.ops import backends
+from hf_compressm.ops import backends, threads
 from hf_compressm.ops.diag_scan import cpu, diag_scan, naive_diag_scan
 
 SIZES = [
@@ -96,8 +96,8 @@ def test_results_do_not_depend_on_the_number_of_threads():
     weights = torch.randn_like(u), torch.randn_like(state)
     before, results = torch.get_num_threads(), []
     try:
-        for threads in (1, 2, 5):
-            torch.set_num_threads(threads)
+        for count in (1, 2, 5):
+            torch.set_num_threads(count)
             results.append(outputs_and_gradients(diag_scan, [lam, u, state], weights))
     finally:
         torch.set_num_threads(before)
@@ -113,7 +113,7 @@ def _scan_in_child(queue, lam, u):
 @pytest.mark.multi_process
 def test_a_forked_process_has_threads_of_its_own():
     lam, u, _ = (t.detach() for t in inputs(2, 5, 70))
-    cpu._pool().submit(int).result()
+    threads._pool().submit(int).result()
     context = multiprocessing.get_context("fork")
     queue = context.SimpleQueue()
     child = context.Process(target=_scan_in_child, args=(queue, lam, u))

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch.library import opcheck
 
 from hf_compressm.layers import LRU
-from hf_compressm.ops import linear
+from hf_compressm.ops import linear, threads
 from hf_compressm.ops.diag_scan import cpu_system, diag_system, system
 
 SIZES = [(1, 1, 1, 1), (2, 12, 3, 3), (3, 63, 5, 2), (5, 11, 70, 3), (1, 31, 12, 7)]
@@ -58,6 +58,21 @@ def test_gradient_through_one_output_only(tiny_tiles, use_y, use_final):
 
 def test_gradcheck(tiny_tiles):
     assert torch.autograd.gradcheck(diag_system, inputs(2, 6, 2, 2))
+
+
+def test_threads_for_whole_tiles(tiny_tiles):
+    """As many groups of sequences as it takes for threads to share them; the caller's own thread count stays."""
+    tensors, before = inputs(8, 12, 3, 4), torch.get_num_threads()
+    weights = torch.randn_like(tensors[0]), torch.randn_like(tensors[5])
+    try:
+        torch.set_num_threads(3)
+        mine = outputs_and_gradients(tensors, weights, "cpu")
+        assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(before)
+    for a, b in zip(mine, outputs_and_gradients(tensors, weights, "naive"), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-11)
+    assert not any(t.requires_grad for t in threads.map_calls(lambda t: 2 * t, [tensors[0]] * 8))
 
 
 def test_strides_and_inference_keeping_nothing(tiny_tiles):

@@ -8,14 +8,13 @@ Shapes: batch B, length L, N states.
 
 from __future__ import annotations
 
-import os
-from concurrent.futures import ThreadPoolExecutor
-from functools import cache
 from typing import Any
 
 import torch
 from numba import njit
 from torch import Tensor
+
+from ..threads import run_units
 
 FAST = {"reassoc", "contract", "arcp", "nsz"}
 """Sums may be reordered, so that they vectorise; NaN and infinity keep their meaning."""
@@ -93,28 +92,9 @@ def diag_scan_bwd_kernel(begin, end, lam, states, initial, grad, carry, adjoint,
 
 
 def run(kernel: Any, lam: Tensor, *tensors: Tensor) -> None:
-    """A kernel on contiguous real tensors, of which the next after lam (N, 2) has B rows, on PyTorch's thread count.
-
-    Python's threads: Numba's would be a second OpenMP pool beside PyTorch's, and each spins while the other works.
-    """
-    arrays = [tensor.detach().numpy() for tensor in (lam, *tensors)]
+    """A kernel on contiguous real tensors, of which the next after lam (N, 2) has B rows."""
     units = len(tensors[0]) * -(-len(lam) // BLOCK)
-    threads = min(torch.get_num_threads(), units)
-    bounds = [units * k // threads for k in range(threads + 1)]
-    others = [_pool().submit(kernel, bounds[k], bounds[k + 1], *arrays) for k in range(1, threads)]
-    kernel(0, bounds[1], *arrays)
-    for other in others:
-        other.result()
-
-
-@cache
-def _pool() -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(max(1, (os.cpu_count() or 1) - 1), "diag_scan")
-
-
-# Threads do not survive a fork.
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_pool.cache_clear)
+    run_units(kernel, units, *(tensor.detach().numpy() for tensor in (lam, *tensors)))
 
 
 def real_pairs(x: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..linear import product
+from ..threads import map_calls
 from .cpu import diag_scan_bwd_kernel, diag_scan_fwd_kernel, initial_pairs, real_pairs, run
 
 TILE_BYTES = 1 << 21
@@ -30,7 +31,8 @@ def system_forward(
     poles, carry = real_pairs(lam), initial_pairs(initial, u, lam)
     shape = {"states": (*u.shape[:2], *poles.shape), "checkpoints": (len(spans), *carry.shape), "nothing": (0,)}
     y, kept = torch.empty_like(u, memory_format=torch.contiguous_format), poles.new_empty(shape[keep])
-    for group in groups:
+
+    def work(group: slice) -> None:
         for k, span in enumerate(spans):
             if keep == "checkpoints":
                 kept[k, group] = carry[group]
@@ -40,6 +42,9 @@ def system_forward(
                 kept[group, span] = states
             out = product(states.flatten(2).flatten(0, 1).to(u.dtype), C.t()).addcmul_(rows, D)
             y[group, span] = out.view_as(y[group, span])
+
+    for _ in map_calls(work, groups):
+        pass
     return y, torch.view_as_complex(carry), kept
 
 
@@ -60,9 +65,10 @@ def system_backward(
     groups, spans = _tiles(u, lam, chunk)
     poles, start, carry = real_pairs(lam), initial_pairs(initial, u, lam), initial_pairs(dfinal, u, lam)
     dlam, du = torch.zeros_like(carry), torch.empty_like(u, memory_format=torch.contiguous_format)
-    dB, dC, dD = torch.zeros_like(B), torch.zeros_like(C), torch.zeros_like(D)
     dy = torch.zeros_like(u) if dy is None else dy
-    for group in groups:
+
+    def work(group: slice) -> list[Tensor]:
+        sums = [torch.zeros_like(B), torch.zeros_like(C), torch.zeros_like(D)]
         for k, span in reversed(list(enumerate(spans))):
             rows, grad = _rows(u, group, span), _rows(dy, group, span)
             if keep == "states":
@@ -74,10 +80,16 @@ def system_backward(
             adjoint = product(grad, C).to(poles.dtype).view_as(states)
             run(diag_scan_bwd_kernel, poles, states, before, adjoint, carry[group], adjoint, dlam[group])
             adjoint = adjoint.flatten(2).flatten(0, 1).to(u.dtype)
-            dC += product(grad.t(), states.flatten(2).flatten(0, 1).to(u.dtype))
-            dB += product(rows.t(), adjoint).t()
-            dD += (grad * rows).sum(0)
+            sums[0] += product(rows.t(), adjoint).t()
+            sums[1] += product(grad.t(), states.flatten(2).flatten(0, 1).to(u.dtype))
+            sums[2] += (grad * rows).sum(0)
             du[group, span] = product(adjoint, B).addcmul_(grad, D).view_as(du[group, span])
+        return sums
+
+    dB, dC, dD = torch.zeros_like(B), torch.zeros_like(C), torch.zeros_like(D)
+    for sums in map_calls(work, groups):
+        for total, part in zip((dB, dC, dD), sums, strict=True):
+            total += part
     return du, torch.view_as_complex(dlam.sum(0)), dB, dC, dD, torch.view_as_complex(carry)
 
 

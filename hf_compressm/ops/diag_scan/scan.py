@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from typing import Any
 
 import torch
@@ -41,11 +42,8 @@ def diag_scan(
 
 @torch.library.custom_op("hf_compressm::diag_scan", mutates_args=())
 def _scan(lam: Tensor, u: Tensor, initial_state: Tensor | None, backend: str) -> tuple[Tensor, Tensor]:
-    if backend == "triton":
-        from .triton import scan_forward
-    else:
-        from .cpu import scan_forward
-    return scan_forward(lam, u, initial_state)
+    kernels: Any = importlib.import_module(f".{backend}", __package__)
+    return kernels.scan_forward(lam, u, initial_state)
 
 
 @_scan.register_fake
@@ -62,11 +60,8 @@ def _scan_backward(
     dfinal: Tensor | None,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    if backend == "triton":
-        from .triton import scan_backward
-    else:
-        from .cpu import scan_backward
-    return scan_backward(lam, states, initial_state, dstates, dfinal)
+    kernels: Any = importlib.import_module(f".{backend}", __package__)
+    return kernels.scan_backward(lam, states, initial_state, dstates, dfinal)
 
 
 @_scan_backward.register_fake

@@ -117,8 +117,8 @@ def _(
     kept: Tensor,
     keep: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    gradients = [x.new_empty(x.shape) for x in (u, lam, B, C, D)]
-    return (*gradients, lam.new_empty(u.shape[0], lam.shape[0]))
+    du, dlam, dB, dC, dD = (x.new_empty(x.shape) for x in (u, lam, B, C, D))
+    return du, dlam, dB, dC, dD, lam.new_empty(u.shape[0], lam.shape[0])
 
 
 def _save(ctx: Any, inputs: tuple, output: tuple) -> None:
