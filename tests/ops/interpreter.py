@@ -42,7 +42,7 @@ def run_in_interpreter(test_file: str, *options: str, timeout: float = 900.0) ->
     """
     environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_")}
     environment |= {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", test_file, *options]
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", test_file, *options]
     root = Path(__file__).parents[2]
     done = subprocess.run(command, env=environment, cwd=root, capture_output=True, text=True, timeout=timeout)
     assert done.returncode == 0 and " passed" in done.stdout, done.stdout[-12000:] + done.stderr[-4000:]
@@ -79,7 +79,19 @@ def _scan_slices(self, inputs):  # type: ignore[no-untyped-def]
     ]
 
 
+def _dot(self, a, b, *more):  # type: ignore[no-untyped-def]
+    """`tl.dot` of bfloat16 numbers: the interpreter's own multiplies their bits, taken as whole numbers."""
+    import numpy as np
+    import triton.language as tl
+    from triton.runtime.interpreter import TensorHandle
+
+    wide = lambda x: TensorHandle((x.data.astype(np.uint32) << 16).view(np.float32), tl.float32)  # noqa: E731
+    return _create_dot(self, *(wide(x) if x.dtype.scalar == tl.bfloat16 else x for x in (a, b)), *more)
+
+
 if INTERPRETED:
-    from triton.runtime.interpreter import ScanOps
+    from triton.runtime.interpreter import InterpreterBuilder, ScanOps
 
     ScanOps.generic_scan = _scan_slices
+    _create_dot = InterpreterBuilder.create_dot
+    InterpreterBuilder.create_dot = _dot
