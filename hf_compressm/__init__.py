@@ -15,6 +15,7 @@ from .models import (
     MimoSSMModel,
     from_stock,
     to_stock,
+    use_fast_ops,
 )
 from .reduction import SizeConstraints
 from .surgery import Energy, Fraction, MixerAdapter, Target, compress, register_adapter, state_sizes
@@ -47,4 +48,5 @@ __all__ = [
     "register_adapter",
     "state_sizes",
     "to_stock",
+    "use_fast_ops",
 ]

@@ -27,6 +27,7 @@ from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import logging
 
 from .data import Task, load_task, task_names
+from .models.fast_ops import has_stock_mixers, use_fast_ops
 from .surgery import history, original_sizes, state_sizes
 from .training import (
     CompressionConfig,
@@ -74,6 +75,10 @@ class RunArguments:
     )
     compress: bool = field(
         default=True, metadata={"help": "Cut states during training; --no_compress trains at full size."}
+    )
+    fast_ops: bool = field(
+        default=True,
+        metadata={"help": "Run stock selective mixers by this package's ops; --no_fast_ops keeps transformers' own."},
     )
 
 
@@ -164,7 +169,10 @@ def build_model(run: Run, task: Task) -> nn.Module:
     config = AutoConfig.for_model(run.arguments.model_type, **task.model_kwargs, **run.model)
     config.validate()  # now, not at the first save
     set_seed(run.training.seed)
-    return HEADS[task.problem].from_config(config)
+    model = HEADS[task.problem].from_config(config)
+    if run.arguments.fast_ops and has_stock_mixers(model):
+        use_fast_ops(model)
+    return model
 
 
 def build_trainer(run: Run, task: Task, model: nn.Module) -> tuple[Trainer, CompreSSMCallback | None]:

@@ -5,9 +5,11 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from transformers import AutoModelForSequenceClassification
+from transformers.models.mamba.modeling_mamba import MambaMixer
 
 from hf_compressm import state_sizes
 from hf_compressm.data import load_task
@@ -39,6 +41,15 @@ def test_the_command_line_overrides_the_file(tmp_path):
     assert run.training.learning_rate == 0.5 and run.training.max_steps == 24
     assert run.model["hidden_size"] == 5 and run.model["num_hidden_layers"] == 1
     assert run.arguments.ssm_learning_rate == pytest.approx(2e-3)
+
+
+@pytest.mark.parametrize("fast", [True, False])
+def test_stock_models_run_by_the_ops_of_this_package(tmp_path, fast):
+    options = ["--task", "digits", "--output_dir", str(tmp_path), "--model_type", "mamba", "--use_cpu", "true"]
+    run = parse_run([*options, "--model", '{"num_hidden_layers": 2}', *([] if fast else ["--no_fast_ops"])])
+    model = build_model(run, SimpleNamespace(problem="causal_lm", model_kwargs={"vocab_size": 16, "hidden_size": 8}))
+    mixers = [module for module in model.modules() if isinstance(module, MambaMixer)]
+    assert [type(mixer) is MambaMixer for mixer in mixers] == [not fast] * 2
 
 
 def test_a_whole_run(tmp_path):

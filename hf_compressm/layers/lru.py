@@ -9,10 +9,9 @@ import math
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..ops.diag_scan import diag_scan
+from ..ops.diag_scan import diag_system
 
 SMALLEST_DECAY = 1e-6
 """-log|lambda| at initialisation is at least this: float32 tells |lambda| from 1 down to about 6e-8."""
@@ -136,15 +135,9 @@ class LRU(nn.Module):
         if u.ndim != 3 or u.shape[2] != self.hidden_size:
             raise ValueError(f"u must have shape (B, L, H) with H = {self.hidden_size}, got {tuple(u.shape)}")
         dtype = torch.promote_types(u.dtype, self.B_re.dtype)
-        # Time-major, and real and imaginary parts side by side: both complex views then cost no copy.
-        steps = u.transpose(0, 1).to(dtype)
-        driven = F.linear(steps, self._input_weight().to(dtype)).to(self._real_dtype)
-        driven = torch.view_as_complex(driven.unflatten(-1, (-1, 2)))
-        states, final_state = diag_scan(self._poles(), driven.transpose(0, 1), initial_state)
-        states = torch.view_as_real(states.transpose(0, 1)).flatten(-2).to(dtype)
-        y = F.linear(states, self._output_weight().to(dtype))
-        y = y + self.D.to(y.dtype) * steps.to(y.dtype)
-        return y.transpose(0, 1).to(u.dtype), final_state
+        B, C, D = (weight.to(dtype) for weight in (self._input_weight(), self._output_weight(), self.D))
+        y, final_state = diag_system(u.to(dtype), self._poles(), B, C, D, initial_state)
+        return y.to(u.dtype), final_state
 
     @torch.no_grad()
     def system(self) -> tuple[Tensor, Tensor, Tensor]:

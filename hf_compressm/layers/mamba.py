@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
+from ..ops.causal_conv import causal_conv
 from ..ops.selective_scan import selective_scan, selective_state_update
 
 
@@ -27,18 +27,23 @@ def convolve(channels: Tensor, convolution: nn.Conv1d, cache: Any, layer_idx: in
 
     The number of channels is that of the weight, whatever the module's attributes say.
     """
-    weight, length = convolution.weight, channels.shape[1]
-    signal = channels.transpose(1, 2)
-    if cache is not None:
-        signal = cache.update_conv_state(signal, layer_idx, conv_kernel_size=weight.shape[-1])
-    padded = F.pad(signal, (weight.shape[-1] - 1, 0)).to(weight.dtype)
-    convolved = F.conv1d(padded, weight, convolution.bias, groups=len(weight))[..., -length:]
-    return F.silu(convolved).transpose(1, 2).to(channels.dtype)
+    length, weight = channels.shape[1], convolution.weight.squeeze(1)
+    return causal_conv(remembered(channels, convolution, cache, layer_idx), weight, convolution.bias)[:, -length:]
+
+
+def remembered(channels: Tensor, convolution: nn.Conv1d, cache: Any, layer_idx: int) -> Tensor:
+    """The convolution's input (B, L, I) with what the cache holds of earlier steps before it; updates the cache."""
+    if cache is None:
+        return channels
+    taps = convolution.weight.shape[-1]
+    return cache.update_conv_state(channels.transpose(1, 2), layer_idx, conv_kernel_size=taps).transpose(1, 2)
 
 
 def recurrent_state(cache: Any, layer_idx: int) -> Tensor | None:
     """The cached state of a layer, or None before the first token."""
-    return None if cache is None else cache.get_recurrent_state(layer_idx)
+    if cache is None or not cache.has_previous_state(layer_idx):
+        return None
+    return cache.layers[layer_idx].recurrent_states[0]
 
 
 class CompreSSMMambaMixer(nn.Module):

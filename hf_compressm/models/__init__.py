@@ -13,6 +13,7 @@ from .compressm_mamba2 import (
     CompreSSMMamba2Model,
 )
 from .convert import from_stock, to_stock
+from .fast_ops import use_fast_ops
 from .mimo_ssm import (
     MimoSSMCache,
     MimoSSMConfig,
@@ -39,4 +40,5 @@ __all__ = [
     "MimoSSMPreTrainedModel",
     "from_stock",
     "to_stock",
+    "use_fast_ops",
 ]

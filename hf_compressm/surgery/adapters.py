@@ -14,6 +14,7 @@ from typing import Any, Generic, Protocol, TypeVar
 import torch
 from torch import Tensor, nn
 
+from ..models.fast_ops import mixer_class
 from ..reduction import Selection
 from .changes import ParameterChange
 
@@ -191,7 +192,7 @@ def find_mixers(model: nn.Module) -> list[MixerSite]:
     Raises:
         ValueError: if there is none; the message says why, and lists what is supported and how to add to it.
     """
-    modules = [(name, module, _full_name(type(module))) for name, module in model.named_modules()]
+    modules = [(name, module, _full_name(mixer_class(module))) for name, module in model.named_modules()]
     sites = [MixerSite(name, module, _ADAPTERS[cls]) for name, module, cls in modules if cls in _ADAPTERS]
     if not sites:
         reasons = sorted({f" {cls.rpartition('.')[2]}: {_REFUSED[cls]}" for _, _, cls in modules if cls in _REFUSED})

@@ -7,7 +7,6 @@ import torch
 from torch import nn
 
 from hf_compressm.layers import LRU
-from hf_compressm.ops.diag_scan import naive_diag_scan
 
 H = 5
 SHAPES = {
@@ -141,19 +140,20 @@ def test_dtypes(dtype, parameters):
 
 
 def test_autocast_keeps_the_recurrence_in_float32(monkeypatch):
-    import hf_compressm.layers.lru as module
+    import hf_compressm.ops.diag_scan.cpu_system as module
 
     seen = []
 
-    def spy(lam, u, initial_state=None):
-        seen.append((lam.dtype, u.dtype))
-        return naive_diag_scan(lam, u, initial_state)
+    def spy(kernel, *tensors):
+        seen.append({tensor.dtype for tensor in tensors})
+        run(kernel, *tensors)
 
-    monkeypatch.setattr(module, "diag_scan", spy)
+    run = module.run
+    monkeypatch.setattr(module, "run", spy)
     layer, u = LRU(H, 4), torch.randn(2, 30, H, requires_grad=True)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        y, _ = layer(u)
-    assert seen == [(torch.complex64, torch.complex64)] and y.dtype == u.dtype
+        y, final = layer(u)
+    assert seen == [{torch.float32}] and y.dtype == u.dtype and final.dtype == torch.complex64
     torch.testing.assert_close(y.double(), dense_simulation(layer, u)[0], rtol=0, atol=0.2)
     y.sum().backward()
     assert all(p.grad is not None and p.grad.dtype == p.dtype for p in (u, *layer.parameters()))

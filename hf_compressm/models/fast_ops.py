@@ -1,0 +1,247 @@
+"""Stock transformers mixers with this package's scans and convolution.
+
+A mixer that is switched on gets a subclass of its class, with the same name and another `forward`. So its parameters,
+state dict and config are what they were, `isinstance` holds, and copies and pickles of the model keep the choice.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers.integrations import accelerate
+
+from ..layers.mamba import convolve, real_positions, recurrent_state, remembered
+from ..ops.linear import linear
+from ..ops.selective_scan import selective_scan, selective_state_update
+from ..ops.ssd_scan import ssd_scan, ssd_state_update
+
+_PACKED = ("cu_seqlens", "seq_idx")
+"""What separates sequences that are packed into one."""
+
+
+def use_fast_ops(model: nn.Module, enable: bool = True) -> list[str]:
+    """Make every stock Mamba and Mamba-2 mixer of a model run by this package's ops, or by transformers' again.
+
+    Weights, state dict, config and outputs stay as they are, but for rounding and for what transformers' PyTorch code
+    does not do: several tokens behind a cache go on from the cached state in Mamba, FalconMamba and Jamba too, and a
+    single token behind a cache has its time step clamped to the config's limits as all others have. The choice is kept
+    by copies and pickles of the model, and not saved in checkpoints. Calling it again changes nothing.
+
+    Args:
+        model: any model with such mixers: Mamba, FalconMamba, Jamba, Mamba-2, Bamba, Zamba2, Nemotron-H, Falcon-H1,
+            GraniteMoeHybrid. This package's own models run by its ops already.
+        enable: False goes back to transformers' own code.
+
+    Returns:
+        Names of the mixers within the model.
+
+    Raises:
+        ValueError: if the model has no such mixer, or one whose `forward` somebody else has replaced.
+        RuntimeError: if the installed transformers lacks something that the ops need; the message names it.
+    """
+    found = _stock_mixers(model)
+    if not found:
+        raise ValueError(
+            f"{type(model).__name__} has no mixer that use_fast_ops can change; it knows "
+            f"{', '.join(sorted(path.rpartition('.')[2] for path in _FORWARDS))}"
+        )
+    for name, mixer in found.items():
+        if "forward" in vars(mixer):
+            raise ValueError(
+                f"the forward of {name} has been replaced (by hooks of accelerate, or kernels of the hub); call "
+                "use_fast_ops before that"
+            )
+        if enable:
+            _require(mixer)
+    for mixer in found.values():
+        stock = mixer_class(mixer)
+        mixer.__class__ = _fast_class(_path(stock)) if enable else stock
+    return list(found)
+
+
+def has_stock_mixers(model: nn.Module) -> bool:
+    """Whether a model has mixers that `use_fast_ops` can change."""
+    return bool(_stock_mixers(model))
+
+
+def mixer_class(module: nn.Module) -> type[nn.Module]:
+    """The class of a module; for a mixer that runs by this package's ops, the transformers class it is made from."""
+    cls = type(module)
+    return cls.__bases__[0] if cls.__module__ == __name__ else cls
+
+
+def _stock_mixers(model: nn.Module) -> dict[str, nn.Module]:
+    return {name: module for name, module in model.named_modules() if _path(mixer_class(module)) in _FORWARDS}
+
+
+def _path(cls: type) -> str:
+    return f"{cls.__module__}.{cls.__qualname__}"
+
+
+@cache
+def _fast_class(path: str) -> type:
+    module, _, name = path.rpartition(".")
+    stock = getattr(importlib.import_module(module), name)
+    used, forward = _FORWARDS[path]
+    # Weights of children that are used without calling them must be brought in where accelerate offloads them.
+    hooked = accelerate.force_accelerate_hooks(used)(forward)
+    return type(name, (stock,), {"forward": hooked, "__module__": __name__, "__doc__": stock.__doc__})
+
+
+def __getattr__(name: str) -> Any:
+    """The subclasses by name, for pickle."""
+    for path in _FORWARDS:
+        if path.rpartition(".")[2] == name:
+            return _fast_class(path)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def _require(mixer: nn.Module) -> None:
+    """Raises if the installed transformers is not as the forward functions below take it to be."""
+    from transformers import cache_utils
+
+    used, _ = _FORWARDS[_path(mixer_class(mixer))]
+    common = ("layer_idx", "in_proj", "out_proj", "A_log", "D", "activation", "act")
+    special = ("x_proj",) if "dt_proj" in used else ("dt_bias", "norm", "n_groups", "chunk_size", "time_step_limit")
+    missing = [f"{type(mixer).__name__}.{name}" for name in (*common, *special, *used) if not hasattr(mixer, name)]
+    methods = ("has_previous_state", "update_conv_state", "update_recurrent_state")
+    missing += [f"cache_utils.Cache.{name}" for name in methods if not hasattr(cache_utils.Cache, name)]
+    if not hasattr(accelerate, "force_accelerate_hooks"):
+        missing.append("integrations.accelerate.force_accelerate_hooks")
+    if missing:
+        import transformers
+
+        raise RuntimeError(
+            f"use_fast_ops does not fit transformers {transformers.__version__}: no {', '.join(missing)}"
+        )
+
+
+def _mamba_forward(
+    self: Any,
+    hidden_states: Tensor,
+    cache_params: Any = None,
+    attention_mask: Tensor | None = None,
+    **kwargs: Any,
+) -> Tensor:
+    """Mamba, and FalconMamba and Jamba, which normalise dt, B and C."""
+    _refuse_packed(kwargs)
+    state = recurrent_state(cache_params, self.layer_idx)
+    u, gate = _project(self.in_proj, real_positions(hidden_states, attention_mask)).chunk(2, dim=-1)
+    u = real_positions(_convolve(self, u, cache_params), attention_mask)
+    size = self.A_log.shape[1]
+    step, B, C = _project(self.x_proj, u).split([self.dt_proj.weight.shape[1], size, size], dim=-1)
+    if hasattr(self, "dt_layernorm"):
+        step, B, C = self.dt_layernorm(step), self.b_layernorm(B), self.c_layernorm(C)
+    delta, bias = _time_steps(self, step)
+    A = -self.A_log.float().exp()
+    options: dict[str, Any] = {"D": self.D.float(), "delta_bias": bias, "delta_softplus": True}
+    if state is not None and u.shape[1] == 1:
+        y = selective_state_update(state, u[:, 0], delta[:, 0], A, B[:, 0], C[:, 0], z=gate[:, 0], **options)[:, None]
+    elif cache_params is None:
+        y = selective_scan(u, delta, A, B, C, z=gate, **options)
+    else:
+        y, final = selective_scan(u, delta, A, B, C, z=gate, initial_state=state, return_final_state=True, **options)
+        cache_params.update_recurrent_state(final, self.layer_idx)
+    return _project(self.out_proj, y.to(hidden_states.dtype))
+
+
+def _mamba2_forward(
+    self: Any,
+    hidden_states: Tensor,
+    cache_params: Any = None,
+    attention_mask: Tensor | None = None,
+    **kwargs: Any,
+) -> Tensor:
+    """Mamba-2 and its kin; Falcon-H1 multiplies its projections and may gate without a norm."""
+    _refuse_packed(kwargs)
+    state = recurrent_state(cache_params, self.layer_idx)
+    hidden = real_positions(hidden_states, attention_mask)
+    if hasattr(self, "mup_vector"):
+        projected = _project(self.in_proj, hidden * self.ssm_in_multiplier) * self.mup_vector
+    else:
+        projected = _project(self.in_proj, hidden)
+    heads, convolved = len(self.A_log), len(self.conv1d.weight)
+    channels = projected.shape[-1] - convolved - heads
+    block = (convolved - channels) // 2
+    gate, signal, dt = projected.split([channels, convolved, heads], dim=-1)
+    signal = real_positions(_convolve(self, signal, cache_params), attention_mask)
+    x, B, C = signal.split([channels, block, block], dim=-1)
+    x = x.unflatten(-1, (heads, -1))
+    B, C = (part.unflatten(-1, (self.n_groups, -1)) for part in (B, C))
+    options: dict[str, Any] = {
+        "D": self.D,
+        "dt_bias": self.dt_bias,
+        "dt_softplus": True,
+        "dt_limit": tuple(self.time_step_limit),
+    }
+    A = -self.A_log.float().exp()
+    if state is not None and x.shape[1] == 1:
+        y = ssd_state_update(state, x[:, 0], dt[:, 0], A, B[:, 0], C[:, 0], **options)[:, None]
+    elif cache_params is None:
+        y = ssd_scan(x, dt, A, B, C, chunk_size=self.chunk_size, **options)
+    else:
+        options |= {"chunk_size": self.chunk_size, "initial_state": state, "return_final_state": True}
+        y, final = ssd_scan(x, dt, A, B, C, **options)
+        cache_params.update_recurrent_state(final, self.layer_idx)
+    y = y.flatten(2)
+    y = self.norm(y, gate) if getattr(self, "mamba_rms_norm", True) else y * F.silu(gate)
+    return _project(self.out_proj, y.to(hidden_states.dtype))
+
+
+def _project(module: nn.Module, x: Tensor) -> Tensor:
+    """The module's output; of a plain linear layer without hooks, by this package's matrix product."""
+    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    if type(module) is nn.Linear and "forward" not in vars(module) and not any(hooks):
+        return linear(x, module.weight, module.bias)
+    return module(x)
+
+
+def _convolve(mixer: Any, channels: Tensor, cache_params: Any) -> Tensor:
+    convolution, length = mixer.conv1d, channels.shape[1]
+    if mixer.activation in ("silu", "swish"):
+        return convolve(channels, convolution, cache_params, mixer.layer_idx)
+    signal = remembered(channels, convolution, cache_params, mixer.layer_idx).transpose(1, 2)
+    weight = convolution.weight
+    padded = F.pad(signal, (weight.shape[-1] - 1, 0)).to(weight.dtype)
+    convolved = F.conv1d(padded, weight, convolution.bias, groups=len(weight))[..., -length:]
+    return mixer.act(convolved).transpose(1, 2).to(channels.dtype)
+
+
+def _time_steps(mixer: Any, step: Tensor) -> tuple[Tensor, Tensor | None]:
+    """The projection of the time step without its bias, and the bias."""
+    projection = mixer.dt_proj
+    bias = None if projection.bias is None else projection.bias.float()
+    if hasattr(mixer.config, "_is_quantized"):
+        return projection(step) - projection.bias, bias
+    return linear(step, projection.weight), bias
+
+
+def _refuse_packed(kwargs: dict[str, Any]) -> None:
+    if any(kwargs.get(name) is not None for name in _PACKED):
+        raise ValueError(
+            "sequences packed into one are not kept apart by this package's ops; pass them one by one, or call "
+            "use_fast_ops(model, enable=False)"
+        )
+
+
+_MAMBA = (["conv1d", "dt_proj"], _mamba_forward)
+_MAMBA2 = (["conv1d"], _mamba2_forward)
+_FORWARDS: dict[str, tuple[list[str], Callable]] = {
+    f"transformers.models.{path}": kind
+    for path, kind in {
+        "mamba.modeling_mamba.MambaMixer": _MAMBA,
+        "falcon_mamba.modeling_falcon_mamba.FalconMambaMixer": _MAMBA,
+        "jamba.modeling_jamba.JambaMambaMixer": _MAMBA,
+        "mamba2.modeling_mamba2.Mamba2Mixer": _MAMBA2,
+        "bamba.modeling_bamba.BambaMixer": _MAMBA2,
+        "zamba2.modeling_zamba2.Zamba2MambaMixer": _MAMBA2,
+        "nemotron_h.modeling_nemotron_h.NemotronHMamba2Mixer": _MAMBA2,
+        "falcon_h1.modeling_falcon_h1.FalconH1Mixer": _MAMBA2,
+        "granitemoehybrid.modeling_granitemoehybrid.GraniteMoeHybridMambaLayer": _MAMBA2,
+    }.items()
+}

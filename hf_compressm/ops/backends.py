@@ -1,0 +1,64 @@
+"""Which implementation of an op runs: chosen by device, or forced by an argument or an environment variable."""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+import os
+from functools import cache
+
+import torch
+
+logger = logging.getLogger(__name__)
+
+BACKENDS = ("naive", "cpu", "triton")
+"""naive: plain PyTorch, anywhere. cpu: Numba. triton: CUDA devices, or anywhere with TRITON_INTERPRET=1."""
+
+
+@torch.compiler.assume_constant_result
+def choose_backend(op: str, wanted: str | None, device: str) -> str:
+    """The backend that an op runs with; logged once per op, backend and device.
+
+    Args:
+        op: name of the op, for messages and for the environment variable `HF_COMPRESSM_<OP>` that forces a backend.
+        wanted: one of `BACKENDS`, or None. An argument wins over the environment.
+        device: device type of the op's tensors.
+
+    Returns:
+        `wanted` or what the environment names; by default "triton" on CUDA devices and "cpu" on the CPU where these can
+        run, else "naive", with one warning.
+
+    Raises:
+        ValueError: if the backend asked for is unknown or cannot run; the message says why.
+    """
+    variable = f"HF_COMPRESSM_{op.upper()}"
+    forced = wanted or os.environ.get(variable)
+    if forced and forced not in BACKENDS:
+        raise ValueError(f"unknown backend {forced!r} of {op}; allowed are {', '.join(BACKENDS)}")
+    chosen = forced or {"cpu": "cpu", "cuda": "triton"}.get(device, "naive")
+    obstacle = _obstacle(chosen, device)
+    if obstacle and forced:
+        raise ValueError(f"the backend {chosen!r} of {op} cannot run: {obstacle}")
+    _announce(op, "naive" if obstacle else chosen, device, obstacle)
+    return "naive" if obstacle else chosen
+
+
+def _obstacle(backend: str, device: str) -> str | None:
+    """Why a backend cannot run on a device; None if it can."""
+    if backend == "cpu" and device != "cpu":
+        return f"the tensors are on {device}"
+    if backend == "cpu" and not importlib.util.find_spec("numba"):
+        return "numba is not installed"
+    if backend == "triton" and not importlib.util.find_spec("triton"):
+        return "triton is not installed"
+    if backend == "triton" and device != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+        return f"the tensors are on {device}, where Triton runs only with TRITON_INTERPRET=1"
+    return None
+
+
+@cache
+def _announce(op: str, backend: str, device: str, obstacle: str | None) -> None:
+    if obstacle:
+        logger.warning("%s on %s: %s, so the slower backend %r is used", op, device, obstacle, backend)
+    else:
+        logger.info("%s on %s: backend %r", op, device, backend)

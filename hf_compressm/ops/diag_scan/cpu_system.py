@@ -1,0 +1,114 @@
+"""A diagonal system on the CPU, tile by tile: the states of a tile stay in the processor's cache from projection to
+read-out, and its memory serves the next tile.
+
+A tile is a group of sequences by a chunk of time; its size does not depend on the number of threads.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..linear import product
+from ..threads import map_calls
+from .cpu import diag_scan_bwd_kernel, diag_scan_fwd_kernel, initial_pairs, real_pairs, run
+
+TILE_BYTES = 1 << 21
+"""States of a tile: well below a last-level cache, and enough for the threads."""
+
+
+def system_forward(
+    u: Tensor, lam: Tensor, B: Tensor, C: Tensor, D: Tensor, initial: Tensor | None, keep: str, chunk: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """y (B, L, H), the final state (B, N) complex, and what the backward pass needs; arguments as in `diag_system`.
+
+    Args:
+        keep: "states" for all states, (B, L, N, 2), "checkpoints" for those before each span of time, (K, B, N, 2), or
+            "nothing".
+        chunk: most steps of a span.
+    """
+    groups, spans = _tiles(u, lam, chunk)
+    poles, carry = real_pairs(lam), initial_pairs(initial, u, lam)
+    shape = {"states": (*u.shape[:2], *poles.shape), "checkpoints": (len(spans), *carry.shape), "nothing": (0,)}
+    y, kept = torch.empty_like(u, memory_format=torch.contiguous_format), poles.new_empty(shape[keep])
+
+    def work(group: slice) -> None:
+        for k, span in enumerate(spans):
+            if keep == "checkpoints":
+                kept[k, group] = carry[group]
+            rows = _rows(u, group, span)
+            states = _states(rows, B, poles, carry[group])
+            if keep == "states":
+                kept[group, span] = states
+            out = product(states.flatten(2).flatten(0, 1).to(u.dtype), C.t()).addcmul_(rows, D)
+            y[group, span] = out.view_as(y[group, span])
+
+    for _ in map_calls(work, groups):
+        pass
+    return y, torch.view_as_complex(carry), kept
+
+
+def system_backward(
+    dy: Tensor | None,
+    dfinal: Tensor | None,
+    u: Tensor,
+    lam: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor,
+    initial: Tensor | None,
+    kept: Tensor,
+    keep: str,
+    chunk: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of u, lam, B, C, D and the initial state, from those of y and the final state and what was kept."""
+    groups, spans = _tiles(u, lam, chunk)
+    poles, start, carry = real_pairs(lam), initial_pairs(initial, u, lam), initial_pairs(dfinal, u, lam)
+    dlam, du = torch.zeros_like(carry), torch.empty_like(u, memory_format=torch.contiguous_format)
+    dy = torch.zeros_like(u) if dy is None else dy
+
+    def work(group: slice) -> list[Tensor]:
+        sums = [torch.zeros_like(B), torch.zeros_like(C), torch.zeros_like(D)]
+        for k, span in reversed(list(enumerate(spans))):
+            rows, grad = _rows(u, group, span), _rows(dy, group, span)
+            if keep == "states":
+                states = kept[group, span].contiguous()
+                before = kept[group, span.start - 1].contiguous() if k else start[group]
+            else:
+                before = kept[k, group]
+                states = _states(rows, B, poles, before.clone())
+            adjoint = product(grad, C).to(poles.dtype).view_as(states)
+            run(diag_scan_bwd_kernel, poles, states, before, adjoint, carry[group], adjoint, dlam[group])
+            adjoint = adjoint.flatten(2).flatten(0, 1).to(u.dtype)
+            sums[0] += product(rows.t(), adjoint).t()
+            sums[1] += product(grad.t(), states.flatten(2).flatten(0, 1).to(u.dtype))
+            sums[2] += (grad * rows).sum(0)
+            du[group, span] = product(adjoint, B).addcmul_(grad, D).view_as(du[group, span])
+        return sums
+
+    dB, dC, dD = torch.zeros_like(B), torch.zeros_like(C), torch.zeros_like(D)
+    for sums in map_calls(work, groups):
+        for total, part in zip((dB, dC, dD), sums, strict=True):
+            total += part
+    return du, torch.view_as_complex(dlam.sum(0)), dB, dC, dD, torch.view_as_complex(carry)
+
+
+def _tiles(u: Tensor, lam: Tensor, chunk: int) -> tuple[list[slice], list[slice]]:
+    """Groups of sequences, and `ceil(L / chunk)` spans of time of about equal length."""
+    batch, length, _ = u.shape
+    span = -(-length // -(-length // chunk))
+    group = max(1, TILE_BYTES // (span * lam.nbytes))
+    return [slice(i, min(i + group, batch)) for i in range(0, batch, group)], [
+        slice(k, min(k + span, length)) for k in range(0, length, span)
+    ]
+
+
+def _rows(x: Tensor, group: slice, span: slice) -> Tensor:
+    return x[group, span].reshape(-1, x.shape[2])
+
+
+def _states(rows: Tensor, B: Tensor, poles: Tensor, carry: Tensor) -> Tensor:
+    """States (b, t, N, 2) of a tile from its rows of u and the states before it, `carry`, which becomes the last."""
+    states = product(rows, B.t()).to(poles.dtype).view(len(carry), -1, *poles.shape)
+    run(diag_scan_fwd_kernel, poles, states, carry, states)
+    return states

@@ -1,0 +1,61 @@
+"""Work divided among as many threads as PyTorch's operations use: units of a compiled kernel, or whole calls.
+
+Python's threads: Numba's would be a second OpenMP pool beside PyTorch's, and each spins while the other works.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+from threading import Barrier
+from typing import Any
+
+import torch
+
+
+def run_units(kernel: Any, units: int, *arguments: Any) -> None:
+    """Calls kernel(begin, end, *arguments), which must not hold the GIL, so that all of 0 .. units - 1 are done."""
+    threads = min(torch.get_num_threads(), units)
+    bounds = [units * k // threads for k in range(threads + 1)]
+    others = [_pool().submit(kernel, bounds[k], bounds[k + 1], *arguments) for k in range(1, threads)]
+    kernel(0, bounds[1], *arguments)
+    for other in others:
+        other.result()
+
+
+@cache
+def _pool() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(max(1, (os.cpu_count() or 1) - 1), "hf_compressm")
+
+
+def map_calls(function: Callable[[Any], Any], items: Sequence[Any]) -> Iterator[Any]:
+    """function(item) of all items, in their order, without gradients.
+
+    With enough items, threads take one each and the operations in `function` have one thread; otherwise items come one
+    after the other and operations have all threads. A team of threads for every operation would have to wait for its
+    slowest member each time, which is long where other programs run too.
+    """
+    threads = torch.get_num_threads()
+    if threads > 1 and (len(items) == threads or len(items) >= 2 * threads):
+        return _callers(threads).map(torch.no_grad()(function), items)
+    return map(torch.no_grad()(function), items)
+
+
+@cache
+def _callers(threads: int) -> ThreadPoolExecutor:
+    """Threads whose operations have one thread each. PyTorch keeps that number per thread, and one for new threads."""
+    pool = ThreadPoolExecutor(threads, "hf_compressm", torch.set_num_threads, (1,))
+    started = Barrier(threads + 1)
+    for _ in range(threads):
+        pool.submit(started.wait)
+    started.wait()
+    torch.set_num_threads(threads)
+    return pool
+
+
+# Threads do not survive a fork.
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_pool.cache_clear)
+    os.register_at_fork(after_in_child=_callers.cache_clear)
