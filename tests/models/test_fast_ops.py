@@ -155,9 +155,8 @@ def test_half_precision_and_other_activations(family):
     assert found.dtype == expected.dtype and close(found.float(), expected.float(), 0.05)
 
 
-@pytest.mark.parametrize("family", ["mamba", "mamba2"])
-def test_compiles_without_graph_breaks(family):
-    _, fast = pair(family)
+def test_mamba2_compiles_without_graph_breaks():
+    _, fast = pair("mamba2")
     expected = fast(IDS, use_cache=False).logits
     compiled = torch.compile(fast, fullgraph=True, backend="aot_eager")
     assert close(compiled(IDS, use_cache=False).logits, expected)
