@@ -47,7 +47,7 @@ def _exp32(x):
     p = p * f + np.float32(0.5)
     p = p * f + np.float32(1.0)
     p = p * f + np.float32(1.0)
-    return p * _float_from_bits(np.int32((np.int32(k) + 127) << 23))  # type: ignore[call-arg]
+    return p * _float_from_bits(np.int32((np.int32(k) + 127) << 23))
 
 
 @njit(inline="always", fastmath=FAST)
