@@ -18,6 +18,7 @@ import sys
 import time
 
 import torch
+from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader, default_collate
 
 from hf_compressm import compress
@@ -75,8 +76,8 @@ def run_batches(config: str) -> int:
 def cache_bytes(model, batch) -> int:
     """Bytes of convolution and recurrent states that generation keeps for one sequence."""
     cache = model(input_ids=batch["input_ids"][:1], use_cache=True).cache_params
-    states = [getattr(layer, name) for layer in cache.layers for name in ("conv_states", "recurrent_states")]
-    return sum(state.numel() * state.element_size() for state in states)
+    kept = [getattr(layer, name) for layer in cache.layers for name in ("conv_states", "recurrent_states")]
+    return sum(state.numel() * state.element_size() for state in tree_leaves(kept) if isinstance(state, torch.Tensor))
 
 
 @torch.no_grad()
