@@ -167,7 +167,7 @@ def _scan_backward(
     given = A if D is None else D
     return (
         dx.to(x.dtype),
-        ddt.to(dt.dtype),
+        ddt.to(dt.dtype).contiguous(),
         dA.to(A.dtype),
         dB.to(B.dtype).contiguous(),
         dC.to(C.dtype).contiguous(),
