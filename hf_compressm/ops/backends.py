@@ -16,13 +16,14 @@ BACKENDS = ("naive", "cpu", "triton")
 
 
 @torch.compiler.assume_constant_result
-def choose_backend(op: str, wanted: str | None, device: str) -> str:
+def choose_backend(op: str, wanted: str | None, device: str, available: tuple[str, ...] = BACKENDS) -> str:
     """The backend that an op runs with; logged once per op, backend and device.
 
     Args:
         op: name of the op, for messages and for the environment variable `HF_COMPRESSM_<OP>` that forces a backend.
-        wanted: one of `BACKENDS`, or None. An argument wins over the environment.
+        wanted: one of `available`, or None. An argument wins over the environment.
         device: device type of the op's tensors.
+        available: the backends that the op has.
 
     Returns:
         `wanted` or what the environment names; by default "triton" on CUDA devices and "cpu" on the CPU where these can
@@ -33,10 +34,10 @@ def choose_backend(op: str, wanted: str | None, device: str) -> str:
     """
     variable = f"HF_COMPRESSM_{op.upper()}"
     forced = wanted or os.environ.get(variable)
-    if forced and forced not in BACKENDS:
-        raise ValueError(f"unknown backend {forced!r} of {op}; allowed are {', '.join(BACKENDS)}")
+    if forced and forced not in available:
+        raise ValueError(f"unknown backend {forced!r} of {op}; allowed are {', '.join(available)}")
     chosen = forced or {"cpu": "cpu", "cuda": "triton"}.get(device, "naive")
-    obstacle = _obstacle(chosen, device)
+    obstacle = _obstacle(chosen, device) if chosen in available else f"there is no kernel of {chosen}"
     if obstacle and forced:
         raise ValueError(f"the backend {chosen!r} of {op} cannot run: {obstacle}")
     _announce(op, "naive" if obstacle else chosen, device, obstacle)

@@ -34,7 +34,7 @@ BLOCK = 1 << 20
 
 
 class DurableCheckpoints(TrainerCallback):
-    """Seals every checkpoint of a Trainer with a manifest, and on SIGTERM saves one and stops.
+    """Seals every checkpoint of a Trainer with a manifest; on SIGTERM saves one and stops, on a second ends at once.
 
     Put it after the callbacks that write files of their own into a checkpoint.
 
@@ -53,6 +53,7 @@ class DurableCheckpoints(TrainerCallback):
                 "save_total_limit=1 deletes the previous checkpoint before the next is sealed, so a kill in between "
                 "would leave none. Set it to at least 2."
             )
+        self.stopped_at, self._asked = None, False
         if threading.current_thread() is threading.main_thread() and self._previous is None:
             self._previous = signal.signal(signal.SIGTERM, self._ask)
 
@@ -75,6 +76,9 @@ class DurableCheckpoints(TrainerCallback):
             self._previous = None
 
     def _ask(self, signum: int, frame: FrameType | None) -> None:
+        if self._asked:
+            signal.signal(signal.SIGTERM, self._previous)
+            os.kill(os.getpid(), signal.SIGTERM)
         self._asked = True
 
     def _anyone_asked(self, args: TrainingArguments) -> bool:

@@ -5,7 +5,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hf_compressm.ops.selective_scan import naive_selective_scan, selective_scan, selective_state_update
+from hf_compressm.ops import backends
+from hf_compressm.ops.selective_scan import BACKENDS, naive_selective_scan, selective_scan, selective_state_update
 
 # Sums of up to N = 128 products in another order.
 TOLERANCE = {torch.float64: 1e-11, torch.float32: 2e-5}
@@ -158,3 +159,13 @@ def test_a_backend_can_be_forced_and_nonsense_is_refused(monkeypatch):
         selective_scan(**(tensors | {"B": tensors["B"][:, :-1]}))
     with pytest.raises(ValueError, match="A must have shape"):
         selective_scan(**(tensors | {"A": tensors["A"][:-1]}))
+
+
+def test_a_device_without_a_kernel_of_its_own_takes_the_reference_with_one_warning(caplog):
+    backends._announce.cache_clear()
+    with caplog.at_level("WARNING"):
+        chosen = [backends.choose_backend("selective_scan", None, "cuda", BACKENDS) for _ in range(2)]
+    backends._announce.cache_clear()
+    assert chosen == ["naive", "naive"] and caplog.text.count("there is no kernel of triton") == 1
+    with pytest.raises(ValueError, match="unknown backend 'triton' of selective_scan; allowed are naive, cpu"):
+        selective_scan(**inputs(everything=False), backend="triton")

@@ -104,6 +104,19 @@ def test_sigterm_saves_stops_and_the_rest_is_as_without_it(run, tmp_path):
     assert all(torch.equal(expected[name], value) for name, value in again.model.state_dict().items())
 
 
+def test_a_second_sigterm_is_not_held_back_and_the_next_training_starts_afresh(tmp_path):
+    got, before = [], signal.getsignal(signal.SIGTERM)
+    signal.signal(signal.SIGTERM, lambda *_: got.append("second"))
+    try:
+        trainer = trainer_in(tmp_path, At(3, lambda: [os.kill(os.getpid(), signal.SIGTERM) for _ in range(2)]))
+        trainer.train()
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert got == ["second"] and trainer.state.global_step == 3
+    trainer.train()
+    assert trainer.state.global_step == 12
+
+
 def test_a_limit_of_one_checkpoint_is_refused(tmp_path):
     with pytest.raises(ValueError, match="save_total_limit=1 .* at least 2"):
         trainer_in(tmp_path, save_total_limit=1).train()

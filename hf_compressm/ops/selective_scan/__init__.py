@@ -2,23 +2,18 @@
 
 from __future__ import annotations
 
-import importlib.util
-import logging
-import os
-from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ..backends import choose_backend
 from .naive import naive_selective_scan, step_sizes
 
 __all__ = ["naive_selective_scan", "selective_scan", "selective_state_update"]
 
-logger = logging.getLogger(__name__)
 BACKENDS = ("naive", "cpu")
-VARIABLE = "HF_COMPRESSM_SELECTIVE_SCAN"
 
 
 def selective_scan(
@@ -62,7 +57,7 @@ def selective_scan(
     Source: Gu and Dao 2023, arXiv 2312.00752, section 3.
     """
     _check(u, delta, A, B, C, initial_state)
-    if _backend(backend, u) == "naive":
+    if choose_backend("selective_scan", backend, u.device.type, BACKENDS) == "naive":
         y, final = naive_selective_scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state)
         return (y, final) if return_final_state else y
     dtype = torch.promote_types(u.dtype, torch.float32)
@@ -122,27 +117,6 @@ class _CPUScan(torch.autograd.Function):
 
         u, dt, A, B, C, checkpoints = ctx.saved_tensors
         return scan_backward(u, dt, A, B, C, checkpoints, dy.contiguous(), dfinal.contiguous())
-
-
-def _backend(wanted: str | None, u: Tensor) -> str:
-    wanted = wanted or os.environ.get(VARIABLE) or None
-    numba = importlib.util.find_spec("numba") is not None
-    if wanted is None:
-        chosen = "cpu" if u.device.type == "cpu" and numba else "naive"
-    elif wanted not in BACKENDS:
-        raise ValueError(f"unknown backend {wanted!r} of the selective scan; allowed are {', '.join(BACKENDS)}")
-    elif wanted == "cpu" and (u.device.type != "cpu" or not numba):
-        reason = "numba is not installed" if u.device.type == "cpu" else f"the tensors are on {u.device}"
-        raise ValueError(f"the backend 'cpu' of the selective scan cannot run: {reason}")
-    else:
-        chosen = wanted
-    _announce(chosen, u.device.type)
-    return chosen
-
-
-@cache
-def _announce(backend: str, device: str) -> None:
-    logger.info("selective scan on %s: backend %s", device, backend)
 
 
 def _check(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, initial_state: Tensor | None) -> None:
