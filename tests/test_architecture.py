@@ -22,7 +22,7 @@ ALLOWED = {
 }
 FOREIGN = {
     "reduction": {"torch", "scipy"},
-    "ops": {"torch", "triton", "numba", "llvmlite", "numpy"},
+    "ops": {"torch", "triton", "numba", "llvmlite", "mamba_ssm", "numpy"},
     "layers": {"torch"},
 }
 

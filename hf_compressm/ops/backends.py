@@ -23,7 +23,8 @@ def choose_backend(op: str, wanted: str | None, device: str, available: tuple[st
         op: name of the op, for messages and for the environment variable `HF_COMPRESSM_<OP>` that forces a backend.
         wanted: one of `available`, or None. An argument wins over the environment.
         device: device type of the op's tensors.
-        available: the backends that the op has.
+        available: the backends that the op has; a name beside `BACKENDS` is that of a package for CUDA devices, which
+            runs only if asked for.
 
     Returns:
         `wanted` or what the environment names; by default "triton" on CUDA devices and "cpu" on the CPU where these can
@@ -54,6 +55,10 @@ def _obstacle(backend: str, device: str) -> str | None:
         return "triton is not installed"
     if backend == "triton" and device != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
         return f"the tensors are on {device}, where Triton runs only with TRITON_INTERPRET=1"
+    if backend not in BACKENDS and device != "cuda":
+        return f"the tensors are on {device}, and {backend} runs on CUDA devices only"
+    if backend not in BACKENDS and not importlib.util.find_spec(backend):
+        return f"{backend} is not installed"
     return None
 
 

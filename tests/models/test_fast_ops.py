@@ -155,8 +155,9 @@ def test_half_precision_and_other_activations(family):
     assert found.dtype == expected.dtype and close(found.float(), expected.float(), 0.05)
 
 
-def test_mamba2_compiles_without_graph_breaks():
-    _, fast = pair("mamba2")
+@pytest.mark.parametrize("name", ["mamba", "mamba2"])
+def test_compiles_without_graph_breaks(name):
+    _, fast = pair(name)
     expected = fast(IDS, use_cache=False).logits
     compiled = torch.compile(fast, fullgraph=True, backend="aot_eager")
     assert close(compiled(IDS, use_cache=False).logits, expected)

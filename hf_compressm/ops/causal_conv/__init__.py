@@ -36,15 +36,13 @@ def causal_conv(x: Tensor, weight: Tensor, bias: Tensor | None = None, backend: 
         raise ValueError(f"bias must be {(x.shape[2],)}, one number per channel; got {tuple(bias.shape)}")
     if len(devices := {tensor.device for tensor in (x, weight, bias) if tensor is not None}) > 1:
         raise ValueError(f"all tensors must be on one device; got {', '.join(sorted(map(str, devices)))}")
-    if backend == "triton":
-        raise ValueError('causal_conv has no backend "triton"; allowed are "naive" and "cpu"')
     fits = weight.shape[1] <= 4 and weight.shape[0] >= 16
     if backend == "cpu" and not fits:
         raise ValueError(
             f'the backend "cpu" of causal_conv needs K <= 4 and C >= 16; got K = {weight.shape[1]}, C = {len(weight)}'
         )
     wanted = backend or (None if x.device.type == "cpu" and fits else "naive")
-    if choose_backend("causal_conv", wanted, x.device.type) == "naive":
+    if choose_backend("causal_conv", wanted, x.device.type, ("naive", "cpu")) == "naive":
         return naive_causal_conv(x, weight, bias)
     return _conv(x, weight, bias)
 

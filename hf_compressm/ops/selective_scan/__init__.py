@@ -8,12 +8,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..backends import choose_backend
+from ..backends import BACKENDS, choose_backend
 from .naive import naive_selective_scan, step_sizes
+from .op import scan
 
 __all__ = ["naive_selective_scan", "selective_scan", "selective_state_update"]
 
-BACKENDS = ("naive", "cpu")
+AVAILABLE = (*BACKENDS, "mamba_ssm")
 
 
 def selective_scan(
@@ -45,29 +46,33 @@ def selective_scan(
         delta_softplus: whether dt passes softplus; without it dt = delta + delta_bias.
         initial_state: (B, H, N); zero if None.
         return_final_state: whether to return the state after the last step too.
-        backend: "naive" or "cpu" (Numba, float32 and float64 arithmetic); chosen by device if None. The environment
-            variable HF_COMPRESSM_SELECTIVE_SCAN forces one as well.
+        backend: "naive", "cpu" (Numba), "triton" or, where installed, "mamba_ssm"; chosen by device if None. The
+            environment variable HF_COMPRESSM_SELECTIVE_SCAN forces one as well.
 
     Returns:
         y (B, L, H) in u's dtype; with `return_final_state` also h_{L-1} (B, H, N), in float32, or float64 if u is.
+        All arithmetic is in the latter precision.
 
     Raises:
-        ValueError: if a shape or device does not fit, or the backend is unknown or cannot run here.
+        ValueError: if a shape, dtype or device does not fit, or the backend is unknown or cannot run here.
+        RuntimeError: if gradients of gradients are asked for, except of the naive backend.
 
     Source: Gu and Dao 2023, arXiv 2312.00752, section 3.
     """
-    _check(u, delta, A, B, C, initial_state)
-    if choose_backend("selective_scan", backend, u.device.type, BACKENDS) == "naive":
+    _check(u, delta, A, B, C, D, z, delta_bias, initial_state)
+    backend = choose_backend("selective_scan", backend, u.device.type, AVAILABLE)
+    if backend == "naive":
         y, final = naive_selective_scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state)
-        return (y, final) if return_final_state else y
-    dtype = torch.promote_types(u.dtype, torch.float32)
-    dt = step_sizes(delta.to(dtype), delta_bias, delta_softplus)
-    if initial_state is None:
-        initial_state = A.new_zeros(len(u), *A.shape)
-    y, final = _CPUScan.apply(*(tensor.to(dtype).contiguous() for tensor in (u, dt, A, B, C, initial_state)))
-    y = y if D is None else y + u.to(dtype) * D.to(dtype)
-    y = y if z is None else y * F.silu(z.to(dtype))
-    return (y.to(u.dtype), final) if return_final_state else y.to(u.dtype)
+    elif backend == "mamba_ssm":
+        if initial_state is not None or return_final_state or A.shape[1] > 256 or u.dtype == torch.float64:
+            raise ValueError(
+                "the backend 'mamba_ssm' of selective_scan runs without initial_state, return_final_state and float64 "
+                f"and with at most 256 states, here {A.shape[1]}; use the backend 'triton'"
+            )
+        return _mamba_ssm(u, delta, A, B, C, D, z, delta_bias, delta_softplus)
+    else:
+        y, final, _ = scan(u, delta, A, B, C, D, z, delta_bias, initial_state, delta_softplus, backend)
+    return (y, final) if return_final_state else y
 
 
 @torch.no_grad()
@@ -101,36 +106,58 @@ def selective_state_update(
     return y.to(u.dtype)
 
 
-class _CPUScan(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, *tensors: Tensor) -> tuple[Tensor, Tensor]:
-        from .cpu import scan_forward
+def _mamba_ssm(
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    delta_bias: Tensor | None,
+    delta_softplus: bool,
+) -> Tensor:
+    from mamba_ssm.ops.selective_scan_interface import selective_scan_fn
 
-        y, final, checkpoints = scan_forward(*tensors)
-        ctx.save_for_backward(*tensors[:5], checkpoints)
-        return y, final
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, dy: Tensor, dfinal: Tensor) -> tuple[Tensor, ...]:
-        from .cpu import scan_backward
-
-        u, dt, A, B, C, checkpoints = ctx.saved_tensors
-        return scan_backward(u, dt, A, B, C, checkpoints, dy.contiguous(), dfinal.contiguous())
+    u, delta, B, C = (tensor.to(u.dtype).transpose(1, 2) for tensor in (u, delta, B, C))
+    z = None if z is None else z.to(u.dtype).transpose(1, 2)
+    D, delta_bias = (None if tensor is None else tensor.float() for tensor in (D, delta_bias))
+    return selective_scan_fn(u, delta, A.float(), B, C, D, z, delta_bias, delta_softplus).transpose(1, 2)
 
 
-def _check(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, initial_state: Tensor | None) -> None:
-    if u.ndim != 3 or u.numel() == 0 or delta.shape != u.shape:
-        raise ValueError(
-            f"u and delta must have one shape (B, L, H) with B, L, H >= 1; got {tuple(u.shape)}, {tuple(delta.shape)}"
-        )
+def _check(
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    delta_bias: Tensor | None,
+    initial_state: Tensor | None,
+) -> None:
+    if u.ndim != 3 or u.numel() == 0:
+        raise ValueError(f"u must have shape (B, L, H) with B, L, H >= 1; got {tuple(u.shape)}")
     batch, length, channels = u.shape
     if A.ndim != 2 or A.shape[0] != channels or A.numel() == 0:
         raise ValueError(f"A must have shape (H, N) with H = {channels} as in u and N >= 1; got {tuple(A.shape)}")
-    for name, tensor in (("B", B), ("C", C)):
-        if tensor.shape != (batch, length, A.shape[1]):
-            raise ValueError(f"{name} must be {(batch, length, A.shape[1])}, (B, L, N); got {tuple(tensor.shape)}")
-    if initial_state is not None and initial_state.shape != (batch, *A.shape):
-        raise ValueError(f"initial_state must be {(batch, *A.shape)}, (B, H, N); got {tuple(initial_state.shape)}")
-    if len(devices := {tensor.device for tensor in (u, delta, A, B, C)}) > 1:
-        raise ValueError(f"all tensors must be on one device; got {', '.join(map(str, devices))}")
+    size = A.shape[1]
+    given = {"delta": delta, "B": B, "C": C, "D": D, "z": z, "delta_bias": delta_bias, "initial_state": initial_state}
+    expected = {
+        "delta": ("(B, L, H)", (batch, length, channels)),
+        "B": ("(B, L, N)", (batch, length, size)),
+        "C": ("(B, L, N)", (batch, length, size)),
+        "D": ("(H,)", (channels,)),
+        "z": ("(B, L, H)", (batch, length, channels)),
+        "delta_bias": ("(H,)", (channels,)),
+        "initial_state": ("(B, H, N)", (batch, channels, size)),
+    }
+    for name, tensor in given.items():
+        letters, shape = expected[name]
+        if tensor is not None and tensor.shape != shape:
+            raise ValueError(f"{name} must be {shape}, {letters}, as in u and A; got {tuple(tensor.shape)}")
+    for name, tensor in {"u": u, "A": A, **given}.items():
+        if tensor is not None and not tensor.is_floating_point():
+            raise ValueError(f"{name} must be of a real floating-point dtype, got {tensor.dtype}")
+        if tensor is not None and tensor.device != u.device:
+            raise ValueError(f"all tensors must be on one device; u is on {u.device}, {name} on {tensor.device}")

@@ -1,171 +1,144 @@
-"""Numba kernels of the selective scan: threads over sequences and blocks of channels, vectors over states.
+"""The selective scan on the CPU: tables of addresses for the Numba kernels, and threads.
 
-The forward pass keeps the states at every `CHUNK`-th time step only; the backward pass recomputes those between.
-Sums over channels are formed per block and added in a fixed order, so results do not depend on the number of threads.
-
-Shapes: batch B, length L, H channels, N states, K checkpoints.
+Shapes: batch B, length L, H channels in K blocks, N states.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
-import numba
 import numpy as np
 import torch
-from llvmlite import ir
-from numba import njit, prange
-from numba.core import types
-from numba.extending import intrinsic
 from torch import Tensor
 
-FAST = {"reassoc", "contract", "arcp", "nsz"}
-"""Sums may be reordered, so that they vectorise; NaN and infinity keep their meaning."""
-CHUNK = 32
-BLOCK = 16
-"""Channels of one unit of work."""
+from ..lanes import LANES
+from ..threads import run_units
+from .cpu_kernels import (
+    A_,
+    B_,
+    BIAS,
+    C_,
+    CHECKPOINTS,
+    CHUNK,
+    D_,
+    DA,
+    DBC,
+    DBIAS,
+    DD,
+    DDELTA,
+    DELTA,
+    DFINAL,
+    DINITIAL,
+    DU,
+    DY,
+    DZ,
+    FINAL,
+    INITIAL,
+    U,
+    Y,
+    Z,
+    selective_scan_bwd_kernel,
+    selective_scan_fwd_kernel,
+)  # fmt: skip
+
+UNITS = 32
+"""Units of work to aim at in the backward pass; fixed, since the order of sums depends on it."""
 
 
-@intrinsic
-def _float_from_bits(typingctx: Any, bits: Any) -> Any:
-    return types.float32(types.int32), lambda context, builder, signature, args: builder.bitcast(
-        args[0], ir.FloatType()
-    )
-
-
-@njit(inline="always", fastmath=FAST)
-def _exp32(x):
-    # exp(x) = 2^k exp(f) with |f| <= ln(2)/2 and a Taylor polynomial of degree 7: a library call would not vectorise.
-    x = min(max(x, np.float32(-87.0)), np.float32(88.0))
-    k = np.floor(x * np.float32(1.44269504088896341) + np.float32(0.5))
-    f = x - k * np.float32(0.693359375) + k * np.float32(2.12194440e-4)
-    p = np.float32(1 / 5040)
-    p = p * f + np.float32(1 / 720)
-    p = p * f + np.float32(1 / 120)
-    p = p * f + np.float32(1 / 24)
-    p = p * f + np.float32(1 / 6)
-    p = p * f + np.float32(0.5)
-    p = p * f + np.float32(1.0)
-    p = p * f + np.float32(1.0)
-    return p * _float_from_bits(np.int32((np.int32(k) + 127) << 23))
-
-
-@njit(inline="always", fastmath=FAST)
-def _exp64(x):
-    return np.exp(x)
-
-
-def _make(exp: Any) -> tuple[Any, Any]:
-    @njit(parallel=True, fastmath=FAST, cache=True)
-    def forward(u, dt, A, B, C, initial, y, checkpoints, final):
-        batch, length, channels = u.shape
-        size = A.shape[1]
-        blocks = (channels + BLOCK - 1) // BLOCK
-        for unit in prange(batch * blocks):
-            b, first = unit // blocks, (unit % blocks) * BLOCK
-            for h in range(first, min(first + BLOCK, channels)):
-                state = initial[b, h].copy()
-                rate = A[h]
-                for t in range(length):
-                    if t % CHUNK == 0:
-                        for n in range(size):
-                            checkpoints[b, h, t // CHUNK, n] = state[n]
-                    step = dt[b, t, h]
-                    drive = step * u[b, t, h]
-                    row_b, row_c = B[b, t], C[b, t]
-                    total = drive * 0
-                    for n in range(size):
-                        state[n] = exp(step * rate[n]) * state[n] + drive * row_b[n]
-                        total += state[n] * row_c[n]
-                    y[b, t, h] = total
-                for n in range(size):
-                    final[b, h, n] = state[n]
-
-    @njit(parallel=True, fastmath=FAST, cache=True)
-    def backward(u, dt, A, B, C, checkpoints, dy, dfinal, du, ddt, dA, dB, dC, dinitial):
-        batch, length, channels = u.shape
-        size = A.shape[1]
-        blocks = (channels + BLOCK - 1) // BLOCK
-        for unit in prange(batch * blocks):
-            b, block = unit // blocks, unit % blocks
-            states = np.empty((CHUNK + 1, size), dtype=u.dtype)
-            decays = np.empty((CHUNK, size), dtype=u.dtype)
-            for h in range(block * BLOCK, min((block + 1) * BLOCK, channels)):
-                costate = dfinal[b, h].copy()
-                rate = A[h]
-                gradient_rate = np.zeros(size, dtype=u.dtype)
-                for chunk in range((length + CHUNK - 1) // CHUNK - 1, -1, -1):
-                    start = chunk * CHUNK
-                    stop = min(start + CHUNK, length)
-                    for n in range(size):
-                        states[0, n] = checkpoints[b, h, chunk, n]
-                    for t in range(start, stop):
-                        step = dt[b, t, h]
-                        drive = step * u[b, t, h]
-                        row_b = B[b, t]
-                        before, after, decay = states[t - start], states[t - start + 1], decays[t - start]
-                        for n in range(size):
-                            decay[n] = exp(step * rate[n])
-                            after[n] = decay[n] * before[n] + drive * row_b[n]
-                    for t in range(stop - 1, start - 1, -1):
-                        step, value, gradient = dt[b, t, h], u[b, t, h], dy[b, t, h]
-                        row_b, row_c = B[b, t], C[b, t]
-                        row_db, row_dc = dB[b, block, t], dC[b, block, t]
-                        before, after, decay = states[t - start], states[t - start + 1], decays[t - start]
-                        drive = step * value
-                        into_drive = drive * 0
-                        into_step = drive * 0
-                        for n in range(size):
-                            g = costate[n] + gradient * row_c[n]
-                            row_dc[n] += gradient * after[n]
-                            row_db[n] += g * drive
-                            into_drive += g * row_b[n]
-                            carried = g * decay[n]
-                            through = carried * before[n]
-                            into_step += through * rate[n]
-                            gradient_rate[n] += through * step
-                            costate[n] = carried
-                        du[b, t, h] = into_drive * step
-                        ddt[b, t, h] = into_drive * value + into_step
-                for n in range(size):
-                    dA[b, h, n] = gradient_rate[n]
-                    dinitial[b, h, n] = costate[n]
-
-    return forward, backward
-
-
-_KERNELS = {torch.float32: _make(_exp32), torch.float64: _make(_exp64)}
-
-
-def scan_forward(u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, initial: Tensor) -> tuple[Tensor, ...]:
-    """y (B, L, H), final state (B, H, N) and checkpoints (B, H, K, N), from contiguous tensors of one dtype.
-
-    u, dt: (B, L, H); A: (H, N); B, C: (B, L, N); initial: (B, H, N); float32 or float64.
-    """
+def scan_forward(
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    delta_bias: Tensor | None,
+    initial_state: Tensor | None,
+    delta_softplus: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """y (B, L, H), final state (B, H, N) and checkpoints (B, L / CHUNK, K, N, 16); see `selective_scan`."""
     batch, length, channels = u.shape
-    y, final = torch.empty_like(u), torch.empty_like(initial)
-    checkpoints = u.new_empty(batch, channels, -(-length // CHUNK), A.shape[1])
-    _run(_KERNELS[u.dtype][0], u, dt, A, B, C, initial, y, checkpoints, final)
-    return y, final, checkpoints
+    size = A.shape[1]
+    inputs = _inputs(u, delta, A, B, C, D, z, delta_bias, initial_state)
+    y, final = inputs[U].new_empty(u.shape), inputs[U].new_empty(batch, channels, size)
+    checkpoints = y.new_empty(checkpoint_shape(batch, length, channels, size))
+    table = _table(inputs | {Y: y, FINAL: final, CHECKPOINTS: checkpoints})
+    units = batch * checkpoints.shape[2]
+    run_units(selective_scan_fwd_kernel, units, table, length, channels, size, delta_softplus, _like(y))
+    return y.to(u.dtype), final, checkpoints
+
+
+def checkpoint_shape(batch: int, length: int, channels: int, size: int) -> tuple[int, ...]:
+    return batch, -(-length // CHUNK), -(-channels // LANES), size, LANES
 
 
 def scan_backward(
-    u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, checkpoints: Tensor, dy: Tensor, dfinal: Tensor
+    dy: Tensor,
+    dfinal: Tensor | None,
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    delta_bias: Tensor | None,
+    checkpoints: Tensor,
+    delta_softplus: bool,
 ) -> tuple[Tensor, ...]:
-    """Gradients of u, dt, A, B, C and the initial state, from those of y and the final state; all contiguous."""
+    """Gradients of u, delta, A, B, C, D, z, delta_bias and the initial state, in the precision of the checkpoints."""
     batch, length, channels = u.shape
-    blocks, size = -(-channels // BLOCK), A.shape[1]
-    du, ddt, dinitial = torch.empty_like(u), torch.empty_like(u), torch.empty_like(dfinal)
-    dA = u.new_empty(batch, channels, size)
-    dB, dC = u.new_zeros(batch, blocks, length, size), u.new_zeros(batch, blocks, length, size)
-    _run(_KERNELS[u.dtype][1], u, dt, A, B, C, checkpoints, dy, dfinal, du, ddt, dA, dB, dC, dinitial)
-    return du, ddt, dA.sum(0), dB.sum(1), dC.sum(1), dinitial
+    size = A.shape[1]
+    inputs = _inputs(u, delta, A, B, C, D, z, delta_bias, None)
+    inputs |= {DY: _rows(dy, checkpoints.dtype), CHECKPOINTS: checkpoints}
+    if dfinal is not None:
+        inputs[DFINAL] = dfinal.to(checkpoints.dtype).contiguous()
+    new = checkpoints.new_empty
+    blocks = -(-channels // LANES)
+    groups = -(-blocks // -(-batch * blocks // UNITS))
+    du, ddelta, dz = new(u.shape), new(u.shape), new(u.shape if z is not None else 0)
+    dA, dinitial = (new(batch, channels, size) for _ in range(2))
+    dD, dbias = (new(batch, channels) for _ in range(2))
+    dBC = checkpoints.new_zeros(batch * groups, length, size, 2)
+    found = {DU: du, DDELTA: ddelta, DZ: dz, DBC: dBC, DA: dA, DD: dD, DBIAS: dbias, DINITIAL: dinitial}
+    arguments = (_table(inputs | found), length, channels, size, groups, delta_softplus, _like(du))
+    run_units(selective_scan_bwd_kernel, batch * groups, *arguments)
+    dB, dC = (part.clone() for part in dBC.view(batch, groups, length, size, 2).sum(1).unbind(-1))
+    return du, ddelta, dA.sum(0), dB, dC, dD.sum(0), dz, dbias.sum(0), dinitial
 
 
-def _run(kernel: Any, *tensors: Tensor) -> None:
-    threads = numba.get_num_threads()
-    numba.set_num_threads(max(1, min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS)))  # type: ignore[attr-defined]
-    try:
-        kernel(*(tensor.detach().numpy() for tensor in tensors))
-    finally:
-        numba.set_num_threads(threads)
+def _inputs(
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    delta_bias: Tensor | None,
+    initial_state: Tensor | None,
+) -> dict[int, Tensor]:
+    dtype = torch.promote_types(u.dtype, torch.float32)
+    rows = {U: u, DELTA: delta, B_: B, C_: C, Z: z}
+    whole = {A_: A, D_: D, BIAS: delta_bias, INITIAL: initial_state}
+    found = {which: _rows(tensor, dtype) for which, tensor in rows.items() if tensor is not None}
+    return found | {which: tensor.to(dtype).contiguous() for which, tensor in whole.items() if tensor is not None}
+
+
+def _rows(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """The tensor in a dtype, with neighbours in memory in its last dimension."""
+    tensor = tensor.to(dtype)
+    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
+
+
+def _table(tensors: dict[int, Tensor]) -> np.ndarray:
+    table = np.zeros((DINITIAL + 1, 3), dtype=np.int64)
+    for which, tensor in tensors.items():
+        strides = [stride * tensor.element_size() for stride in (*tensor.stride()[:2], 0)[:2]]
+        table[which] = tensor.data_ptr(), *strides
+    return table
+
+
+def _like(tensor: Tensor) -> Any:
+    return np.float64(0) if tensor.dtype == torch.float64 else np.float32(0)

@@ -1,0 +1,126 @@
+"""The selective scan on CUDA devices: launches of the Triton kernels.
+
+Shapes: batch B, length L, H channels, N states, K chunks.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+from torch import Tensor
+from torch.nn import functional as F
+
+from .triton_kernels import LOG2E, selective_scan_bwd_kernel, selective_scan_fwd_kernel
+
+CHUNK, H_BLOCK = 64, 32
+FORWARD = {"T": 32, "H_BLOCK": H_BLOCK, "num_warps": 1, "num_stages": 1}
+BACKWARD = {"T": 8, "H_BLOCK": H_BLOCK, "num_warps": 1, "num_stages": 1}
+"""One warp has all steps of a channel in one thread: no scan then goes across threads."""
+PROGRAMS = 1024
+"""Beyond so many programs, one of the backward pass takes several blocks. Fixed: the order of sums depends on it."""
+
+
+def checkpoint_shape(batch: int, length: int, channels: int, size: int) -> tuple[int, ...]:
+    return batch, -(-length // CHUNK) + 2, size, channels
+
+
+def scan_forward(
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    delta_bias: Tensor | None,
+    initial_state: Tensor | None,
+    delta_softplus: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """y (B, L, H), final state (B, H, N) and checkpoints (B, K + 2, N, H); see `selective_scan`."""
+    batch, length, channels = u.shape
+    dtype = torch.promote_types(u.dtype, torch.float32)
+    u, delta, z = _strided(u), _strided(delta), None if z is None else _strided(z)
+    y = u.new_empty(batch, length, channels)
+    checkpoints = u.new_empty(checkpoint_shape(batch, length, channels, A.shape[1]), dtype=dtype)
+    checkpoints[:, 0] = 0 if initial_state is None else initial_state.mT
+    checkpoints[:, -1] = 0
+    with _on(u):
+        selective_scan_fwd_kernel[(batch * triton.cdiv(channels, H_BLOCK),)](
+            u, delta, _rates(A, dtype), _padded(B, dtype), _padded(C, dtype), _whole(D), z, _whole(delta_bias), y,
+            checkpoints, length, channels, A.shape[1], *_strides(u, delta, z),
+            SOFTPLUS=delta_softplus, TERMS=_terms(dtype), CHUNK=CHUNK, **FORWARD,
+        )  # fmt: skip
+    return y, checkpoints[:, -2].mT.clone(memory_format=torch.contiguous_format), checkpoints
+
+
+def scan_backward(
+    dy: Tensor,
+    dfinal: Tensor | None,
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    delta_bias: Tensor | None,
+    checkpoints: Tensor,
+    delta_softplus: bool,
+) -> tuple[Tensor | None, ...]:
+    """Gradients of u, delta, A, B, C, D, z (None if there is none), delta_bias and the initial state."""
+    batch, length, channels = u.shape
+    size, dtype, new = A.shape[1], checkpoints.dtype, checkpoints.new_empty
+    blocks = triton.cdiv(channels, H_BLOCK)
+    each = max(1, batch * blocks // PROGRAMS)
+    groups = triton.cdiv(blocks, each)
+    u, delta, dy, z = _strided(u), _strided(delta), _strided(dy), None if z is None else _strided(z)
+    du, ddelta = torch.empty_like(u, memory_format=torch.contiguous_format), delta.new_empty(delta.shape)
+    dz = None if z is None else z.new_empty(z.shape)
+    costates, dA = new(batch, size, channels), new(batch, size, channels)
+    costates[:] = 0 if dfinal is None else dfinal.mT
+    between = new(batch, CHUNK // BACKWARD["T"], size, channels)
+    dB, dC = (new(batch, groups, size, triton.cdiv(length, CHUNK) * CHUNK) for _ in "BC")
+    # Blocks beyond the last one write nothing here.
+    dD, dbias = new(batch, channels), new(batch, channels)
+    with _on(u):
+        selective_scan_bwd_kernel[(batch * groups,)](
+            u, delta, _rates(A, dtype), _padded(B, dtype), _padded(C, dtype), _whole(D), z, _whole(delta_bias), dy,
+            checkpoints, between, costates, du, ddelta, dA, dB, dC, dD, dz, dbias,
+            length, channels, size, groups, each, *_strides(u, delta, z, dy),
+            SOFTPLUS=delta_softplus, TERMS=_terms(dtype), CHUNK=CHUNK, **BACKWARD,
+        )  # fmt: skip
+    dB, dC = (partial.sum(1)[..., :length].mT for partial in (dB, dC))
+    dinitial = costates.mT.clone(memory_format=torch.contiguous_format)
+    return du, ddelta, dA.sum(0).t(), dB, dC, dD.sum(0), dz, dbias.sum(0), dinitial
+
+
+def _strided(tensor: Tensor) -> Tensor:
+    """The tensor with neighbours in memory in its last dimension."""
+    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
+
+
+def _padded(rows: Tensor, dtype: torch.dtype) -> Tensor:
+    """(B, L, N) as (B, N, K CHUNK), with zeros at the end, so that loads of tiles need no mask."""
+    return F.pad(rows.to(dtype).mT, (0, -rows.shape[1] % CHUNK)).contiguous()
+
+
+def _whole(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.contiguous()
+
+
+def _rates(A: Tensor, dtype: torch.dtype) -> Tensor:
+    return (A.to(dtype) * LOG2E.value).t().contiguous()
+
+
+def _strides(*tensors: Tensor | None) -> list[int]:
+    return [stride for tensor in tensors for stride in ((0, 0) if tensor is None else tensor.stride()[:2])]
+
+
+def _terms(dtype: torch.dtype) -> int:
+    """Terms of the series of log(1 + e)."""
+    return 17 if dtype == torch.float64 else 8
+
+
+def _on(tensor: Tensor) -> torch.cuda.device:
+    """Makes a tensor's device the current one; does nothing on the CPU."""
+    return torch.cuda.device(tensor.device.index if tensor.is_cuda else -1)
