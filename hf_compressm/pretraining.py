@@ -78,9 +78,7 @@ class RunArguments:
     )
     fast_ops: bool = field(
         default=True,
-        metadata={
-            "help": "On CPUs run stock selective mixers by this package's ops; --no_fast_ops keeps transformers' own."
-        },
+        metadata={"help": "Run stock selective mixers by this package's ops; --no_fast_ops keeps transformers' own."},
     )
 
 
@@ -172,7 +170,7 @@ def build_model(run: Run, task: Task) -> nn.Module:
     config.validate()  # now, not at the first save
     set_seed(run.training.seed)
     model = HEADS[task.problem].from_config(config)
-    if run.arguments.fast_ops and run.training.device.type == "cpu" and has_stock_mixers(model):
+    if run.arguments.fast_ops and has_stock_mixers(model):
         use_fast_ops(model)
     return model
 

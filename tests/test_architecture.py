@@ -22,7 +22,7 @@ ALLOWED = {
 }
 FOREIGN = {
     "reduction": {"torch", "scipy"},
-    "ops": {"torch", "triton", "numba", "llvmlite", "mamba_ssm", "numpy"},
+    "ops": {"torch", "triton", "numba", "llvmlite", "mamba_ssm", "causal_conv1d", "numpy"},
     "layers": {"torch"},
 }
 
