@@ -156,7 +156,7 @@ def test_a_slow_work_is_measured_twice_and_others_to_the_end(common):
         return {"slow": 5.0, "fast": 1.0}[calls[-1]]
 
     assert common.in_turns(works, 6, 6.5, clock) == {"slow": [5.0] * 2, "fast": [1.0] * 6, "large": []}
-    assert calls[:4] == ["slow", "fast", "large", "slow"]
+    assert sorted(calls[:3]) == ["fast", "large", "slow"] and calls.count("large") == 1
 
 
 def test_differences_are_relative_and_nan_is_not_swallowed(common):
