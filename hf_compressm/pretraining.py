@@ -6,37 +6,36 @@ import dataclasses
 import difflib
 import json
 import signal
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
 from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
-    HfArgumentParser,
     Trainer,
-    TrainingArguments,
     default_data_collator,
     set_seed,
 )
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import logging
 
-from .data import Task, load_task, task_names
+from .data import Task, load_task
 from .models.fast_ops import has_stock_mixers, use_fast_ops
+from .run_file import Run, parse_run
 from .surgery import history, original_sizes, state_sizes
 from .training import (
-    CompressionConfig,
     CompreSSMCallback,
     DurableCheckpoints,
     create_optimizer,
     newest_checkpoint,
-    verify_checkpoint,
+    verify_sealed,
 )
+
+__all__ = ["Run", "RunResult", "build_model", "build_trainer", "execute", "parse_run", "summary"]
 
 logger = logging.get_logger(__name__)
 
@@ -44,53 +43,6 @@ HEADS = {"sequence_classification": AutoModelForSequenceClassification, "causal_
 
 CACHES = ["cache_params", "past_key_values"]
 """Outputs of models that are not predictions; stock state-space models do not say so themselves."""
-
-
-@dataclass
-class RunArguments:
-    """What to train on what; everything about the training itself is in `TrainingArguments`."""
-
-    task: str | None = field(default=None, metadata={"help": f"One of: {', '.join(task_names())}."})
-    data_dir: str | None = field(
-        default=None, metadata={"help": "Local folder with the task's data, instead of the hub."}
-    )
-    task_options: str | None = field(
-        default=None, metadata={"help": "Options of the task as JSON, or a mapping in the file; see its docstring."}
-    )
-    model_type: str = field(default="mimo_ssm", metadata={"help": "Architecture, as known to AutoConfig."})
-    model: str | None = field(
-        default=None,
-        metadata={"help": "Fields of the model's config as JSON; they override those of the file."},
-    )
-    ssm_learning_rate: float | None = field(
-        default=None,
-        metadata={"help": "Learning rate of state-space parameters, without weight decay. Default: no own group."},
-    )
-    resume: str | None = field(
-        default=None,
-        metadata={
-            "help": "auto: go on from the newest checkpoint in output_dir that verifies, or start afresh if there is "
-            "none. A folder: go on from that checkpoint."
-        },
-    )
-    compress: bool = field(
-        default=True, metadata={"help": "Cut states during training; --no_compress trains at full size."}
-    )
-    fast_ops: bool = field(
-        default=True,
-        metadata={"help": "Run stock selective mixers by this package's ops; --no_fast_ops keeps transformers' own."},
-    )
-
-
-@dataclass
-class Run:
-    """A parsed run: arguments, compression settings, fields of the model's config and options of the task."""
-
-    arguments: RunArguments
-    training: TrainingArguments
-    compression: CompressionConfig
-    model: dict[str, Any]
-    task_options: dict[str, Any]
 
 
 @dataclass
@@ -111,65 +63,31 @@ class RunResult:
     speed: list[dict[str, Any]]
 
 
-def parse_run(argv: Sequence[str]) -> Run:
-    """Parse `CONFIG.yaml [--option value ...]`; options on the command line override those in the file.
-
-    The file is flat: fields of `RunArguments`, `TrainingArguments` and `CompressionConfig`, and a mapping `model` with
-    fields of the model's config.
-
-    Raises:
-        ValueError: on a file that is not a mapping, an unknown key (with the nearest known one), or a missing task.
-        FileNotFoundError: if the file does not exist.
-    """
-    parser = HfArgumentParser([RunArguments, TrainingArguments, CompressionConfig])  # type: ignore[list-item]
-    argv, from_file = list(argv), {}
-    if argv and not argv[0].startswith("-"):
-        from_file = _read_yaml(Path(argv.pop(0)))
-    model = from_file.pop("model", None) or {}
-    task_options = from_file.pop("task_options", None) or {}
-    parser.set_defaults(**from_file)
-    arguments, training, compression = parser.parse_args_into_dataclasses(args=argv)
-    if arguments.task is None:
-        raise ValueError(f"no task given; set `task` in the file or pass --task, one of: {', '.join(task_names())}")
-    if arguments.model is not None:
-        model = model | json.loads(arguments.model)
-    if arguments.task_options is not None:
-        task_options = task_options | json.loads(arguments.task_options)
-    return Run(arguments, training, compression, model, task_options)
-
-
-def _read_yaml(path: Path) -> dict[str, Any]:
-    content = yaml.safe_load(path.read_text())
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} must hold a mapping of options to values; got {type(content).__name__}")
-    known = {
-        f.name
-        for cls in (RunArguments, TrainingArguments, CompressionConfig)
-        for f in dataclasses.fields(cls)
-        if f.init
-    }
-    for key in content.keys() - known:
-        near = difflib.get_close_matches(key, known, n=1)
-        raise ValueError(f"{path}: unknown option {key!r}{f'; did you mean {near[0]!r}?' if near else ''}")
-    return content
-
-
 def build_model(run: Run, task: Task) -> nn.Module:
     """A freshly initialised model for the task, seeded by the run.
 
     Raises:
         ValueError: on an unknown architecture or config field.
     """
-    config = AutoConfig.for_model(run.arguments.model_type)
+    kind = run.arguments.model_type
+    if kind not in CONFIG_MAPPING:
+        near = difflib.get_close_matches(kind, CONFIG_MAPPING, n=1)
+        raise ValueError(f"unknown model_type {kind!r}{f'; did you mean {near[0]!r}?' if near else ''}")
+    config = AutoConfig.for_model(kind)
     if unknown := [key for key in run.model if not hasattr(config, key)]:
         raise ValueError(
             f"{type(config).__name__} has no field {', '.join(map(repr, unknown))}; it has "
             f"{', '.join(sorted(key for key in config.to_dict() if not key.startswith('_')))}"
         )
-    config = AutoConfig.for_model(run.arguments.model_type, **task.model_kwargs, **run.model)
-    config.validate()  # now, not at the first save
-    set_seed(run.training.seed)
-    model = HEADS[task.problem].from_config(config)
+    if decided := run.model.keys() & task.model_kwargs:
+        raise ValueError(f"the data decide {', '.join(sorted(decided))}; leave that out of `model`")
+    try:
+        config = AutoConfig.for_model(kind, **task.model_kwargs, **run.model)
+        config.validate()  # now, not at the first save
+        set_seed(run.training.seed)
+        model = HEADS[task.problem].from_config(config)
+    except Exception as error:  # each architecture has ways of its own to fail on values that it does not check
+        raise ValueError(f"no {kind} can be built with model = {run.model}: {error}") from error
     if run.arguments.fast_ops and has_stock_mixers(model):
         use_fast_ops(model)
     return model
@@ -253,7 +171,7 @@ def _checkpoint_to_resume(run: Run) -> str | None:
         wanted = get_last_checkpoint(training.output_dir)
         if wanted is None:
             raise ValueError(f"{training.output_dir} holds no checkpoint to resume from")
-    verify_checkpoint(wanted)
+    verify_sealed(wanted)
     return wanted
 
 

@@ -17,7 +17,10 @@ from hf_compressm.pretraining import execute, parse_run, summary
 
 
 def main(argv: list[str]) -> None:
-    run = parse_run(argv)
+    try:
+        run = parse_run(argv)
+    except (ValueError, OSError) as error:
+        raise SystemExit(f"error: {error}") from error
     result = execute(run)
     if run.training.process_index == 0:
         print(f"\n{summary(result)}\nsaved to {run.training.output_dir}")

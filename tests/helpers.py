@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from datasets import Dataset
 from transformers import TrainingArguments
@@ -48,3 +49,24 @@ def arguments(folder, **settings) -> TrainingArguments:
         "learning_rate": 1e-2,
     }
     return TrainingArguments(**(defaults | settings))
+
+
+def error_of(work) -> str:
+    """The message of the error that work ends with, which must be of a kind that is meant for users."""
+    with pytest.raises((ValueError, OSError, SystemExit)) as caught:
+        work()
+    assert type(caught.value) in (ValueError, FileNotFoundError, SystemExit), repr(caught.value)
+    return str(caught.value)
+
+
+def random_damage(path, rng):
+    """Flip a bit, cut the end off, or cut a piece out."""
+    content = bytearray(path.read_bytes())
+    where, kind = rng.randrange(len(content)), rng.randrange(3)
+    if kind == 0:
+        content[where] ^= 1 << rng.randrange(8)
+    elif kind == 1:
+        del content[where:]
+    else:
+        del content[where : where + rng.randrange(1, 9)]
+    path.write_bytes(content)

@@ -16,7 +16,8 @@ ALLOWED = {
     "baselines": {"surgery", "reduction"},
     "training": {"surgery", "reduction"},
     "data": set(),
-    "pretraining": {"data", "surgery", "training", "models"},
+    "run_file": {"data", "training"},
+    "pretraining": {"data", "surgery", "training", "models", "run_file"},
     "compression": {"data", "models", "pretraining", "reduction", "surgery", "training"},
     "cli": {"compression", "reduction", "surgery"},
 }

@@ -14,6 +14,7 @@ from transformers.models.mamba.modeling_mamba import MambaMixer
 from hf_compressm import state_sizes
 from hf_compressm.data import load_task
 from hf_compressm.pretraining import build_model, execute, parse_run, summary
+from hf_compressm.training import write_manifest
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIGS = sorted((ROOT / "configs" / "runs").glob("*.yaml"))
@@ -83,6 +84,9 @@ def test_resuming_from_nothing_and_from_a_checkpoint_that_contradicts_itself(tmp
     execute(parse_run(short(tmp_path, "--save_strategy", "steps", "--save_steps", "24")))
     config = tmp_path / "checkpoint-24" / "config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | {"state_sizes": [9]}))
+    with pytest.raises(ValueError, match=r"config.json has .* bytes .* seal this one again"):
+        execute(parse_run(short(tmp_path, "--resume_from_checkpoint", "true")))
+    write_manifest(config.parent)
     with pytest.raises(ValueError, match="the config wants"):
         execute(parse_run(short(tmp_path, "--resume_from_checkpoint", "true")))
 

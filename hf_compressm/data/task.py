@@ -1,6 +1,7 @@
 """The registry of tasks: a name in a config becomes data, metrics and the model's sizes."""
 
 import inspect
+import math
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -85,12 +86,13 @@ def load_task(name: str, *, data_dir: str | os.PathLike[str] | None = None, seed
             seed.
         options: further arguments of the task.
 
-    Raises ValueError for an unknown name, and for a `data_dir` or option that the task does not have.
+    Raises ValueError for an unknown name, for a `data_dir` or option that the task does not have, and for an option of
+    another type than its default.
     """
     if name not in _BUILDERS:
         raise ValueError(f"unknown task {name!r}; there are: {', '.join(task_names())}")
     builder = _BUILDERS[name]
-    accepted = list(inspect.signature(builder).parameters)
+    accepted = inspect.signature(builder).parameters
     arguments = dict(options)
     if data_dir is not None:
         arguments["data_dir"] = data_dir
@@ -99,6 +101,12 @@ def load_task(name: str, *, data_dir: str | os.PathLike[str] | None = None, seed
         raise ValueError(
             f"task {name!r} does not take {', '.join(refused)}; it takes: {', '.join(accepted) or 'nothing'}"
         )
+    for option, value in options.items():
+        kind = type(accepted[option].default)
+        if kind in (int, float, str) and type(value) not in {kind, int if kind is float else kind}:
+            raise ValueError(f"option {option} of task {name!r} must be of type {kind.__name__}; got {value!r}")
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ValueError(f"option {option} of task {name!r} must be a finite number; got {value}")
     if "seed" in accepted:
         arguments["seed"] = seed
     return builder(**arguments)

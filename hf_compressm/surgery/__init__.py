@@ -32,7 +32,7 @@ from .plan import (
     measure_model,
 )
 from .policies import Energy, Fraction, Policy, Target
-from .resize import resize_mixers, sizes_in_state_dict
+from .resize import check_fixed_tensors, resize_mixers, sizes_in_state_dict
 from .selective import Signals, selective_signals
 from .snapshot import Snapshot
 
@@ -55,6 +55,7 @@ __all__ = [
     "Term",
     "append_history",
     "apply_plan",
+    "check_fixed_tensors",
     "check_parameters",
     "compress",
     "find_mixers",

@@ -99,3 +99,20 @@ def sizes_in_state_dict(model: nn.Module, state_dict: Mapping[str, Any], prefix:
             raise ValueError(f"the checkpoint's tensors disagree about a state size of {order}: {'; '.join(wrong)}")
         sizes[site.name] = order
     return sizes
+
+
+def check_fixed_tensors(model: nn.Module, tensors: Mapping[str, Any], prefix: str = "", complete: bool = False) -> None:
+    """Raise unless tensors, by name, have the shapes of this model's in everything that a cut leaves alone.
+
+    Raises:
+        ValueError: on the first with another shape, or with `complete` on the first that is missing.
+    """
+    free = {f"{site.name}.{name}" if site.name else name for site in find_mixers(model) for name in site.parameters()}
+    for name, own in model.state_dict().items():
+        found = tensors.get(prefix + name)
+        if name in free or (found is None and not complete):
+            continue
+        if found is None:
+            raise ValueError(f"{prefix}{name} is missing")
+        if found.shape != own.shape:
+            raise ValueError(f"{prefix}{name} has shape {tuple(found.shape)}, this model wants {tuple(own.shape)}")

@@ -30,7 +30,7 @@ from ..surgery import (
     state_sizes,
 )
 from .calibration import Batches, calibration_batches
-from .checkpoint import ResizeOnLoad, checkpoint_folder, load_callback_state, save_callback_state
+from .checkpoint import STATE_NAME, ResizeOnLoad, checkpoint_folder, load_callback_state, save_callback_state
 from .config import CompressionConfig
 from .distributed import (
     decided_by_rank_0,
@@ -46,6 +46,7 @@ from .distributed import (
 from .stability import StabilityTracker
 from .timing import StepTimer, Stopwatch
 from .trainer_log import log_to_trackers, running_trainer
+from .verification import check_history, pending_work, read_exported
 
 logger = logging.get_logger(__name__)
 
@@ -211,31 +212,24 @@ class CompreSSMCallback(TrainerCallback, ExportableState):
 
     def _resume(self, args: TrainingArguments, state: TrainerState, model: nn.Module, exported: Any) -> None:
         """Take history and pending work from the checkpoint, and check the history against the weights."""
-        saved = (exported[0] if isinstance(exported, list) else exported)["attributes"]["saved"]
-        records = saved["history"]
-        if cuts := [record for record in records if record["event"] in ("cut", "undo")]:
-            recorded = [layer["new_size"] for layer in cuts[-1]["layers"]]
-            if recorded != (present := state_sizes(model)):
-                raise ValueError(
-                    f"the checkpoint's compression history ends with state sizes {recorded}, its weights have "
-                    f"{present}; the checkpoint is inconsistent. Resume from another one."
-                )
+        records, self._judging = read_exported(exported)
+        check_history(records, state_sizes(model))
+        if records:
             set_history(model, records)
-        self._judging = saved["judging"]
         needs_tensors = self._judging is not None or self.config.trigger == "stability"
         tensors = load_callback_state(_resumed_folders(args, state)) if needs_tensors else None
-        if self._judging is not None:
-            if tensors is None or "snapshot" not in tensors:
-                logger.warning(
-                    f"The cut at step {self._judging['step']} was still to be judged, but the checkpoint lacks the "
-                    "copy of the model from before it. The cut stays."
-                )
-                self._judging = None
-            else:
-                self._snapshot = Snapshot(**tensors["snapshot"])
-        if tensors is not None and "tracker" in tensors:
-            self._tracker = StabilityTracker(self.config.stability_threshold)
-            self._tracker.load_state_dict(tensors["tracker"], model)
+        self._snapshot, tracker = pending_work(tensors or {}, model, STATE_NAME)
+        if self._judging is not None and self._snapshot is None:
+            logger.warning(
+                f"The cut at step {self._judging['step']} was still to be judged, but the checkpoint lacks the "
+                "copy of the model from before it. The cut stays."
+            )
+            self._judging = None
+        if self._judging is None:
+            self._snapshot = None
+        if tracker is not None:
+            tracker.threshold = self.config.stability_threshold
+            self._tracker = tracker
 
     def _check_settings(self, args: TrainingArguments, model: nn.Module) -> None:
         config, sizes = self.config, state_sizes(model)

@@ -9,17 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
-from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, logging
 
-from ..surgery import resize_mixers, sizes_in_state_dict, unwrap_optimizer
+from ..surgery import check_fixed_tensors, resize_mixers, sizes_in_state_dict, unwrap_optimizer
 from .trainer_log import running_trainer
-
-logger = logging.get_logger(__name__)
 
 STATE_NAME = "compression_state.safetensors"
 
@@ -43,62 +40,12 @@ class ResizeOnLoad:
         self._handle.remove()
 
     def _resize(self, module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
+        try:
+            check_fixed_tensors(module, state_dict, prefix)
+        except ValueError as error:
+            raise ValueError(f"the weights are of another model: {error}. Build it as it was trained.") from error
         sizes = sizes_in_state_dict(module, state_dict, prefix)
         resize_mixers(module, sizes, None if self.optimizer is None else unwrap_optimizer(self.optimizer))
-
-
-def verify_checkpoint(folder: str | os.PathLike[str]) -> None:
-    """Check that a checkpoint's weights are whole and have the sizes that its config speaks of.
-
-    Only file headers are read.
-
-    Raises:
-        FileNotFoundError: if the folder lacks a config or safetensors weights.
-        ValueError: if a weight file is damaged, or a tensor's shape disagrees with the config's `state_sizes`; the
-            message names the file or tensor.
-    """
-    from transformers import AutoConfig, AutoModel
-
-    folder = Path(folder)
-    for name in (CONFIG_NAME,):
-        if not (folder / name).is_file():
-            raise FileNotFoundError(f"{folder} holds no {name}; it is not a complete checkpoint")
-    shapes = {}
-    for file in _weight_files(folder):
-        try:
-            with safe_open(file, framework="pt") as weights:
-                for key in weights.keys():  # noqa: SIM118  not a dict
-                    shapes[key] = torch.empty(weights.get_slice(key).get_shape(), device="meta")
-        except Exception as error:
-            raise ValueError(f"{file} cannot be read: {error}. Use another checkpoint.") from error
-    config = AutoConfig.from_pretrained(folder)
-    with torch.device("meta"):
-        model = AutoModel.from_config(config)
-    prefix = f"{model.base_model_prefix}."
-    prefix = prefix if any(key.startswith(prefix) for key in shapes) else ""
-    wrong = [
-        f"{prefix}{name} is {tuple(shapes[prefix + name].shape)}, the config wants {tuple(tensor.shape)}"
-        for name, tensor in model.state_dict().items()
-        if prefix + name in shapes and shapes[prefix + name].shape != tensor.shape
-    ]
-    if wrong:
-        raise ValueError(
-            f"the tensors in {folder} disagree with its {CONFIG_NAME}: {'; '.join(wrong[:4])}"
-            f"{f' and {len(wrong) - 4} more' if len(wrong) > 4 else ''}. Restore the {CONFIG_NAME} that was saved with "
-            "them, or use another checkpoint."
-        )
-
-
-def _weight_files(folder: Path) -> list[Path]:
-    index = folder / SAFE_WEIGHTS_INDEX_NAME
-    if index.is_file():
-        files = sorted({folder / name for name in json.loads(index.read_text())["weight_map"].values()})
-    else:
-        files = [folder / SAFE_WEIGHTS_NAME]
-    for file in files:
-        if not file.is_file():
-            raise FileNotFoundError(f"{folder} holds no {file.name}; it is not a complete checkpoint")
-    return files
 
 
 def checkpoint_folder(args: TrainingArguments, state: TrainerState) -> Path:
@@ -123,14 +70,23 @@ def save_callback_state(folder: str | os.PathLike[str], state: dict[str, Any]) -
 
 
 def load_callback_state(folders: list[str | os.PathLike[str]]) -> dict[str, Any] | None:
-    """Read what `save_callback_state` wrote from the first of the folders that has it; None if none does."""
-    for folder in folders:
-        path = Path(folder) / STATE_NAME
-        if path.is_file():
-            with safe_open(path, framework="pt") as file:
-                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  not a dict
-                return _with_tensors(json.loads(file.metadata()["tree"]), tensors)
-    return None
+    """Read what `save_callback_state` wrote from the first of the folders that has it; None if none does.
+
+    Raises:
+        ValueError: if the file is damaged.
+    """
+    path = next((path for path in (Path(folder) / STATE_NAME for folder in folders) if path.is_file()), None)
+    if path is None:
+        return None
+    try:
+        with safe_open(path, framework="pt") as file:
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  not a dict
+            return dict(_with_tensors(json.loads(file.metadata()["tree"]), tensors))
+    except (SafetensorError, OSError, KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(
+            f"{path} cannot be read: {error}. Use another checkpoint, or remove the file to go on without the copy of "
+            "the model for rollback_metric and the record of the ranking that it holds."
+        ) from error
 
 
 def sync(path: str | os.PathLike[str]) -> None:

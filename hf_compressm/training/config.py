@@ -147,6 +147,9 @@ class CompressionConfig:
                 "calibration_batches must be >= 1 and refit_steps >= 0; got "
                 f"{self.calibration_batches} and {self.refit_steps}"
             )
+        for name, value in vars(self).items():
+            if isinstance(value, float) and not math.isfinite(value):
+                raise ValueError(f"{name} must be a finite number; got {value}")
         if self.rollback_tolerance < 0:
             raise ValueError(f"rollback_tolerance must be >= 0; got {self.rollback_tolerance}")
         self.order_policy()

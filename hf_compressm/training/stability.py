@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from ..surgery import Measurement, find_mixers
+from ..surgery import Measurement, find_mixers, history
 
 
 @dataclass
@@ -50,7 +50,17 @@ class StabilityTracker:
         return {"streak": self.streak, "measurements": {n: m.state_dict() for n, m in self.previous.items()}}
 
     def load_state_dict(self, state: Mapping[str, Any], model: nn.Module) -> None:
-        """Restore a state saved by `state_dict`, for a model with the same mixers."""
-        adapters = {site.name: site.adapter for site in find_mixers(model)}
+        """Restore a state saved by `state_dict`, for a model with the same mixers.
+
+        Raises:
+            ValueError: if a measurement is of a mixer that the model does not have, or of another number of states.
+        """
+        sites = {site.name: site for site in find_mixers(model)}
+        if foreign := state["measurements"].keys() - sites.keys():
+            raise ValueError(f"it ranks the states of {sorted(foreign)[0]}, which the model does not have")
         self.streak = state["streak"]
-        self.previous = {name: adapters[name].load_measurement(m) for name, m in state["measurements"].items()}
+        self.previous = {name: sites[name].adapter.load_measurement(m) for name, m in state["measurements"].items()}
+        for name, measurement in self.previous.items():
+            found, expected = len(measurement.spectrum()), sites[name].state_size
+            if found != expected and not history(model):  # after the cut it is not used any more
+                raise ValueError(f"it ranks {found} states of {name}, which has {expected}")

@@ -19,16 +19,20 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
-from transformers.utils import logging
+from transformers.utils import CONFIG_NAME, logging
 
-from .checkpoint import checkpoint_folder, sync, verify_checkpoint
+from .checkpoint import checkpoint_folder, sync
 from .distributed import processes
+from .verification import verify_checkpoint
 
 logger = logging.get_logger(__name__)
 
 MANIFEST_NAME = "checkpoint_manifest.json"
 PARTIAL_SUFFIX = ".partial"
+READ = {".safetensors", ".pt", ".pth"}
+"""Suffixes of files that are read when training goes on, besides the config and the Trainer's state."""
 BLOCK = 1 << 20
 """Bytes of a file that are hashed at once."""
 
@@ -111,7 +115,8 @@ def verify_manifest(folder: str | os.PathLike[str]) -> None:
 
     Raises:
         FileNotFoundError: the folder has no manifest, or lacks a file that its manifest names.
-        ValueError: a damaged manifest, or a file of another size or hash; the message names it.
+        ValueError: a damaged manifest, one that does not cover a file that training would read, or a file of another
+            size or hash; the message names it.
     """
     folder = Path(folder)
     manifest = folder / MANIFEST_NAME
@@ -119,8 +124,11 @@ def verify_manifest(folder: str | os.PathLike[str]) -> None:
         raise FileNotFoundError(f"{folder} holds no {MANIFEST_NAME}: the checkpoint was not finished")
     try:
         entries = {str(name): (entry["bytes"], entry["sha256"]) for name, entry in _files(manifest).items()}
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"{manifest} cannot be read: {error}") from error
+    for path in folder.iterdir():
+        if path.name not in entries and (path.suffix in READ or path.name in (CONFIG_NAME, TRAINER_STATE_NAME)):
+            raise ValueError(f"{manifest} does not cover {path.name}")
     for name, (size, digest) in entries.items():
         path = folder / name
         if not path.is_file():
@@ -129,6 +137,23 @@ def verify_manifest(folder: str | os.PathLike[str]) -> None:
             raise ValueError(f"{path} has {path.stat().st_size} bytes instead of {size}")
         if _hash(path) != digest:
             raise ValueError(f"{path} is damaged: its hash is not the one that was written")
+
+
+def verify_sealed(folder: str | os.PathLike[str]) -> None:
+    """`verify_manifest`, if the checkpoint has a manifest, and `verify_checkpoint`: for one that was asked for by name.
+
+    Raises:
+        FileNotFoundError, ValueError: as they do, with what to do about a file that was changed on purpose.
+    """
+    if (Path(folder) / MANIFEST_NAME).is_file():
+        try:
+            verify_manifest(folder)
+        except (OSError, ValueError) as error:
+            raise type(error)(
+                f"{error}. Use another checkpoint; if the change is meant, seal this one again with "
+                "hf_compressm.training.write_manifest."
+            ) from error
+    verify_checkpoint(folder)
 
 
 def newest_checkpoint(output_dir: str | os.PathLike[str]) -> Path | None:

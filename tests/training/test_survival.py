@@ -22,13 +22,14 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 class At(TrainerCallback):
-    """Does something at the end of one step."""
+    """Does something at the end of one step, once."""
 
     def __init__(self, step, action):
         self.step, self.action = step, action
 
     def on_step_end(self, args, state, control, **kwargs):
         if state.global_step == self.step:
+            self.step = None
             self.action()
 
 
