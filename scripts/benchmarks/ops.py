@@ -22,9 +22,8 @@ of inputs written once. So `in + out` and `3 in + 2 out`, in bytes, where, with 
     state_gramian   in = u, dt (B, L, H), B (B, L, N), A (H, N)                    out = G (N, N) float64; no gradients
 
 `--dtype` is that of u, delta, z, x, dt, B, C and y; the rest, and diag_scan whatever the dtype, is in float32, for
-float64 in float64. On a CPU the share can exceed 1 where all fits into caches, and
-time rises faster than N where it no longer does. `--shape` is B L H; diag_scan has no
-channels and ssd_scan has heads of at most 64 of them.
+float64 in float64. On a CPU the share can exceed 1 where all fits into caches, and time rises faster than N where
+it no longer does. `--shape` is B L H; diag_scan has no channels and ssd_scan has heads of at most 64 of them.
 """
 
 from __future__ import annotations
