@@ -57,7 +57,7 @@ def check_adapters(model: nn.Module, site: MixerSite) -> None:
         elif is_tuner(layer):
             method = type(layer).__module__.partition("peft.tuners.")[2].partition(".")[0]
             reason = _REASONS.get(method, "only LoRA around a plain linear layer can follow a cut")
-            if method == "lora":
+            if method == "lora" and not hasattr(layer, "parameter_name"):
                 reason = "the layer in it is quantised or not linear, so its rows cannot be mixed"
             _refuse(f"{site.name}.{path}", f"{type(layer).__module__}.{type(layer).__qualname__}", reason)
         weight = getattr(layer, "weight", None)
@@ -83,7 +83,7 @@ def _check_lora(path: str, layer: Any) -> None:
 
 
 def _refuse(path: str, method: str, reason: str) -> None:
-    raise ValueError(f"{path} would lose rows, and has {method} on it, which cannot follow: {reason}. {_ADVICE}")
+    raise ValueError(f"{path} is changed by a cut, and has {method} on it, which cannot follow: {reason}. {_ADVICE}")
 
 
 def effective_site(site: MixerSite) -> MixerSite:
