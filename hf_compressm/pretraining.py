@@ -124,7 +124,7 @@ def parse_run(argv: Sequence[str]) -> Run:
     parser = HfArgumentParser([RunArguments, TrainingArguments, CompressionConfig])  # type: ignore[list-item]
     argv, from_file = list(argv), {}
     if argv and not argv[0].startswith("-"):
-        from_file = _read_yaml(Path(argv.pop(0)))
+        from_file = read_config(Path(argv.pop(0)), RunArguments, TrainingArguments, CompressionConfig)
     model = from_file.pop("model", None) or {}
     task_options = from_file.pop("task_options", None) or {}
     parser.set_defaults(**from_file)
@@ -138,16 +138,17 @@ def parse_run(argv: Sequence[str]) -> Run:
     return Run(arguments, training, compression, model, task_options)
 
 
-def _read_yaml(path: Path) -> dict[str, Any]:
+def read_config(path: Path, *classes: Any) -> dict[str, Any]:
+    """The options in a YAML file, all of which must be fields of the dataclasses.
+
+    Raises:
+        ValueError: on a file that is not a mapping, or an unknown key, with the nearest known one.
+        FileNotFoundError: if the file does not exist.
+    """
     content = yaml.safe_load(path.read_text())
     if not isinstance(content, dict):
         raise ValueError(f"{path} must hold a mapping of options to values; got {type(content).__name__}")
-    known = {
-        f.name
-        for cls in (RunArguments, TrainingArguments, CompressionConfig)
-        for f in dataclasses.fields(cls)
-        if f.init
-    }
+    known = {f.name for cls in classes for f in dataclasses.fields(cls) if f.init}
     for key in content.keys() - known:
         near = difflib.get_close_matches(key, known, n=1)
         raise ValueError(f"{path}: unknown option {key!r}{f'; did you mean {near[0]!r}?' if near else ''}")

@@ -18,6 +18,8 @@ ALLOWED = {
     "data": set(),
     "pretraining": {"data", "surgery", "training", "models"},
     "compression": {"data", "models", "pretraining", "reduction", "surgery", "training"},
+    "finetuning": {"compression", "data", "models", "pretraining", "reduction", "surgery", "training"},
+    "evaluation": {"compression", "models", "surgery"},
     "cli": {"compression", "reduction", "surgery"},
 }
 FOREIGN = {
