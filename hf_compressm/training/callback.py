@@ -393,13 +393,13 @@ class CompreSSMCallback(TrainerCallback, ExportableState):
             },
         )
         self._judging = self._snapshot = None
-        log_to_trackers({"compression/mean_state_size": _mean(state_sizes(model)), "compression/undone": 1})
-        _say(
-            state,
+        line = (
             f"Step {state.global_step}: undid the cut of step {judged['step']}: {self.config.rollback_metric} "
             f"went from {judged['reference']:.4g} to {judged['value']:.4g}. States {_sizes(before)} -> "
-            f"{_sizes(state_sizes(model))}; no further cuts.",
+            f"{_sizes(state_sizes(model))}; no further cuts."
         )
+        log_to_trackers({"compression/mean_state_size": _mean(state_sizes(model)), "compression/undone": 1}, event=line)
+        _say(state, line)
 
     def _report(self, state: TrainerState, plan: CompressionPlan, watch: Stopwatch) -> None:
         old, new = [layer.old_size for layer in plan.layers], [layer.new_size for layer in plan.layers]
@@ -421,22 +421,19 @@ class CompreSSMCallback(TrainerCallback, ExportableState):
                     logs[f"{prefix}/error_bound"] = layer.reduction.bound
                 if layer.reduction.residual is not None:
                     logs[f"{prefix}/residual"] = layer.reduction.residual
-        log_to_trackers(logs)
         if plan.cuts:
             bounds = [
                 layer.reduction.bound for layer in plan.layers if layer.reduction and layer.reduction.bound is not None
             ]
             bound = f", error bound <= {max(bounds):.3g} per layer" if bounds else ""
-            _say(
-                state,
-                f"Step {state.global_step}: states {_sizes(old)} -> {_sizes(new)}{bound}, {seconds:.2f} s",
-            )
+            line = f"Step {state.global_step}: states {_sizes(old)} -> {_sizes(new)}{bound}, {seconds:.2f} s"
         else:
-            _say(
-                state,
+            line = (
                 f"Step {state.global_step}: nothing to cut at {_sizes(old)} states: no layer would lose "
-                f"{self.config.min_change:.0%} of them, {seconds:.2f} s",
+                f"{self.config.min_change:.0%} of them, {seconds:.2f} s"
             )
+        log_to_trackers(logs, event=line if plan.cuts else None)
+        _say(state, line)
 
 
 def _follow(model: nn.Module, optimizer: Any, watch: Stopwatch) -> None:

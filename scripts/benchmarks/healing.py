@@ -1,6 +1,6 @@
 """A trained model cut and healed with LoRA: the test loss before, after the cut, and after healing, by kind of cut.
 
-    python scripts/benchmarks/healing.py configs/runs/finetune/stdlib_mamba.yaml --pretrain configs/runs/stdlib_mamba.yaml
+    python scripts/benchmarks/healing.py configs/runs/finetune/stdlib_mamba.yaml --seeds 0 1 2
 
 For every seed the model of --pretrain is trained at full size (or read from --models). Copies of it are cut to --order
 states: by this package, refitted and in closed form, and by published scores (`hf_compressm.baselines`). Each copy, and
@@ -43,7 +43,7 @@ def cut(model, method: str, order: int, batches: list[dict], seed: int):
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("config")
-    parser.add_argument("--pretrain", required=True)
+    parser.add_argument("--pretrain", default="configs/runs/stdlib_mamba.yaml")
     parser.add_argument("--state-size", type=int, default=32)
     parser.add_argument("--order", type=int, default=4)
     parser.add_argument("--share", type=float, default=0.05)
