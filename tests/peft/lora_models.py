@@ -15,6 +15,8 @@ KINDS = {
     "mamba": lambda: make(STOCK, "mamba"),
     "mamba2": lambda: make(STOCK, "mamba2"),
     "jamba": lambda: AutoModelForCausalLM.from_config(CONFIGS["jamba"]()).eval(),
+    "falcon_mamba": lambda: AutoModelForCausalLM.from_config(CONFIGS["falcon_mamba"]()).eval(),
+    "bamba": lambda: AutoModelForCausalLM.from_config(CONFIGS["bamba"]()).eval(),
     "mamba2-bias": lambda: AutoModelForCausalLM.from_config(CONFIGS["mamba2"]()).eval(),
 }
 METHODS = {"lora": {}, "dora": {"use_dora": True}, "rslora": {"use_rslora": True}}
