@@ -19,6 +19,8 @@ ALLOWED = {
     "run_file": {"data", "training"},
     "pretraining": {"data", "surgery", "training", "models", "run_file"},
     "compression": {"data", "models", "pretraining", "reduction", "surgery", "training"},
+    "finetuning": {"compression", "data", "models", "pretraining", "reduction", "run_file", "surgery", "training"},
+    "evaluation": {"compression", "models", "surgery"},
     "cli": {"compression", "reduction", "surgery"},
 }
 FOREIGN = {

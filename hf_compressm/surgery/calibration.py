@@ -77,7 +77,9 @@ def _inputs(model: nn.Module, batch: Any) -> dict[str, Any]:
             "For a list of examples use a DataLoader with a collator."
         )
     device = next(model.parameters()).device
-    accepted = inspect.signature(model.forward).parameters
+    # A model within PEFT's names what it takes; PEFT's own forward passes on whatever it is given.
+    named = getattr(model, "get_base_model", lambda: model)()
+    accepted = inspect.signature(named.forward).parameters
     fields = {name: value for name, value in batch.items() if name not in ("labels", "label", "label_ids")}
     unknown = [name for name in fields if name not in accepted]
     inputs = {"input_ids", "inputs_embeds", "input_values"} & accepted.keys()

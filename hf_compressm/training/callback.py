@@ -22,10 +22,13 @@ from ..surgery import (
     apply_plan,
     check_parameters,
     find_mixers,
+    has_tuners,
     history,
     measure_mixers,
+    mixer_state,
     needs_calibration,
     original_sizes,
+    restore_mixer_state,
     set_history,
     state_sizes,
 )
@@ -45,7 +48,7 @@ from .distributed import (
 )
 from .stability import StabilityTracker
 from .timing import StepTimer, Stopwatch
-from .trainer_log import log_to_trackers, running_trainer
+from .trainer_log import log_to_trackers, resumed_checkpoint, running_trainer
 from .verification import check_history, pending_work, read_exported
 
 logger = logging.get_logger(__name__)
@@ -118,7 +121,7 @@ class CompreSSMCallback(TrainerCallback, ExportableState):
         # A checkpoint written without this callback has no entry, and the Trainer's next save would fail without one.
         saved = exported.setdefault(type(self).__name__, self.state())
         if state.global_step > 0:
-            self._resume(args, state, model, saved)
+            self._resume(args, state, model, optimizer, saved)
         self._attempts = self.config.attempt_steps(state.max_steps)
         self._check_settings(args, model)
         if args.torch_compile:
@@ -177,8 +180,17 @@ class CompreSSMCallback(TrainerCallback, ExportableState):
         else:
             self._judging |= {"undo": True, "value": value}
 
-    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
+    def on_save(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: nn.Module,
+        **kwargs: Any,
+    ):
         tensors: dict[str, Any] = {}
+        if has_tuners(model):  # the Trainer saves adapters only, and cuts change the weights that these are around
+            tensors["mixers"] = mixer_state(model)
         if self._snapshot is not None:
             tensors["snapshot"] = vars(self._snapshot)
         if self._tracker is not None:
@@ -194,6 +206,8 @@ class CompreSSMCallback(TrainerCallback, ExportableState):
         model: nn.Module,
         **kwargs: Any,
     ):
+        if args.load_best_model_at_end and state.best_model_checkpoint and has_tuners(model):
+            self._load_mixers(model, load_callback_state([state.best_model_checkpoint]))
         self.timer.close_segment(state.global_step, _mean(state_sizes(model)))
         if self.config.trigger == "stability" and not history(model):
             logger.warning(
@@ -210,14 +224,31 @@ class CompreSSMCallback(TrainerCallback, ExportableState):
         assert self._loader is not None
         self._loader.optimizer = optimizer
 
-    def _resume(self, args: TrainingArguments, state: TrainerState, model: nn.Module, exported: Any) -> None:
+    def _load_mixers(self, model: nn.Module, tensors: dict[str, Any] | None, optimizer: Any = None) -> None:
+        """Bring back the weights beneath the adapters that a checkpoint of adapters belongs to."""
+        if tensors is not None and "mixers" in tensors:
+            restore_mixer_state(model, tensors["mixers"], optimizer)
+        elif any(
+            not parameter.isfinite().all() for site in find_mixers(model) for parameter in site.mixer.parameters()
+        ):
+            raise ValueError(
+                "the checkpoint holds adapters for other state sizes than the model has, but not the weights that they "
+                "belong to, since it was written without this callback. Build the model from the base that they were "
+                "saved with (save_base_model)."
+            )
+
+    def _resume(
+        self, args: TrainingArguments, state: TrainerState, model: nn.Module, optimizer: Any, exported: Any
+    ) -> None:
         """Take history and pending work from the checkpoint, and check the history against the weights."""
         records, self._judging = read_exported(exported)
+        needs_tensors = self._judging is not None or self.config.trigger == "stability" or has_tuners(model)
+        tensors = load_callback_state(_resumed_folders(args, state)) if needs_tensors else None
+        if has_tuners(model):
+            self._load_mixers(model, tensors, optimizer)
         check_history(records, state_sizes(model))
         if records:
             set_history(model, records)
-        needs_tensors = self._judging is not None or self.config.trigger == "stability"
-        tensors = load_callback_state(_resumed_folders(args, state)) if needs_tensors else None
         self._snapshot, tracker = pending_work(tensors or {}, model, STATE_NAME)
         if self._judging is not None and self._snapshot is None:
             logger.warning(
@@ -356,13 +387,13 @@ class CompreSSMCallback(TrainerCallback, ExportableState):
             },
         )
         self._judging = self._snapshot = None
-        log_to_trackers({"compression/mean_state_size": _mean(state_sizes(model)), "compression/undone": 1})
-        _say(
-            state,
+        line = (
             f"Step {state.global_step}: undid the cut of step {judged['step']}: {self.config.rollback_metric} "
             f"went from {judged['reference']:.4g} to {judged['value']:.4g}. States {_sizes(before)} -> "
-            f"{_sizes(state_sizes(model))}; no further cuts.",
+            f"{_sizes(state_sizes(model))}; no further cuts."
         )
+        log_to_trackers({"compression/mean_state_size": _mean(state_sizes(model)), "compression/undone": 1}, event=line)
+        _say(state, line)
 
     def _report(self, state: TrainerState, plan: CompressionPlan, watch: Stopwatch) -> None:
         old, new = [layer.old_size for layer in plan.layers], [layer.new_size for layer in plan.layers]
@@ -384,22 +415,19 @@ class CompreSSMCallback(TrainerCallback, ExportableState):
                     logs[f"{prefix}/error_bound"] = layer.reduction.bound
                 if layer.reduction.residual is not None:
                     logs[f"{prefix}/residual"] = layer.reduction.residual
-        log_to_trackers(logs)
         if plan.cuts:
             bounds = [
                 layer.reduction.bound for layer in plan.layers if layer.reduction and layer.reduction.bound is not None
             ]
             bound = f", error bound <= {max(bounds):.3g} per layer" if bounds else ""
-            _say(
-                state,
-                f"Step {state.global_step}: states {_sizes(old)} -> {_sizes(new)}{bound}, {seconds:.2f} s",
-            )
+            line = f"Step {state.global_step}: states {_sizes(old)} -> {_sizes(new)}{bound}, {seconds:.2f} s"
         else:
-            _say(
-                state,
+            line = (
                 f"Step {state.global_step}: nothing to cut at {_sizes(old)} states: no layer would lose "
-                f"{self.config.min_change:.0%} of them, {seconds:.2f} s",
+                f"{self.config.min_change:.0%} of them, {seconds:.2f} s"
             )
+        log_to_trackers(logs, event=line if plan.cuts else None)
+        _say(state, line)
 
 
 def _follow(model: nn.Module, optimizer: Any, watch: Stopwatch) -> None:
@@ -414,7 +442,7 @@ def _follow(model: nn.Module, optimizer: Any, watch: Stopwatch) -> None:
 
 def _resumed_folders(args: TrainingArguments, state: TrainerState) -> list[Any]:
     """Folders in which the checkpoint that was resumed from may lie; the Trainer does not tell which it was."""
-    given = [args.resume_from_checkpoint] if isinstance(args.resume_from_checkpoint, str) else []
+    given = [folder for folder in (resumed_checkpoint(), args.resume_from_checkpoint) if isinstance(folder, str)]
     return [*given, Path(str(args.output_dir)) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"]
 
 

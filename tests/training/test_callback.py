@@ -286,12 +286,30 @@ def test_cuts_reach_tensorboard(tmp_path, monkeypatch):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "events"))
-    make_trainer(tmp_path, report_to=["tensorboard"]).train()
+    trainer = make_trainer(tmp_path, report_to=["tensorboard"])
+    trainer.train()
     folder = next(path.parent for path in tmp_path.rglob("events.out.tfevents.*"))
     events = EventAccumulator(str(folder)).Reload()
     sizes = [event.value for event in events.Scalars("train/compression/mean_state_size")]
     assert len(sizes) == 4 and sizes == sorted(sizes, reverse=True) and sizes[-1] < 12
     assert "train/compression/layer_0/error_bound" in events.Tags()["scalars"]
+    told = events.Tensors("compression/event/text_summary")
+    texts = [event.tensor_proto.string_val[0].decode() for event in told]
+    assert [event.step for event in told] == [record["step"] for record in history(trainer.model)]
+    assert texts[0].startswith(f"Step {told[0].step}: states [12, 12] (mean 12.0) -> ")
+
+
+def test_cuts_reach_trackio(tmp_path, monkeypatch):
+    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))  # read when trackio is imported
+    trackio = pytest.importorskip("trackio")
+    trainer = make_trainer(tmp_path, report_to=["trackio"], project="cuts", run_name="run")
+    trainer.train()
+    records = history(trainer.model)
+    alerts = next(iter(trackio.Api().runs("cuts"))).alerts()
+    assert sorted(alert["text"].split(":")[0] for alert in alerts) == sorted(f"Step {r['step']}" for r in records)
+    logs = trackio.sqlite_storage.SQLiteStorage.get_logs("cuts", "run")
+    sizes = {entry["train/global_step"]: entry.get("train/compression/mean_state_size") for entry in logs}
+    assert all(sizes[r["step"]] == sum(layer["new_size"] for layer in r["layers"]) / 2 for r in records)
 
 
 def test_a_model_loaded_from_a_compressed_checkpoint_resumes(tmp_path):
