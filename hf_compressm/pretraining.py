@@ -27,6 +27,7 @@ from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import logging
 
 from .data import Task, load_task, task_names
+from .hub import describe_environment, keep_card, write_report
 from .models.fast_ops import has_stock_mixers, use_fast_ops
 from .surgery import history, original_sizes, state_sizes
 from .training import (
@@ -44,6 +45,16 @@ HEADS = {"sequence_classification": AutoModelForSequenceClassification, "causal_
 
 CACHES = ["cache_params", "past_key_values"]
 """Outputs of models that are not predictions; stock state-space models do not say so themselves."""
+
+REPORTED = (
+    "seed",
+    "learning_rate",
+    "weight_decay",
+    "per_device_train_batch_size",
+    "gradient_accumulation_steps",
+    "bf16",
+)
+"""Training arguments that a report and a card name."""
 
 
 @dataclass
@@ -75,6 +86,10 @@ class RunArguments:
     )
     compress: bool = field(
         default=True, metadata={"help": "Cut states during training; --no_compress trains at full size."}
+    )
+    report: bool = field(
+        default=True,
+        metadata={"help": "Write report.html and a model card at the end of training; --no_report leaves them out."},
     )
     fast_ops: bool = field(
         default=True,
@@ -197,7 +212,10 @@ def build_trainer(run: Run, task: Task, model: nn.Module) -> tuple[Trainer, Comp
 
 
 def execute(run: Run) -> RunResult:
-    """Train, test and save; writes the model, `train_results.json`, `test_results.json` and `compression.json`.
+    """Train, test and save.
+
+    Writes the model, `train_results.json`, `test_results.json`, `run.json`, `compression.json` and, unless told not to,
+    `report.html` and a model card.
 
     Raises:
         ValueError: on a checkpoint to resume from whose tensors disagree with its config, and as `build_model` does.
@@ -208,7 +226,11 @@ def execute(run: Run) -> RunResult:
     )
     model = build_model(run, task)
     trainer, callback = build_trainer(run, task, model)
-    trained = trainer.train(resume_from_checkpoint=_checkpoint_to_resume(run), ignore_keys_for_eval=CACHES)
+    if run.arguments.report:
+        keep_card(trainer)
+    parameters = model.num_parameters()
+    checkpoint = _checkpoint_to_resume(run)
+    trained = trainer.train(resume_from_checkpoint=checkpoint, ignore_keys_for_eval=CACHES)
     durable = next(cb for cb in trainer.callback_handler.callbacks if isinstance(cb, DurableCheckpoints))
     if durable.stopped_at is not None:
         logger.warning(f"stopped by SIGTERM at step {durable.stopped_at}; go on with --resume auto")
@@ -225,7 +247,11 @@ def execute(run: Run) -> RunResult:
         sizes_after=state_sizes(model),
         speed=[] if callback is None else callback.timer.as_records(),
     )
-    if trainer.is_world_process_zero() and callback is not None:
+    output = Path(str(run.training.output_dir))
+    if not trainer.is_world_process_zero():
+        return result
+    _write(output / "run.json", _describe(run, task, checkpoint, parameters, model.num_parameters()))
+    if callback is not None:
         record = {
             "settings": dataclasses.asdict(run.compression),
             "sizes_before": result.sizes_before,
@@ -233,9 +259,39 @@ def execute(run: Run) -> RunResult:
             "history": history(model),
             "speed": result.speed,
         }
-        output = Path(str(run.training.output_dir)) / "compression.json"
-        output.write_text(json.dumps(record, indent=2) + "\n")
+        _write(output / "compression.json", record)
+    if run.arguments.report:
+        write_report(output)
+        trainer.create_model_card()
     return result
+
+
+def _write(path: Path, record: dict[str, Any]) -> None:
+    path.write_text(json.dumps(record, indent=2) + "\n")
+
+
+def _describe(
+    run: Run, task: Task, checkpoint: str | None, parameters_before: int, parameters_after: int
+) -> dict[str, Any]:
+    """What was run on what; see `hub.RunRecord`. No path or name of this machine, which would end up in a card."""
+    training = run.training
+    return {
+        "task": {
+            "name": task.name,
+            "problem": task.problem,
+            "input": "pixels" if "num_channels" in task.model_kwargs else "tokens",
+            "options": {key: value for key, value in run.task_options.items() if not isinstance(value, str)},
+            "hub_dataset": task.hub_dataset,
+        },
+        "model_type": run.arguments.model_type,
+        "resumed": checkpoint is not None,
+        "parameters_before": parameters_before,
+        "parameters_after": parameters_after,
+        "training": {key: getattr(training, key) for key in REPORTED}
+        | {"ssm_learning_rate": run.arguments.ssm_learning_rate}
+        | {"optimizer": str(training.optim.value), "scheduler": str(training.lr_scheduler_type.value)},
+        **describe_environment(training.world_size),
+    }
 
 
 def _checkpoint_to_resume(run: Run) -> str | None:

@@ -17,7 +17,7 @@ from .adapters import (
     state_sizes,
     supported_mixers,
 )
-from .calibration import gather_statistics, needs_calibration
+from .calibration import gather_statistics, needs_calibration, undisturbed
 from .changes import ParameterChange, Term
 from .history import append_history, history, original_sizes, set_history
 from .optimizer import unwrap_optimizer
@@ -73,5 +73,6 @@ __all__ = [
     "sizes_in_state_dict",
     "state_sizes",
     "supported_mixers",
+    "undisturbed",
     "unwrap_optimizer",
 ]

@@ -36,3 +36,10 @@ def log_to_trackers(logs: dict[str, Any]) -> bool:
     finally:
         handler.callbacks = callbacks
     return True
+
+
+def keep_in_history(entry: dict[str, Any]) -> None:
+    """Add an entry to the running Trainer's `log_history` only: trackers take numbers, and this may hold anything."""
+    trainer = running_trainer()
+    if trainer is not None:
+        trainer.state.log_history.append(entry | {"step": trainer.state.global_step})
