@@ -1,9 +1,7 @@
+"""What people see of a run and share: its report, its model card."""
+
 from .environment import describe_environment
+from .record import RunRecord, read_run
+from .report import render_report, write_report
 
-
-def keep_card(t):
-    t.create_model_card = lambda *a, **k: None
-
-
-def write_report(o):
-    pass
+__all__ = ["RunRecord", "describe_environment", "read_run", "render_report", "write_report"]
