@@ -18,6 +18,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     HfArgumentParser,
+    PreTrainedModel,
     Trainer,
     TrainingArguments,
     default_data_collator,
@@ -169,7 +170,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     return content
 
 
-def build_model(run: Run, task: Task) -> nn.Module:
+def build_model(run: Run, task: Task) -> PreTrainedModel:
     """A freshly initialised model for the task, seeded by the run.
 
     Raises:
@@ -287,9 +288,12 @@ def _describe(
         "resumed": checkpoint is not None,
         "parameters_before": parameters_before,
         "parameters_after": parameters_after,
-        "training": {key: getattr(training, key) for key in REPORTED}
-        | {"ssm_learning_rate": run.arguments.ssm_learning_rate}
-        | {"optimizer": str(training.optim.value), "scheduler": str(training.lr_scheduler_type.value)},
+        "training": {
+            **{key: getattr(training, key) for key in REPORTED},
+            "ssm_learning_rate": run.arguments.ssm_learning_rate,
+            "optimizer": str(getattr(training.optim, "value", training.optim)),
+            "scheduler": str(getattr(training.lr_scheduler_type, "value", training.lr_scheduler_type)),
+        },
         **describe_environment(training.world_size),
     }
 

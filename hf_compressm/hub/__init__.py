@@ -1,7 +1,20 @@
 """What people see of a run and share: its report, its model card."""
 
+from .card import keep_card, render_card, write_card
 from .environment import describe_environment
-from .record import RunRecord, read_run
+from .figures import spectra_chart
+from .record import RunRecord, Spectrum, read_run
 from .report import render_report, write_report
 
-__all__ = ["RunRecord", "describe_environment", "read_run", "render_report", "write_report"]
+__all__ = [
+    "RunRecord",
+    "Spectrum",
+    "describe_environment",
+    "keep_card",
+    "read_run",
+    "render_card",
+    "render_report",
+    "spectra_chart",
+    "write_card",
+    "write_report",
+]

@@ -55,7 +55,7 @@ def sizes_figure(run: RunRecord) -> Figure | None:
         ident="sizes",
         title="State sizes over training steps",
         description=f"{change} {len(layers)} {'layer' if len(layers) == 1 else 'layers'}, {len(run.cuts)} cuts.",
-        x=Axis.around([0, end]),
+        x=Axis.upto(end),
         y=Axis.around(values, zero=True),
         x_label="optimizer step",
         y_label="states",
@@ -84,16 +84,16 @@ def spectrum_figure(layer: Layer, index: int) -> Figure | None:
         return None
     shown = thin(layer.spectra, MOST_SPECTRA)
     first, last = layer.spectra[0], layer.spectra[-1]
-    top = max(spectrum.values[0] for spectrum in layer.spectra)
     chart = Chart(
         ident=f"spectrum-{index}",
         title=f"Hankel singular values of layer {index}, {layer.name}",
         description=(
-            f"{len(layer.spectra)} measurements, from step {first.step} with {first.states} states to step {last.step} "
-            f"with {last.states}. Largest value {number(last.values[0])}, smallest {number(last.values[-1])} at the last."
+            f"{len(layer.spectra)} measurements, from step {first.step} with {first.states} states to step "
+            f"{last.step} with {last.states}. At the last the largest is {number(last.values[0])}, the smallest "
+            f"{number(last.values[-1])}."
         ),
-        x=Axis.around([0, *(spectrum.states for spectrum in layer.spectra)]),
-        y=Axis.around([max(v, top * 1e-8) for spectrum in layer.spectra for v in spectrum.values if v > 0], log=True),
+        x=Axis.upto(max(spectrum.states for spectrum in layer.spectra)),
+        y=_spectral_axis(layer.spectra),
         x_label="rank of the state",
         y_label="singular value",
     )
@@ -105,6 +105,37 @@ def spectrum_figure(layer: Layer, index: int) -> Figure | None:
     rows = [_spectrum_row(spectrum) for spectrum in layer.spectra]
     columns = ["Step", "States", "Kept", "Sum", "Largest", "Smallest kept", "Largest removed", "Sum removed"]
     return Figure(chart, Table(f"Measurements of layer {index}", columns, rows))
+
+
+def spectra_overview(run: RunRecord) -> Chart | None:
+    """The latest spectrum of every layer in one chart; None if none was measured."""
+    latest = [(index, layer.spectra[-1]) for index, layer in enumerate(run.layers()) if layer.spectra]
+    return spectra_chart(latest, "Hankel singular values of each layer at the last measurement") if latest else None
+
+
+def spectra_chart(spectra: Sequence[tuple[int, Spectrum]], title: str) -> Chart:
+    """A chart of one spectrum per layer, (index, spectrum), with a dot where a cut was made."""
+    chart = Chart(
+        ident="spectra",
+        title=title,
+        description=" ".join(
+            f"Layer {index}: {s.states} states, from {number(s.values[0])} down to {number(s.values[-1])}."
+            for index, s in spectra
+        ),
+        x=Axis.upto(max(spectrum.states for _, spectrum in spectra)),
+        y=_spectral_axis([spectrum for _, spectrum in spectra]),
+        x_label="rank of the state",
+        y_label="singular value",
+    )
+    few = len(spectra) <= MOST_LINES
+    for place, (index, spectrum) in enumerate(spectra):
+        points = list(zip(spectrum.ranks, spectrum.values, strict=True))
+        label = f"layer {index}" if few else ("each layer" if place == 0 else None)
+        chart.line(points, place % COLOURS + 1 if few else 1, label, style="" if few else "thin")
+        if spectrum.kept and spectrum.kept in spectrum.ranks:
+            value = spectrum.values[spectrum.ranks.index(spectrum.kept)]
+            chart.line([(spectrum.kept, value)], place % COLOURS + 1 if few else 1)
+    return chart
 
 
 def metric_figure(run: RunRecord, evaluation: str) -> Figure | None:
@@ -122,7 +153,7 @@ def metric_figure(run: RunRecord, evaluation: str) -> Figure | None:
         ident=f"metric-{evaluation.replace('_', '-')}",
         title=f"{name.capitalize()} over training steps",
         description=f"{name.capitalize()}: {'; '.join(ends)}. {len(run.cuts)} cuts are marked.",
-        x=Axis.around([0, max(run.step, 1)]),
+        x=Axis.upto(run.step),
         y=Axis.around(values, log=log),
         x_label="optimizer step",
         y_label=name + (" (logarithmic)" if log else ""),
@@ -146,15 +177,17 @@ def speed_figure(run: RunRecord) -> Figure | None:
     chart = Chart(
         ident="speed",
         title="Optimizer steps per second between cuts",
-        description=f"From {number(speeds[0])} steps per second at {number(segments[0]['mean_state_size'])} states per "
-        f"layer to {number(speeds[-1])} at {number(segments[-1]['mean_state_size'])}: {speeds[-1] / speeds[0]:.2f} times.",
+        description=f"From {number(speeds[0])} steps per second at {number(segments[0]['mean_state_size'])} states "
+        f"per layer to {number(speeds[-1])} at {number(segments[-1]['mean_state_size'])}: {speeds[-1] / speeds[0]:.2f} "
+        "times.",
         x=Axis(0, len(segments)),
         y=Axis.around(speeds, zero=True),
-        x_label="",
-        y_label="steps per second, one bar from cut to cut",
+        x_label="mean states per layer, from cut to cut",
+        y_label="steps per second",
+        bars=True,
     )
-    for place, speed in enumerate(speeds):
-        chart.bar(place + 0.15, place + 0.85, speed, 1)
+    for place, segment in enumerate(segments):
+        chart.bar(place + 0.15, place + 0.85, segment["steps_per_second"], number(segment["mean_state_size"]))
     rows = [
         [
             number(segment["first_step"]),
@@ -179,14 +212,14 @@ def stability_figure(run: RunRecord) -> Figure | None:
         title="Rank stability over training steps",
         description=f"Smallest over the layers: {number(scores[0][1])} at step {scores[0][0]}, {number(scores[-1][1])} "
         f"at step {scores[-1][0]}" + (f"; settled from {number(threshold)} on." if threshold else "."),
-        x=Axis.around([0, max(step for step, _ in scores)]),
+        x=Axis.upto(max(run.step, scores[-1][0])),
         y=Axis(0, 1),
         x_label="optimizer step",
         y_label="agreement with the measurement before",
     )
     chart.line(scores, 1, "rank stability", dots=True)
     if threshold:
-        chart.line([(0, threshold), (scores[-1][0], threshold)], 2, "threshold", style="dashed")
+        chart.line([(0, threshold), (max(run.step, scores[-1][0]), threshold)], 2, "threshold", style="dashed")
     _mark_cuts(chart, run)
     rows = [[number(step), number(score)] for step, score in scores]
     return Figure(chart, Table("Rank stability by step", ["Step", "Agreement"], rows))
@@ -233,6 +266,12 @@ def thin(items: Sequence[Any], most: int) -> list[Any]:
     if len(items) <= most:
         return list(items)
     return [items[round(index * (len(items) - 1) / (most - 1))] for index in range(most)]
+
+
+def _spectral_axis(spectra: Sequence[Spectrum]) -> Axis:
+    """Logarithmic, down to 1e-8 of the largest value: what is below is rounding."""
+    top = max(spectrum.values[0] for spectrum in spectra)
+    return Axis.around([max(v, top * 1e-8) for spectrum in spectra for v in spectrum.values if v > 0], log=True)
 
 
 def _mark_cuts(chart: Chart, run: RunRecord) -> None:

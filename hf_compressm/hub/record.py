@@ -10,6 +10,9 @@ from typing import Any
 
 SOURCES = "trainer_state.json, compression.json, checkpoint-*/trainer_state.json, a config.json with state sizes"
 
+TIMINGS = ("_runtime", "_per_second", "_preparation_time")
+"""Endings of what an evaluation reports about itself."""
+
 
 @dataclass(frozen=True)
 class Spectrum:
@@ -78,15 +81,16 @@ class RunRecord:
 
     def evaluations(self) -> list[str]:
         """Names of the metrics of evaluations, the loss first."""
-        rates = ("_runtime", "_per_second", "_preparation_time")
-        names = {key for entry in self.log for key in entry if key.startswith("eval_") and not key.endswith(rates)}
+        names = {key for entry in self.log for key in entry if key.startswith("eval_") and not key.endswith(TIMINGS)}
         return sorted(names, key=lambda name: (name != "eval_loss", name))
 
     def tested(self) -> dict[str, float]:
         """Metrics on the test split, without the prefix."""
-        rates = ("_runtime", "_per_second", "_preparation_time")
-        found = {key.removeprefix("test_"): value for key, value in self.metrics.items() if key.startswith("test_")}
-        return {key: value for key, value in found.items() if not key.endswith(rates)}
+        return {
+            key.removeprefix("test_"): value
+            for key, value in self.metrics.items()
+            if key.startswith("test_") and not key.endswith(TIMINGS)
+        }
 
     def layers(self) -> list[Layer]:
         """Every layer with its sizes over steps and its spectra, in model order."""
@@ -110,10 +114,13 @@ class RunRecord:
         return [layer.sizes[-1][1] for layer in self.layers()]
 
     def around(self, step: int, key: str) -> tuple[float | None, float | None]:
-        """The values of a series last before or at a step, and first after it."""
+        """The values of a series last before a step, and first from it on.
+
+        An evaluation in a cut's own step comes after the cut.
+        """
         values = self.series(key)
         before = [value for at, value in values if at < step]
-        after = [value for at, value in values if at > step]
+        after = [value for at, value in values if at >= step]
         return (before[-1] if before else None), (after[0] if after else None)
 
     def at(self, step: int, key: str) -> float | None:

@@ -15,8 +15,8 @@ from .figures import (
     layers_table,
     metric_figure,
     sizes_figure,
-    speed_figure,
     spectrum_figure,
+    speed_figure,
     stability_figure,
 )
 from .record import RunRecord, read_run
@@ -29,7 +29,7 @@ def templates() -> Environment:
     """The package's templates; whatever is put into HTML is escaped."""
     return Environment(
         loader=PackageLoader("hf_compressm.hub"),
-        autoescape=lambda name: bool(name) and ".html" in name,
+        autoescape=lambda name: name is not None and ".html" in name,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,

@@ -10,7 +10,7 @@ from pathlib import Path
 
 THEME = (Path(__file__).parent / "templates" / "theme.css").read_text()
 WIDTH, PLOT_HEIGHT = 360, 180
-LEFT, RIGHT, TOP, BOTTOM = 46, 10, 14, 36
+LEFT, RIGHT, TOP, BOTTOM = 46, 12, 24, 36
 LETTER = 6.3
 """Mean width of a letter at the charts' font size."""
 COLOURS = 6
@@ -37,6 +37,11 @@ class Axis:
         step = _nice((high - low) / max(wanted - 1, 1) or abs(high) or 1.0)
         low, high = math.floor(low / step + 1e-9) * step, math.ceil(high / step - 1e-9) * step
         return cls(low, high if high > low else low + step, False, wanted)
+
+    @classmethod
+    def upto(cls, end: float) -> Axis:
+        """A linear axis from 0 that ends exactly there."""
+        return cls(0.0, max(float(end), 1.0))
 
     def share(self, value: float) -> float:
         """Where a value lies, 0 at the low end and 1 at the high one; values beyond an end lie at it."""
@@ -83,6 +88,7 @@ class Chart:
         title, description: text alternatives.
         x, y: axes.
         x_label, y_label: what they show.
+        bars: whether labels stand under bars in place of ticks.
     """
 
     ident: str
@@ -92,6 +98,7 @@ class Chart:
     y: Axis
     x_label: str
     y_label: str
+    bars: bool = False
     _marks: list[str] = field(default_factory=list)
     _shapes: list[str] = field(default_factory=list)
     _legend: list[tuple[str, str]] = field(default_factory=list)
@@ -130,8 +137,8 @@ class Chart:
         if label is not None and all(label != text for _, text in self._legend):
             self._legend.append((f'<path class="{kind}" d="M9 -10V2"/>', label))
 
-    def bar(self, left: float, right: float, value: float, colour: int = 1) -> None:
-        """A bar from x = left to right, from the bottom up to value."""
+    def bar(self, left: float, right: float, value: float, label: str = "", colour: int = 1) -> None:
+        """A bar from x = left to right, from the bottom up to value, with a label under it."""
         low, high, top = self._x(left), self._x(right), self._y(value)
         height = TOP + PLOT_HEIGHT - top
         self._shapes.append(
@@ -139,6 +146,8 @@ class Chart:
         )
         text = f'<text class="value" x="{(low + high) / 2:.1f}" y="{top - 3:.1f}">{escape(number(value))}</text>'
         self._shapes.append(text)
+        place = f'x="{(low + high) / 2:.1f}" y="{TOP + PLOT_HEIGHT + 14}"'
+        self._shapes.append(f'<text class="tick x" {place}>{escape(label)}</text>')
 
     def render(self, standalone: bool = False) -> str:
         """The SVG element; standalone: a file of its own, with colours and background."""
@@ -166,18 +175,16 @@ class Chart:
 
     def _axes(self) -> list[str]:
         right, bottom = WIDTH - RIGHT, TOP + PLOT_HEIGHT
-        parts = [f'<text class="label" x="2" y="{TOP - 4}">{escape(self.y_label)}</text>']
+        parts = [f'<text class="label" x="2" y="{TOP - 12}">{escape(self.y_label)}</text>']
         for tick in self.y.ticks():
             y = self._y(tick)
             parts.append(f'<path class="grid" d="M{LEFT} {y:.1f}H{right}"/>')
             parts.append(f'<text class="tick y" x="{LEFT - 4}" y="{y + 3.5:.1f}">{number(tick)}</text>')
-        if self.x_label:
+        if not self.bars:
             for tick in self.x.ticks():
-                x = min(self._x(tick), right - 3 * len(number(tick)))
+                x = min(self._x(tick), WIDTH - 3 * len(number(tick)))
                 parts.append(f'<text class="tick x" x="{x:.1f}" y="{bottom + 14}">{number(tick)}</text>')
-            parts.append(
-                f'<text class="label x" x="{(LEFT + right) / 2}" y="{bottom + 29}">{escape(self.x_label)}</text>'
-            )
+        parts.append(f'<text class="label x" x="{(LEFT + right) / 2}" y="{bottom + 29}">{escape(self.x_label)}</text>')
         parts.append(f'<path class="axis" d="M{LEFT} {TOP}V{bottom}H{right}"/>')
         return parts
 

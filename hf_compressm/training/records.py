@@ -66,7 +66,8 @@ class CutLoss:
             with undisturbed(model), trainer.compute_loss_context_manager():
                 for batch in self._batches:
                     inputs = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}
-                    losses.append(float(trainer.compute_loss(model, inputs)))
+                    loss: Any = trainer.compute_loss(model, inputs)
+                    losses.append(float(loss))
         except (ValueError, TypeError, KeyError, AttributeError, RuntimeError) as error:
             logger.warning(f"the loss around this cut was not measured: {error}")
             self._batches = []
