@@ -15,8 +15,6 @@ import yaml
 from torch import nn
 from transformers import (
     AutoConfig,
-    AutoModelForCausalLM,
-    AutoModelForSequenceClassification,
     HfArgumentParser,
     PreTrainedModel,
     Trainer,
@@ -30,6 +28,7 @@ from transformers.utils import logging
 from .data import Task, load_task, task_names
 from .hub import describe_environment, keep_card, write_report
 from .models.fast_ops import has_stock_mixers, use_fast_ops
+from .models.heads import HEADS
 from .surgery import history, original_sizes, state_sizes
 from .training import (
     CompressionConfig,
@@ -41,8 +40,6 @@ from .training import (
 )
 
 logger = logging.get_logger(__name__)
-
-HEADS = {"sequence_classification": AutoModelForSequenceClassification, "causal_lm": AutoModelForCausalLM}
 
 CACHES = ["cache_params", "past_key_values"]
 """Outputs of models that are not predictions; stock state-space models do not say so themselves."""

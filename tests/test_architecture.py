@@ -16,9 +16,10 @@ ALLOWED = {
     "baselines": {"surgery", "reduction"},
     "training": {"surgery", "reduction"},
     "data": set(),
-    "pretraining": {"data", "surgery", "training", "models"},
-    "compression": {"data", "models", "pretraining", "reduction", "surgery", "training"},
-    "cli": {"compression", "reduction", "surgery"},
+    "compression": {"data", "models", "reduction", "surgery", "training"},
+    "hub": {"models", "surgery"},
+    "pretraining": {"data", "hub", "surgery", "training", "models"},
+    "cli": {"compression", "hub", "reduction", "surgery"},
 }
 FOREIGN = {
     "reduction": {"torch", "scipy"},

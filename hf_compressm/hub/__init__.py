@@ -2,19 +2,18 @@
 
 from .card import keep_card, render_card, write_card
 from .environment import describe_environment
-from .figures import spectra_chart
-from .record import RunRecord, Spectrum, read_run
+from .figures import tolerances_plot
+from .record import RunRecord, read_run
 from .report import render_report, write_report
 
 __all__ = [
     "RunRecord",
-    "Spectrum",
     "describe_environment",
     "keep_card",
     "read_run",
     "render_card",
     "render_report",
-    "spectra_chart",
+    "tolerances_plot",
     "write_card",
     "write_report",
 ]

@@ -9,11 +9,12 @@ import jinja2
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from transformers import Trainer
 
+from ..models.heads import HEADS
 from .environment import hardware_line
 from .figures import cuts_table, spectra_overview
 from .record import RunRecord, read_run
 from .report import duration, templates
-from .svg import number
+from .svg import number, stack
 
 CARD_NAME = "README.md"
 PLOT_NAME = "singular_values.svg"
@@ -22,7 +23,6 @@ HUB_METRICS = ("accuracy", "perplexity")
 OWN_TYPES = ("mimo_ssm", "compressm_mamba", "compressm_mamba2")
 STOCK_FORM = ("compressm_mamba",)
 """Of these, those that always have an equal in transformers itself."""
-HEADS = {"causal_lm": "AutoModelForCausalLM", "sequence_classification": "AutoModelForSequenceClassification"}
 
 
 def write_card(
@@ -56,7 +56,7 @@ def write_card(
     card = render_card(run, name=name, full=full, base_model=base_model, plot=PLOT_NAME if plot else None)
     target.mkdir(parents=True, exist_ok=True)
     if plot is not None:
-        (target / PLOT_NAME).write_text(plot.render(standalone=True), encoding="utf-8")
+        (target / PLOT_NAME).write_text(stack([plot]), encoding="utf-8")
     (target / CARD_NAME).write_text(str(card), encoding="utf-8")
     return target / CARD_NAME
 
@@ -110,7 +110,7 @@ def render_card(
             kind=kind,
             head=_head(run),
             own=kind in OWN_TYPES,
-            stock=kind in STOCK_FORM and _head(run) == "AutoModelForCausalLM",
+            stock=kind in STOCK_FORM and _head(run) == HEADS["causal_lm"].__name__,
             plot=plot,
             layers=list(zip(run.layers(), before, after, strict=True)),
             before=before,
@@ -176,16 +176,20 @@ def _kind(run: RunRecord) -> str:
 
 
 def _head(run: RunRecord) -> str | None:
+    """Name of the Auto class that loads the model; None if neither run nor config says."""
+    heads = {problem: auto.__name__ for problem, auto in HEADS.items()}
     problem = (run.facts.get("task") or {}).get("problem")
-    if problem is None:
-        names = [str(name) for name in run.config.get("architectures") or []]
-        problem = next((key for key, head in HEADS.items() if any(n.endswith(head[9:]) for n in names)), None)
-    return HEADS.get(problem) if problem else None
+    if problem in heads:
+        return heads[problem]
+    names = tuple(str(name) for name in run.config.get("architectures") or [])
+    return next(
+        (head for head in heads.values() if any(n.endswith(head.removeprefix("AutoModel")) for n in names)), None
+    )
 
 
 def _pipeline(run: RunRecord) -> str | None:
     head = _head(run)
-    if head == HEADS["causal_lm"]:
+    if head == HEADS["causal_lm"].__name__:
         return "text-generation"
     if head is None:
         return None

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from .record import Layer, RunRecord, Spectrum
-from .svg import COLOURS, Axis, Chart, number
+from .svg import COLOURS, Axis, Chart, number, stack
 
 MOST_LINES = 6
 """Lines of a chart that are told apart by colour; more are drawn thin, with their mean."""
@@ -108,34 +108,64 @@ def spectrum_figure(layer: Layer, index: int) -> Figure | None:
 
 
 def spectra_overview(run: RunRecord) -> Chart | None:
-    """The latest spectrum of every layer in one chart; None if none was measured."""
-    latest = [(index, layer.spectra[-1]) for index, layer in enumerate(run.layers()) if layer.spectra]
-    return spectra_chart(latest, "Hankel singular values of each layer at the last measurement") if latest else None
+    """The latest spectrum of every layer in one chart, with a dot where it was cut; None if none was measured."""
+    latest = {index: layer.spectra[-1] for index, layer in enumerate(run.layers()) if layer.spectra}
+    if not latest:
+        return None
+    chart = spectra_chart(latest, "Hankel singular values of each layer at the last measurement")
+    for place, spectrum in enumerate(latest.values()):
+        if spectrum.kept in spectrum.ranks and spectrum.kept < spectrum.states:
+            colour = place % COLOURS + 1 if len(latest) <= MOST_LINES else 1
+            chart.dots([(spectrum.kept, spectrum.values[spectrum.ranks.index(spectrum.kept)])], colour)
+    return chart
 
 
-def spectra_chart(spectra: Sequence[tuple[int, Spectrum]], title: str) -> Chart:
-    """A chart of one spectrum per layer, (index, spectrum), with a dot where a cut was made."""
+def spectra_chart(spectra: Mapping[int, Spectrum], title: str, coloured: bool = True) -> Chart:
+    """A chart of one spectrum per layer, by the layer's index; each in its own colour if they are few and may be."""
     chart = Chart(
         ident="spectra",
         title=title,
         description=" ".join(
             f"Layer {index}: {s.states} states, from {number(s.values[0])} down to {number(s.values[-1])}."
-            for index, s in spectra
+            for index, s in spectra.items()
         ),
-        x=Axis.upto(max(spectrum.states for _, spectrum in spectra)),
-        y=_spectral_axis([spectrum for _, spectrum in spectra]),
+        x=Axis.upto(max(spectrum.states for spectrum in spectra.values())),
+        y=_spectral_axis(list(spectra.values())),
         x_label="rank of the state",
         y_label="singular value",
     )
-    few = len(spectra) <= MOST_LINES
-    for place, (index, spectrum) in enumerate(spectra):
+    few = coloured and len(spectra) <= MOST_LINES
+    for place, (index, spectrum) in enumerate(spectra.items()):
         points = list(zip(spectrum.ranks, spectrum.values, strict=True))
         label = f"layer {index}" if few else ("each layer" if place == 0 else None)
         chart.line(points, place % COLOURS + 1 if few else 1, label, style="" if few else "thin")
-        if spectrum.kept and spectrum.kept in spectrum.ranks:
-            value = spectrum.values[spectrum.ranks.index(spectrum.kept)]
-            chart.line([(spectrum.kept, value)], place % COLOURS + 1 if few else 1)
     return chart
+
+
+def tolerances_plot(spectra: Sequence[Sequence[float]], kept: Mapping[str, Sequence[int]]) -> str:
+    """A file with the spectra of a model's layers, and what each would keep.
+
+    Args:
+        spectra: descending singular values of each layer.
+        kept: label of a tolerance -> states that each layer would keep.
+    """
+    whole = {i: Spectrum(0, len(v), sum(v), list(range(1, len(v) + 1)), list(v)) for i, v in enumerate(spectra)}
+    chart = spectra_chart(whole, "Hankel singular values, with a dot at the last state kept", coloured=False)
+    sizes = Chart(
+        ident="kept",
+        title="States that each layer would keep",
+        description=" ".join(f"{label}: {', '.join(map(str, orders))}." for label, orders in kept.items()),
+        x=Axis.upto(len(spectra) - 1),
+        y=Axis.around([float(len(values)) for values in spectra], zero=True),
+        x_label="layer",
+        y_label="states kept",
+    )
+    for place, (label, orders) in enumerate(kept.items()):
+        colour = (place + 1) % COLOURS + 1
+        chart.dots([(n, values[n - 1]) for n, values in zip(orders, spectra, strict=True) if n], colour, label)
+        sizes.line(list(enumerate(map(float, orders))), colour, label, dots=True)
+    sizes.line(list(enumerate(float(len(values)) for values in spectra)), 1, "now", style="thin")
+    return stack([chart, sizes])
 
 
 def metric_figure(run: RunRecord, evaluation: str) -> Figure | None:

@@ -8,7 +8,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-SOURCES = "trainer_state.json, compression.json, checkpoint-*/trainer_state.json, a config.json with state sizes"
+SOURCES = (
+    "trainer_state.json, compression.json, checkpoint-*/trainer_state.json, a config.json with a compression_history"
+)
 
 TIMINGS = ("_runtime", "_per_second", "_preparation_time")
 """Endings of what an evaluation reports about itself."""
@@ -114,13 +116,17 @@ class RunRecord:
         return [layer.sizes[-1][1] for layer in self.layers()]
 
     def around(self, step: int, key: str) -> tuple[float | None, float | None]:
-        """The values of a series last before a step, and first from it on.
+        """The values of a series that a cut lies between: last before it and first from its step on.
 
-        An evaluation in a cut's own step comes after the cut.
+        An evaluation in a cut's own step comes after the cut. Values that another cut separates from this one are not
+        taken: they would speak of both.
         """
+        others = [cut["step"] or 0 for cut in self.cuts]
+        earliest = max((other for other in others if other < step), default=0)
+        latest = min((other for other in others if other > step), default=float("inf"))
         values = self.series(key)
-        before = [value for at, value in values if at < step]
-        after = [value for at, value in values if at >= step]
+        before = [value for at, value in values if earliest <= at < step]
+        after = [value for at, value in values if step <= at < latest]
         return (before[-1] if before else None), (after[0] if after else None)
 
     def at(self, step: int, key: str) -> float | None:

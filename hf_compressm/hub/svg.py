@@ -125,9 +125,16 @@ class Chart:
         classes = f"line c{colour} {style}".strip()
         self._shapes.append(f'<path class="{classes}" d="{"".join(path)}"/>')
         if dots or len(places) == 1:
-            self._shapes += [f'<circle class="dot c{colour}" cx="{x:.1f}" cy="{y:.1f}" r="2.5"/>' for x, y in places]
+            self.dots(points, colour)
         if label is not None:
             self._legend.append((f'<path class="{classes}" d="M0 -4H18"/>', label))
+
+    def dots(self, points: Sequence[tuple[float, float]], colour: int, label: str | None = None) -> None:
+        """Points without a line."""
+        circles = [(self._x(x), self._y(y)) for x, y in points if y > 0 or not self.y.log]
+        self._shapes += [f'<circle class="dot c{colour}" cx="{x:.1f}" cy="{y:.1f}" r="2.5"/>' for x, y in circles]
+        if label is not None:
+            self._legend.append((f'<circle class="dot c{colour}" cx="12" cy="-4" r="3"/>', label))
 
     def mark(self, x: float, label: str | None = None, *, undone: bool = False) -> None:
         """A vertical line at x; the legend names it once."""
@@ -149,23 +156,20 @@ class Chart:
         place = f'x="{(low + high) / 2:.1f}" y="{TOP + PLOT_HEIGHT + 14}"'
         self._shapes.append(f'<text class="tick x" {place}>{escape(label)}</text>')
 
-    def render(self, standalone: bool = False) -> str:
-        """The SVG element; standalone: a file of its own, with colours and background."""
-        legend, rows = self._legend_rows()
-        height = TOP + PLOT_HEIGHT + BOTTOM + 16 * rows
+    def height(self) -> int:
+        """Of the drawing, in its own units."""
+        return TOP + PLOT_HEIGHT + BOTTOM + 16 * self._legend_rows()[1]
+
+    def render(self) -> str:
+        """The SVG element, for a page that has the theme's colours; `stack` makes a file."""
+        legend, _ = self._legend_rows()
         names = f"{self.ident}-title {self.ident}-desc"
-        head = f'<svg class="chart" viewBox="0 0 {WIDTH} {height}" role="img" aria-labelledby="{names}"'
-        if standalone:
-            head += f' xmlns="http://www.w3.org/2000/svg" width="{2 * WIDTH}" height="{2 * height}"'
         parts = [
-            head + ">",
+            f'<svg class="chart" viewBox="0 0 {WIDTH} {self.height()}" role="img" aria-labelledby="{names}">',
             f'<title id="{self.ident}-title">{escape(self.title)}</title>',
             f'<desc id="{self.ident}-desc">{escape(self.description)}</desc>',
         ]
-        if standalone:
-            parts += [f"<style>{THEME}</style>", f'<rect class="paper" width="{WIDTH}" height="{height}"/>']
-        parts += [*self._axes(), *self._marks, *self._shapes, *legend, "</svg>"]
-        return "".join(parts)
+        return "".join([*parts, *self._axes(), *self._marks, *self._shapes, *legend, "</svg>"])
 
     def _x(self, value: float) -> float:
         return LEFT + self.x.share(value) * (WIDTH - LEFT - RIGHT)
@@ -200,3 +204,14 @@ class Chart:
             )
             x += width
         return parts, row + 1 if parts else 0
+
+
+def stack(charts: Sequence[Chart]) -> str:
+    """Charts one below the other as one SVG file of its own."""
+    parts, y = [], 0
+    for chart in charts:
+        height = chart.height()
+        parts.append(f'<svg y="{y}" width="{WIDTH}" height="{height}"{chart.render().removeprefix("<svg")}')
+        y += height + 12
+    head = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {y}" width="{2 * WIDTH}" height="{2 * y}">'
+    return f'{head}<style>{THEME}</style><rect class="paper" width="{WIDTH}" height="{y}"/>{"".join(parts)}</svg>'
