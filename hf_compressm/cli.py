@@ -64,7 +64,7 @@ def inspect(
     data: Data = None,
     task_options: TaskOptions = None,
     data_dir: DataDir = None,
-    batches: Batches = DataSource.batches,
+    batches: Batches = 2,  # of as many the callback makes its decisions
     batch_size: BatchSize = DataSource.batch_size,
     length: Length = None,
     seed: Seed = 0,

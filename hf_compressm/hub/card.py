@@ -97,7 +97,7 @@ def render_card(
     name = name or run.name
     facts, kind = run.facts, run.config.get("model_type")
     before, after = run.sizes_before(), run.sizes_after()
-    undone = set(run.undone)
+    undone, reference = set(run.undone), full.tested() if full else {}
     bounded = [c for c in run.cuts if c["step"] not in undone and any(x.get("bound") is not None for x in c["layers"])]
     text = (
         templates()
@@ -106,7 +106,13 @@ def render_card(
             card_data="{{ card_data }}",
             run=run,
             name=name,
-            task=facts.get("task"),
+            task={"hub_dataset": None, "options": {}, **facts["task"]} if "task" in facts else None,
+            training=facts.get("training") or {},
+            versions=facts.get("versions") or {},
+            resumed=facts.get("resumed", False),
+            parameters=(facts["parameters_before"], facts["parameters_after"])
+            if "parameters_before" in facts
+            else None,
             kind=kind,
             head=_head(run),
             own=kind in OWN_TYPES,
@@ -115,7 +121,7 @@ def render_card(
             layers=list(zip(run.layers(), before, after, strict=True)),
             before=before,
             after=after,
-            results=[(key.replace("_", " "), value, full and full.tested().get(key)) for key, value in _results(run)],
+            results=[(key.replace("_", " "), value, reference.get(key)) for key, value in _results(run)],
             full=full,
             cuts=cuts_table(run) if run.cuts else None,
             bounded=bool(bounded),

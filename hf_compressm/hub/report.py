@@ -107,8 +107,8 @@ def _facts(run: RunRecord) -> list[tuple[str, str]]:
     facts = []
     if before := run.sizes_before():
         after = run.sizes_after()
-        kept = f" ({sum(after) / sum(before):.0%} kept)" if before != after else ""
-        facts.append(("States, mean per layer", f"{_mean(before)} → {_mean(after)}{kept}"))
+        change = f" → {_mean(after)} ({sum(after) / sum(before):.0%} kept)" if before != after else ""
+        facts.append(("States, mean per layer", _mean(before) + change))
     if run.cuts:
         undone = f", {len(run.undone)} undone" if run.undone else ""
         facts.append(("Cuts", f"{len(run.cuts)}{undone}"))

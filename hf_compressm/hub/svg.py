@@ -18,12 +18,13 @@ COLOURS = 6
 
 @dataclass(frozen=True)
 class Axis:
-    """A range of values, linear or logarithmic, with about `wanted` ticks."""
+    """A range of values, linear or logarithmic, with about `wanted` ticks; `whole`: at whole numbers only."""
 
     low: float
     high: float
     log: bool = False
     wanted: int = 5
+    whole: bool = False
 
     @classmethod
     def around(cls, values: Sequence[float], log: bool = False, zero: bool = False, wanted: int = 5) -> Axis:
@@ -40,8 +41,8 @@ class Axis:
 
     @classmethod
     def upto(cls, end: float) -> Axis:
-        """A linear axis from 0 that ends exactly there."""
-        return cls(0.0, max(float(end), 1.0))
+        """A linear axis of whole numbers from 0 that ends exactly there."""
+        return cls(0.0, max(float(end), 1.0), whole=True)
 
     def share(self, value: float) -> float:
         """Where a value lies, 0 at the low end and 1 at the high one; values beyond an end lie at it."""
@@ -58,7 +59,7 @@ class Axis:
             every = max(1, math.ceil((last - first) / self.wanted))
             powers = [10.0**power for power in range(first, last + 1, every)]
             return powers if last - first > 1 else [k * 10.0**p for p in range(first, last + 1) for k in (1, 2, 5)][:-2]
-        step = _nice((self.high - self.low) / max(self.wanted - 1, 1))
+        step = max(_nice((self.high - self.low) / max(self.wanted - 1, 1)), 1.0 if self.whole else 0.0)
         return [self.low + index * step for index in range(math.floor((self.high - self.low) / step + 1e-9) + 1)]
 
 

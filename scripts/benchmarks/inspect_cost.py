@@ -64,10 +64,11 @@ def main() -> None:
         seconds = time.perf_counter() - began
     found = json.loads(done.stdout)["layers"]
     assert len(found) == given.layers and all(layer["states"] == 16 for layer in found)
-    peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**20
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    peak, busy = used.ru_maxrss / 2**20, used.ru_utime + used.ru_stime
     environment = describe_environment()
-    print(f"{len(found)} layers: {seconds:.1f} s, peak memory {peak:.2f} GiB; {' '.join(options)}")
-    print(json.dumps(environment))
+    print(f"{len(found)} layers: {seconds:.1f} s, {busy:.1f} s of processor time, {peak:.2f} GiB at the most")
+    print(json.dumps({"options": options, **environment}))
 
 
 if __name__ == "__main__":
