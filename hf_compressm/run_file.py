@@ -55,6 +55,10 @@ class RunArguments:
     compress: bool = field(
         default=True, metadata={"help": "Cut states during training; --no_compress trains at full size."}
     )
+    report: bool = field(
+        default=True,
+        metadata={"help": "Write report.html and a model card at the end of training; --no_report leaves them out."},
+    )
     fast_ops: bool = field(
         default=True,
         metadata={"help": "Run stock selective mixers by this package's ops; --no_fast_ops keeps transformers' own."},

@@ -17,11 +17,12 @@ ALLOWED = {
     "training": {"surgery", "reduction"},
     "data": set(),
     "run_file": {"data", "training"},
-    "pretraining": {"data", "surgery", "training", "models", "run_file"},
-    "compression": {"data", "models", "pretraining", "reduction", "surgery", "training"},
+    "hub": {"models", "surgery"},
+    "pretraining": {"data", "hub", "surgery", "training", "models", "run_file"},
+    "compression": {"data", "models", "reduction", "surgery", "training"},
     "finetuning": {"compression", "data", "models", "pretraining", "reduction", "run_file", "surgery", "training"},
     "evaluation": {"compression", "models", "surgery"},
-    "cli": {"compression", "reduction", "surgery"},
+    "cli": {"compression", "hub", "reduction", "surgery"},
 }
 FOREIGN = {
     "reduction": {"torch", "scipy"},

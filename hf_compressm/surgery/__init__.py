@@ -18,7 +18,7 @@ from .adapters import (
     supported_mixers,
 )
 from .base import mixer_state, restore_mixer_state, save_base_model
-from .calibration import gather_statistics, needs_calibration
+from .calibration import gather_statistics, needs_calibration, undisturbed
 from .changes import ParameterChange, Term
 from .history import append_history, history, original_sizes, set_history
 from .optimizer import unwrap_optimizer
@@ -80,5 +80,6 @@ __all__ = [
     "sizes_in_state_dict",
     "state_sizes",
     "supported_mixers",
+    "undisturbed",
     "unwrap_optimizer",
 ]

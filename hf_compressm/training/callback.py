@@ -46,6 +46,7 @@ from .distributed import (
     refuse_unsupported,
     verify_replicas,
 )
+from .records import CutLoss, keep_spectra
 from .stability import StabilityTracker
 from .timing import StepTimer, Stopwatch
 from .trainer_log import log_to_trackers, resumed_checkpoint, running_trainer
@@ -322,14 +323,24 @@ class CompreSSMCallback(TrainerCallback, ExportableState):
         except ReductionError as error:
             logger.warning(f"Step {step}: no cut, and training goes on at the present size: {error}")
             return
-        if plan.cuts:
-            if config.rollback:
-                self._keep_for_rollback(state, model, optimizer)
-            self.timer.close_segment(step, _mean([layer.old_size for layer in plan.layers]))
-            with watch("surgery"):
-                apply_plan(model, optimizer, plan, step)
-            _follow(model, optimizer, watch)
-        self._report(state, plan, watch)
+        if not plan.cuts:
+            keep_spectra({layer.name: layer.singular_values for layer in plan.layers})
+            self._report(state, plan, watch, {})
+            return
+        if config.rollback:
+            self._keep_for_rollback(state, model, optimizer)
+        self.timer.close_segment(step, _mean([layer.old_size for layer in plan.layers]))
+        with watch("loss"):
+            loss = CutLoss(batches, train_dataloader, config.calibration_batches, seed, args.process_index)
+            loss.measure("compression/loss_before", model)
+        with watch("surgery"):
+            apply_plan(model, optimizer, plan, step)
+        _follow(model, optimizer, watch)
+        with watch("loss"):
+            loss.measure("compression/loss_after", model)
+        if self.timer.segments:
+            loss.values["compression/steps_per_second_before"] = self.timer.segments[-1].steps_per_second
+        self._report(state, plan, watch, loss.values)
 
     def _settled(self, model: nn.Module, batches: Batches | None) -> bool:
         statistics = gather_together(model, batches)
@@ -341,6 +352,7 @@ class CompreSSMCallback(TrainerCallback, ExportableState):
         names, spectra = list(measured), [m.spectrum() for m in measured.values()]
         orders = self.config.order_policy().orders(spectra, original_sizes(model), self.config.constraints())
         score = self._tracker.update(measured, dict(zip(names, orders, strict=True)))
+        keep_spectra(dict(zip(names, spectra, strict=True)))
         if score is not None:
             log_to_trackers({"compression/rank_stability": score})
         return self._tracker.streak >= self.config.stability_patience
@@ -395,11 +407,11 @@ class CompreSSMCallback(TrainerCallback, ExportableState):
         log_to_trackers({"compression/mean_state_size": _mean(state_sizes(model)), "compression/undone": 1}, event=line)
         _say(state, line)
 
-    def _report(self, state: TrainerState, plan: CompressionPlan, watch: Stopwatch) -> None:
+    def _report(self, state: TrainerState, plan: CompressionPlan, watch: Stopwatch, measured: dict[str, float]) -> None:
         old, new = [layer.old_size for layer in plan.layers], [layer.new_size for layer in plan.layers]
         seconds = sum(watch.seconds.values())
         logs = {"compression/mean_state_size": _mean(new), "compression/seconds": seconds}
-        logs |= {f"compression/seconds_{part}": spent for part, spent in watch.seconds.items()}
+        logs |= {f"compression/seconds_{part}": spent for part, spent in watch.seconds.items()} | measured
         for index, layer in enumerate(plan.layers):
             values, prefix = layer.singular_values, f"compression/layer_{index}"
             logs |= {

@@ -62,3 +62,10 @@ def _show_event(callbacks: list[Any], event: str, step: int) -> None:
         # By name, since a transformers that does not know trackio yet has no such class.
         elif type(callback).__name__ == "TrackioCallback" and hasattr(callback._trackio, "alert"):
             callback._trackio.alert("Change of state size", event, level=callback._trackio.AlertLevel.INFO)
+
+
+def keep_in_history(entry: dict[str, Any]) -> None:
+    """Add an entry to the running Trainer's `log_history` only: trackers take numbers, and this may hold anything."""
+    trainer = running_trainer()
+    if trainer is not None:
+        trainer.state.log_history.append(entry | {"step": trainer.state.global_step})
