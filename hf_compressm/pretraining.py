@@ -118,7 +118,8 @@ def parse_run(argv: Sequence[str]) -> Run:
     fields of the model's config.
 
     Raises:
-        ValueError: on a file that is not a mapping, an unknown key (with the nearest known one), or a missing task.
+        ValueError: on a file that is not a mapping, an unknown key (with the nearest known one), a missing task, or a
+            token.
         FileNotFoundError: if the file does not exist.
     """
     parser = HfArgumentParser([RunArguments, TrainingArguments, CompressionConfig])  # type: ignore[list-item]
@@ -131,6 +132,11 @@ def parse_run(argv: Sequence[str]) -> Run:
     arguments, training, compression = parser.parse_args_into_dataclasses(args=argv)
     if arguments.task is None:
         raise ValueError(f"no task given; set `task` in the file or pass --task, one of: {', '.join(task_names())}")
+    if training.hub_token is not None:
+        raise ValueError(
+            "hub_token would be saved and pushed with the training arguments; log in with `hf auth login`, or set "
+            "HF_TOKEN"
+        )
     if arguments.model is not None:
         model = model | json.loads(arguments.model)
     if arguments.task_options is not None:

@@ -18,7 +18,8 @@ ALLOWED = {
     "data": set(),
     "pretraining": {"data", "surgery", "training", "models"},
     "compression": {"data", "models", "pretraining", "reduction", "surgery", "training"},
-    "cli": {"compression", "reduction", "surgery"},
+    "hub": {"compression", "models", "surgery"},
+    "cli": {"compression", "hub", "reduction", "surgery"},
 }
 FOREIGN = {
     "reduction": {"torch", "scipy"},
