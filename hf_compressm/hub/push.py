@@ -129,10 +129,15 @@ def _explained(repo_id: str, token: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        reasons = [str(reason) or type(reason).__name__ for reason in (error, error.__cause__) if reason is not None]
-        reason = " ".join(": ".join(reasons).split()).replace(token, "<token>")
+        # What kept a large file from arriving is only in the cause.
+        told = [error, error.__cause__] if type(error) is RuntimeError and error.__cause__ else [error]
+        reason = " ".join(": ".join(str(part) or type(part).__name__ for part in told).split())
+        reason = reason.replace(token, "<token>").rstrip(".")
+        status = getattr(getattr(error, "response", None), "status_code", 0)
         # Not `from error`: what a server sends back may hold the token, and would be printed with the cause.
+        if 400 <= status < 500:
+            raise RuntimeError(f"the hub refused the push to {repo_id}: {reason}. Nothing was changed.") from None
         raise RuntimeError(
-            f"the push to {repo_id} stopped: {reason.rstrip('.')}. The repository is as it was before, or complete if "
-            "only the hub's last answer was lost; the same command again completes it."
+            f"the push to {repo_id} stopped: {reason}. The repository is as it was before, or complete if only the "
+            "hub's last answer was lost; the same command again completes it."
         ) from None

@@ -16,6 +16,7 @@ if COMMAND == "load-blocked":
 import huggingface_hub  # noqa: E402
 import torch  # noqa: E402
 from huggingface_hub import constants  # noqa: E402
+from server import STAGES  # noqa: E402
 from transformers import AutoModelForCausalLM  # noqa: E402
 
 IDS = torch.randint(1, 50, (2, 20), generator=torch.Generator().manual_seed(1))
@@ -89,13 +90,15 @@ def publish():
 
 
 def train():
-    """A Trainer that pushes while it trains and at its end, over the client's default pipeline."""
+    """A Trainer that pushes while it trains and at its end, as one push per checkpoint."""
     from helpers import arguments, small_data, small_model
     from transformers import Trainer
 
     from hf_compressm import CompreSSMCallback, state_sizes
 
-    control(lfs=False)  # this hub has no Xet storage
+    # The pipeline that is the default where hf_xet is installed; this hub has no Xet storage for large files.
+    constants.HF_HUB_DISABLE_XET = False
+    control(lfs=False)
     settings = {"max_steps": 6, "save_steps": 2, "save_strategy": "steps", "hub_strategy": "every_save"}
     args = arguments(FOLDER / "trained", push_to_hub=True, hub_model_id="trained", **settings)
     model = small_model(state_sizes=24)
@@ -104,6 +107,7 @@ def train():
     trainer.train()
     trainer.push_to_hub()
     control(lfs=True)
+    constants.HF_HUB_DISABLE_XET = True
     torch.save(model.eval()(input_values=torch.ones(1, 6, 1)).logits, FOLDER / "trained.pt")
     return state_sizes(model)
 
@@ -125,46 +129,48 @@ def load(*names):
 
 
 def interrupt(count):
-    """Pushes that are cut: what the repository held after each cut and after the same push again."""
+    """Pushes that are cut: error, and what the repository held before, after the cut and after a rerun."""
     from selective_models import own
 
     from hf_compressm.hub import push
 
     http = huggingface_hub.utils._http
     http.time = types.SimpleNamespace(sleep=lambda _: None)  # between tries
-    sizes = {"old": [3, 8, 5], "new": [3, 8, 5], "smaller": [2, 4, 4]}
-    models = {name: spread(own("mamba", seed=seed, state_sizes=s)) for seed, (name, s) in enumerate(sizes.items())}
-    for name, model in models.items():
-        model.save_pretrained(FOLDER / "versions" / name)
+    old = spread(own("mamba"))
 
-    def held(repo, cache):
+    def held(repo, new, cache):
         try:
             model = AutoModelForCausalLM.from_pretrained(repo, cache_dir=FOLDER / cache).eval()
         except (OSError, ValueError) as missing:
             # A repository without a config has no model type; anything else is no clear absence.
             return "absent" if isinstance(missing, OSError) or "Unrecognized model" in str(missing) else "wrong"
-        same = (name for name, known in models.items() if torch.allclose(known(IDS).logits, model(IDS).logits))
+        same = (
+            name for name, known in (("old", old), ("new", new)) if torch.equal(known(IDS).logits, model(IDS).logits)
+        )
         return next(same, "wrong")
 
     found = []
-    for seed in range(int(count)):
-        repo, version = f"someone/cut-{seed}", ("new", "smaller")[seed // 3 % 2]
-        if before := seed % 2:
-            models["old"].push_to_hub(repo, max_shard_size="40KB")
+    for seed in range(count):
+        # Half of the new models have the old one's shapes, so that a mixture would load.
+        new = spread(own("mamba", seed=seed + 1, state_sizes=[3, 8, 5] if seed % 4 < 2 else [2, 4, 4]))
+        repo, folder = f"someone/cut-{seed}", str(FOLDER / "versions" / str(seed))
+        new.save_pretrained(folder)
+        if seed >= len(STAGES):
+            old.push_to_hub(repo, max_shard_size="40KB")
+        before, error = held(repo, new, f"cache-{seed}-before"), ""
         control(fault=seed)
-        error = ""
         try:
-            push(str(FOLDER / "versions" / version), repo)
+            push(folder, repo)
         except RuntimeError as stopped:
             error = str(stopped)
         control()
-        after = held(repo, f"cache-{seed}-a")
-        push(str(FOLDER / "versions" / version), repo)
-        found.append([("absent", "old")[before], version, error, after, held(repo, f"cache-{seed}-b")])
+        after = held(repo, new, f"cache-{seed}-after")
+        push(folder, repo)
+        found.append([error, before, after, held(repo, new, f"cache-{seed}-rerun")])
     return found
 
 
 if COMMAND == "load":
     import hf_compressm  # noqa: F401  registers its classes
-result = {"publish": publish, "train": train, "load": load, "load-blocked": load, "interrupt": interrupt}[COMMAND]
-print(json.dumps(result(*sys.argv[3:])))
+runs = {"pushed": publish, "trained": train, "cut": lambda: interrupt(20)}
+print(json.dumps({name: run() for name, run in runs.items()} if COMMAND == "share" else load(*sys.argv[3:])))

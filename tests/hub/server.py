@@ -283,7 +283,9 @@ class Handler(BaseHTTPRequestHandler):
 def entry(path: str, content: bytes, large: bool) -> dict:
     oid = hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
     found = {"type": "file", "path": path, "size": len(content), "oid": oid}
-    return found | ({"lfs": {"oid": hashlib.sha256(content).hexdigest(), "size": len(content)}} if large else {})
+    return found | (
+        {"lfs": {"oid": hashlib.sha256(content).hexdigest(), "size": len(content), "pointerSize": 130}} if large else {}
+    )
 
 
 def as_json(content, status: int = 200) -> tuple[int, dict, bytes]:

@@ -44,8 +44,14 @@ def client(hub, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def published(client):
-    return client("publish")
+def shared(client):
+    """What one process pushed, trained and had cut off; see `client.py`."""
+    return client("share")
+
+
+@pytest.fixture(scope="module")
+def published(shared):
+    return shared["pushed"]
 
 
 @pytest.mark.multi_process
@@ -78,7 +84,7 @@ def test_private_branch_and_files_of_an_earlier_model(hub, published):
 def test_refusals_of_the_hub_are_one_line(hub, published):
     code, printed, errors = published["someone-else/mimo"]
     assert code == 1 and not printed and errors.count("\n") == 1
-    assert "the push to someone-else/mimo stopped: " in errors and "don't have the rights" in errors
+    assert "the hub refused the push to someone-else/mimo: 403" in errors and "don't have the rights" in errors
     code, _, errors = published["plain-mamba"]
     assert code == 1 and "someone/plain-mamba exists and is public" in errors
 
@@ -96,8 +102,8 @@ def test_three_ways_to_load_in_three_fresh_processes(client, published):
 
 
 @pytest.mark.multi_process
-def test_trainer_pushes_code_with_every_commit(hub, client):
-    sizes = client("train", HF_HUB_DISABLE_XET="0")
+def test_trainer_pushes_code_with_every_commit(hub, client, shared):
+    sizes = shared["trained"]
     assert sizes == [12, 12]
     models = [files for files in hub.repos["someone/trained"].commits.values() if "config.json" in files]
     seen = [json.loads(files["config.json"][0])["state_sizes"] for files in models]
@@ -115,15 +121,15 @@ def test_trainer_pushes_code_with_every_commit(hub, client):
 
 
 @pytest.mark.multi_process
-def test_no_interrupted_upload_leaves_a_model_that_loads_wrongly(hub, client):
-    found = client("interrupt", "20")
-    assert len(hub.cuts) == 20, "every fault is to strike"
+def test_no_interrupted_upload_leaves_a_model_that_loads_wrongly(hub, shared):
+    found = shared["cut"]
+    assert len(hub.cuts) == len(found) == 20, "every fault is to strike"
     assert len({cut.split(",")[0] for cut in hub.cuts}) > 10
-    stopped = [error for _, _, error, _, _ in found if error]
+    stopped = [error for error, *_ in found if error]
     assert len(stopped) > 10 and all("the same command again completes it" in error for error in stopped)
-    for (before, version, error, after, completed), cut in zip(found, hub.cuts, strict=True):
-        assert after == version if not error else after in (before, version), (cut, before, after)
-        assert completed == version, cut
+    for (error, before, after, completed), cut in zip(found, hub.cuts, strict=True):
+        assert before in ("absent", "old") and completed == "new", (cut, before, completed)
+        assert after in ((before, "new") if error else ("new",)), (cut, before, after)
 
 
 @pytest.mark.multi_process
