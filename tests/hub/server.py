@@ -82,9 +82,9 @@ class Hub(ThreadingHTTPServer):
 
     def plan_fault(self, seed: int) -> dict:
         """Cut the next upload somewhere: which stage, where in it, and whether the hub stays away after that."""
-        draw = random.Random(seed)
-        stage = list(STAGES)[seed % len(STAGES)]
-        self.fault = {"stage": stage, "moment": draw.choice(MOMENTS), "lasting": draw.random() < 0.7, "draw": draw}
+        draw, turn = random.Random(seed), seed // len(STAGES)
+        stage, moment = list(STAGES)[seed % len(STAGES)], MOMENTS[(seed + turn) % len(MOMENTS)]
+        self.fault = {"stage": stage, "moment": moment, "lasting": draw.random() < 0.5, "draw": draw}
         return self.fault
 
     def handle_error(self, request, client_address):
@@ -93,6 +93,7 @@ class Hub(ThreadingHTTPServer):
 
 class Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True
     server: Hub
 
     def log_message(self, *_):
