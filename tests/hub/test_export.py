@@ -152,7 +152,7 @@ def test_push_is_refused_before_anything_is_sent(saved, tmp_path, capsys, monkey
     code, _, errors = call(capsys, "push", folder, "someone/model")
     assert code == 1 and "the push to someone/model stopped: " in errors and "offline" in errors.lower()
     assert "hf_token" not in errors
-    monkeypatch.setattr("hf_compressm.hub.push.get_token", lambda: None)
+    monkeypatch.setattr("hf_compressm.hub.upload.get_token", lambda: None)
     code, _, errors = call(capsys, "push", folder, "someone/model")
     assert code == 1 and errors == "error: no token to push with: log in with `hf auth login`, or set HF_TOKEN\n"
 
