@@ -141,7 +141,7 @@ def interrupt(count):
     def held(repo, new, cache):
         try:
             model = AutoModelForCausalLM.from_pretrained(repo, cache_dir=FOLDER / cache).eval()
-        except (OSError, ValueError) as missing:
+        except Exception as missing:
             # A repository without a config has no model type; anything else is no clear absence.
             return "absent" if isinstance(missing, OSError) or "Unrecognized model" in str(missing) else "wrong"
         same = (
@@ -151,8 +151,9 @@ def interrupt(count):
 
     found = []
     for seed in range(count):
-        # Half of the new models have the old one's shapes, so that a mixture would load.
-        new = spread(own("mamba", seed=seed + 1, state_sizes=[3, 8, 5] if seed % 4 < 2 else [2, 4, 4]))
+        # Half of the new models have the old one's shapes and another config, so that a mixture would load.
+        changed = {"layer_norm_epsilon": 0.5} if seed % 4 < 2 else {"state_sizes": [2, 4, 4]}
+        new = spread(own("mamba", seed=seed + 1, **changed))
         repo, folder = f"someone/cut-{seed}", str(FOLDER / "versions" / str(seed))
         new.save_pretrained(folder)
         if seed >= len(STAGES):

@@ -82,8 +82,8 @@ class Hub(ThreadingHTTPServer):
 
     def plan_fault(self, seed: int) -> dict:
         """Cut the next upload somewhere: which stage, where in it, and whether the hub stays away after that."""
-        draw, turn = random.Random(seed), seed // len(STAGES)
-        stage, moment = list(STAGES)[seed % len(STAGES)], MOMENTS[(seed + turn) % len(MOMENTS)]
+        draw, stages = random.Random(seed), [*STAGES, "commit"]  # where most could go wrong, twice as often
+        stage, moment = stages[seed % len(stages)], draw.choice(MOMENTS)
         self.fault = {"stage": stage, "moment": moment, "lasting": draw.random() < 0.5, "draw": draw}
         return self.fault
 
@@ -118,7 +118,7 @@ class Handler(BaseHTTPRequestHandler):
         if moment == "before":
             return self.cut()
         if moment == "middle":
-            length = int(self.headers.get("Content-Length") or 2)
+            length = int(self.headers.get("Content-Length") or 0)
             self.rfile.read(fault["draw"].randrange(length) if length > 1 else 0)
             return self.cut()
         body = self.body()
