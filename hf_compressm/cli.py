@@ -1,7 +1,8 @@
-"""The `hf-compressm` command: look at a model or a run, and compress a trained model."""
+"""The `hf-compressm` command: look at a model or a run, compress a trained model, and share it."""
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,7 +18,7 @@ from .compression import (
     summary,
 )
 from .compression import run as run_job
-from .hub import tolerances_plot, write_card, write_report
+from .hub import Exported, Form, export, push, tolerances_plot, write_card, write_report
 from .reduction import SizeConstraints
 from .surgery import Energy, Fraction, Policy, Target
 from .surgery.refit import STEPS
@@ -172,6 +173,66 @@ def compress_command(
         overwrite=overwrite,
     )
     typer.echo(f"{summary(run_job(job))}\nsaved to {output}")
+
+
+@app.command("export")
+def export_command(
+    model: Model,
+    output: Annotated[Path, typer.Argument(help="Folder to write; complete, or not there if something fails.")],
+    to: Annotated[
+        Form,
+        typer.Option(
+            help="stock: a plain transformers model, layers padded to one size, for Mamba and Mamba-2 language models. "
+            "remote-code: this package's class with its own size per layer, and the code that loads it anywhere."
+        ),
+    ],
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the model that the folder holds.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Write a saved model as a folder that loads without this package.
+
+    Both forms load with transformers' Auto classes; remote-code wants trust_remote_code=True where this package is not
+    installed. Tokenizer, card and plots are taken along.
+
+    Example: hf-compressm export outputs/small small-stock --to stock
+
+    Exit code 1: it cannot be done; standard error says why. Exit code 2: wrong usage.
+    """
+    done = export(model, output, to, overwrite)
+    _report(dataclasses.asdict(done) | {"output": str(output)}, f"{_described(done)}\nsaved to {output}", as_json)
+
+
+@app.command("push")
+def push_command(
+    model: Model,
+    repo_id: Annotated[str, typer.Argument(help="Repository: NAME in your own namespace, or NAMESPACE/NAME.")],
+    to: Annotated[
+        Form | None, typer.Option(help="As for export. Default: stock for stock models, remote-code for others.")
+    ] = None,
+    private: Annotated[bool, typer.Option("--private", help="Create a repository that only its owners see.")] = False,
+    revision: Annotated[str | None, typer.Option(help="Branch, created if need be. Default: main.")] = None,
+    message: Annotated[str | None, typer.Option(help="Of the commit. Default: Upload CLASS.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Put a saved model on the Hugging Face hub, in one commit.
+
+    Log in once with `hf auth login`, or set HF_TOKEN; the token is never printed or written. If the upload is
+    interrupted, the repository holds what it held before; the same command again completes it.
+
+    Example: hf-compressm push outputs/small my-name/small-mamba --private
+
+    Exit code 1: it cannot be done; standard error says why. Exit code 2: wrong usage.
+    """
+    done = push(model, repo_id, to=to, private=private, revision=revision, message=message)
+    _report(dataclasses.asdict(done), f"{_described(done)}\npushed to {done.url} as {done.commit[:8]}", as_json)
+
+
+def _described(done: Exported) -> str:
+    return f"{done.architecture}, {done.form.value}, states {' '.join(map(str, done.state_sizes))}"
+
+
+def _report(content: dict[str, Any], text: str, as_json: bool) -> None:
+    typer.echo(json.dumps(content) if as_json else text)
 
 
 def _policy(tau: float | None, target: float | None, fraction: float | None) -> Policy:

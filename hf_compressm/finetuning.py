@@ -18,7 +18,7 @@ from .models import use_fast_ops
 from .models.fast_ops import has_stock_mixers
 from .pretraining import CACHES
 from .reduction import SizeConstraints
-from .run_file import as_mapping, check_numbers, read_options
+from .run_file import as_mapping, check_arguments, read_options
 from .surgery import (
     Energy,
     Fraction,
@@ -151,7 +151,7 @@ def parse_finetune(argv: Sequence[str]) -> FinetuneRun:
             raise ValueError(f"no {name} given; set `{name}` in the file or pass --{name}")
     lora |= as_mapping("--lora", arguments.lora)
     task_options |= as_mapping("--task_options", arguments.task_options)
-    check_numbers(arguments, training)
+    check_arguments(arguments, training)
     run = FinetuneRun(arguments, training, lora, task_options)
     run.policy()
     return run

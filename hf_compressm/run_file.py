@@ -88,7 +88,7 @@ def parse_run(argv: Sequence[str]) -> Run:
 
     Raises:
         ValueError: on a file that is not a mapping, an unknown key (with the nearest known one), a value of the wrong
-            type or out of its range, or a missing task; the message names the file or the key.
+            type or out of its range, a missing task, or a token; the message names the file or the key.
         OSError: if the file cannot be read.
         SystemExit: on an option of the command line that argparse refuses.
     """
@@ -103,7 +103,7 @@ def parse_run(argv: Sequence[str]) -> Run:
         raise ValueError(f"no task given; set `task` in the file or pass --task, one of: {', '.join(task_names())}")
     for name in MAPPINGS:
         mappings[name] = mappings[name] | as_mapping(f"--{name}", getattr(arguments, name))
-    check_numbers(arguments, training)
+    check_arguments(arguments, training)
     return Run(arguments, training, compression, **mappings)
 
 
@@ -185,8 +185,13 @@ def as_mapping(source: str, value: Any) -> dict[str, Any]:
     return found
 
 
-def check_numbers(*groups: Any) -> None:
-    """Raise on numbers that would fail, or be nonsense, only when training has begun."""
+def check_arguments(*groups: Any) -> None:
+    """Raise ValueError on a token, and on numbers that would fail, or be nonsense, only when training has begun."""
+    if any(getattr(group, "hub_token", None) is not None for group in groups):
+        raise ValueError(
+            "hub_token would be saved and pushed with the training arguments; log in with `hf auth login`, or set "
+            "HF_TOKEN"
+        )
     for name, value in _numbers(groups):
         if not math.isfinite(value):
             raise ValueError(f"{name} must be a finite number; got {value}")

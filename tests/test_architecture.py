@@ -17,7 +17,7 @@ ALLOWED = {
     "training": {"surgery", "reduction"},
     "data": set(),
     "run_file": {"data", "training"},
-    "hub": {"models", "surgery"},
+    "hub": {"compression", "models", "surgery"},
     "pretraining": {"data", "hub", "surgery", "training", "models", "run_file"},
     "compression": {"data", "models", "reduction", "surgery", "training"},
     "finetuning": {"compression", "data", "models", "pretraining", "reduction", "run_file", "surgery", "training"},

@@ -199,6 +199,12 @@ class CompreSSMCallback(TrainerCallback, ExportableState):
         if tensors and state.is_world_process_zero:
             save_callback_state(checkpoint_folder(args, state), tensors)
 
+    def on_push_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
+        # Of a checkpoint, Trainer pushes weights and config, but not the modelling code that the config names.
+        config: Any = kwargs["model"].config
+        if state.is_world_process_zero and hasattr(config, "save_code"):
+            config.save_code(args.output_dir)
+
     def on_train_end(
         self,
         args: TrainingArguments,
