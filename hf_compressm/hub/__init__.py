@@ -2,9 +2,9 @@
 
 from .card import keep_card, render_card, write_card
 from .environment import describe_environment
-from .figures import tolerances_plot
 from .record import RunRecord, read_run
 from .report import render_report, write_report
+from .spectra import tolerances_plot
 
 __all__ = [
     "RunRecord",
