@@ -3,9 +3,9 @@
 from .card import keep_card, render_card, write_card
 from .environment import describe_environment
 from .export import Exported, Form, export
-from .figures import tolerances_plot
 from .record import RunRecord, read_run
 from .report import render_report, write_report
+from .spectra import tolerances_plot
 from .upload import Pushed, push
 
 __all__ = [

@@ -11,10 +11,11 @@ from transformers import Trainer
 
 from ..models.heads import HEADS
 from .environment import hardware_line
-from .figures import cuts_table, spectra_overview
 from .record import RunRecord, read_run
 from .report import duration, templates
+from .spectra import spectra_overview
 from .svg import number, stack
+from .tables import cuts_table
 
 CARD_NAME = "README.md"
 PLOT_NAME = "singular_values.svg"

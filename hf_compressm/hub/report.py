@@ -9,18 +9,11 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from .environment import hardware_line
-from .figures import (
-    Figure,
-    cuts_table,
-    layers_table,
-    metric_figure,
-    sizes_figure,
-    spectrum_figure,
-    speed_figure,
-    stability_figure,
-)
+from .figures import metric_figure, sizes_figure, speed_figure, stability_figure
 from .record import RunRecord, read_run
+from .spectra import spectrum_figure
 from .svg import THEME, number
+from .tables import Figure, cuts_table, layers_table
 
 REPORT_NAME = "report.html"
 
