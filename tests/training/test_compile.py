@@ -30,7 +30,7 @@ def losses_and_sizes(folder, kind, **settings):
             sizes.append(tuple(state_sizes(model)))  # of this step's forward pass
             super().on_step_end(args, state, control, model=model, **kwargs)
 
-    callback = Sizes(cut_steps=CUTS, policy="fraction", keep_fraction=0.4, min_change=0.0, calibration_batches=1)
+    callback = Sizes(cut_steps=CUTS, policy="fraction", keep_fraction=0.4, min_change=0.0, calibration_batches=2)
     settings = {"max_steps": 15, "logging_steps": 1, "per_device_train_batch_size": 4} | settings
     trainer = Trainer(make(), arguments(folder, **settings), train_dataset=data, callbacks=[callback])
     trainer.train()
