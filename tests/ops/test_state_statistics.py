@@ -95,5 +95,9 @@ def test_shapes_are_checked():
         state_gramian(u, dt, A[:, :2], B)
     with pytest.raises(ValueError, match="mask must be"):
         state_gramian(u, dt, A, B, mask[:, :5])
+    with pytest.raises(ValueError, match="each >= 1"):
+        state_gramian(u[:0], dt[:0], A, B[:0])
+    with pytest.raises(ValueError, match="G a divisor of 6"):
+        state_gramian(u, dt, A[:, :0], B[..., :0])
     with pytest.raises(ValueError, match="stride"):
         state_gramian(u, dt, A, B, stride=0)

@@ -42,10 +42,12 @@ def state_gramian(
     Raises:
         ValueError: if a shape or device does not fit, or the backend is unknown or cannot run here.
     """
+    if u.ndim != 3 or u.numel() == 0:
+        raise ValueError(f"u must be (batch, L, I), each >= 1; got {tuple(u.shape)}")
     batch, length, channels = u.shape
     if dt.shape != u.shape:
         raise ValueError(f"dt must have u's shape {tuple(u.shape)}, got {tuple(dt.shape)}")
-    if B.ndim != 4 or B.shape[:2] != u.shape[:2] or channels % B.shape[2]:
+    if B.ndim != 4 or B.shape[:2] != u.shape[:2] or B.numel() == 0 or channels % B.shape[2]:
         raise ValueError(f"B must be ({batch}, {length}, G, N) with G a divisor of {channels}, got {tuple(B.shape)}")
     if A.shape not in ((channels, B.shape[3]), (channels, 1)):
         raise ValueError(f"A must be ({channels}, {B.shape[3]}) or ({channels}, 1), got {tuple(A.shape)}")
@@ -65,12 +67,12 @@ def _gramian(u: Tensor, dt: Tensor, A: Tensor, B: Tensor, mask: Tensor | None, s
     if backend == "naive":
         return naive_state_gramian(u, dt, A, B, mask, stride)
     if backend == "triton":
-        from . import triton
+        from .triton import state_gramian as on_gpu
 
-        return triton.state_gramian(u, dt, A, B, mask, stride)
-    from . import cpu
+        return on_gpu(u, dt, A, B, mask, stride)
+    from .cpu import state_gramian as on_cpu
 
-    return cpu.state_gramian(u, dt, A, B, mask, stride)
+    return on_cpu(u, dt, A, B, mask, stride)
 
 
 @_gramian.register_fake
