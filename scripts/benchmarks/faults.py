@@ -14,6 +14,7 @@ breaks it, and starts it again until it ends. Kinds:
 
 A fault counts as survived if the run ends without help with the weights of an uninterrupted one: equal to the bit in a
 single process, to 1e-5 with two. Damaged checkpoints that a resumed run accepted are counted apart; there must be none.
+Ctrl-C ends early, with a table of what has been done.
 """
 
 import argparse
@@ -166,15 +167,18 @@ def main() -> None:
             if end(start(folder, processes)):
                 raise RuntimeError(folder.with_suffix(".log").read_text())
             expected[processes] = load_file(folder / "model.safetensors")
-        for index in tqdm(range(options.faults)):
-            rng = random.Random(options.seed * 1_000_003 + index)
-            kind = options.kinds[index % len(options.kinds)]
-            folder = Path(scratch, f"fault{index}")
-            outcome = survives(kind, folder, expected, rng)
-            counts[kind, outcome] += 1
-            if outcome != "survived":
-                print(f"fault {index}, {kind}: {outcome}\n{folder.with_suffix('.log').read_text()[-3000:]}")
-            shutil.rmtree(folder, ignore_errors=True)
+        try:
+            for index in tqdm(range(options.faults)):
+                rng = random.Random(options.seed * 1_000_003 + index)
+                kind = options.kinds[index % len(options.kinds)]
+                folder = Path(scratch, f"fault{index}")
+                outcome = survives(kind, folder, expected, rng)
+                counts[kind, outcome] += 1
+                if outcome != "survived":
+                    print(f"fault {index}, {kind}: {outcome}\n{folder.with_suffix('.log').read_text()[-3000:]}")
+                shutil.rmtree(folder, ignore_errors=True)
+        except KeyboardInterrupt:
+            print("interrupted; so far:")
     print("| fault | runs | survived | lost | other weights | damage accepted |")
     print("|---|---|---|---|---|---|")
     for kind in options.kinds:
