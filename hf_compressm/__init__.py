@@ -18,7 +18,7 @@ from .models import (
     use_fast_ops,
 )
 from .reduction import SizeConstraints
-from .surgery import Energy, Fraction, MixerAdapter, Target, compress, register_adapter, state_sizes
+from .surgery import Energy, Fraction, MixerAdapter, Target, compress, register_adapter, save_base_model, state_sizes
 from .training import CompressionConfig, CompreSSMCallback
 
 __version__ = "0.1.0"
@@ -46,6 +46,7 @@ __all__ = [
     "compress",
     "from_stock",
     "register_adapter",
+    "save_base_model",
     "state_sizes",
     "to_stock",
     "use_fast_ops",

@@ -1,7 +1,8 @@
-"""The `hf-compressm` command: look at a model's Hankel singular values, and compress a trained model."""
+"""The `hf-compressm` command: look at a model or a run, compress a trained model, and share it."""
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,16 +14,13 @@ from transformers.utils import logging
 from .compression import (
     CompressionJob,
     DataSource,
-    calibration,
-    load_data,
-    load_model,
-    load_tokenizer,
-    progress,
-    run,
+    inspect_model,
     summary,
 )
-from .reduction import SizeConstraints, energy_orders, numerical_rank
-from .surgery import Energy, Fraction, Policy, Target, find_mixers, measure_model
+from .compression import run as run_job
+from .hub import Exported, Form, export, push, tolerances_plot, write_card, write_report
+from .reduction import SizeConstraints
+from .surgery import Energy, Fraction, Policy, Target
 from .surgery.refit import STEPS
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False)
@@ -40,6 +38,8 @@ Batches = Annotated[int, typer.Option(help="Batches to calibrate on.")]
 BatchSize = Annotated[int, typer.Option(help="Sequences of a batch.")]
 Length = Annotated[int | None, typer.Option(help="Tokens of a sequence. Default: the task's own, or 512 for files.")]
 Seed = Annotated[int, typer.Option(help="Of a task's data and the order in which they are drawn.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print the result as one JSON object.")]
+RunFolder = Annotated[Path, typer.Argument(help="Folder that a training run wrote.")]
 Device = Annotated[str, typer.Option(help="As torch names it; auto takes a GPU if there is one.")]
 
 
@@ -65,24 +65,68 @@ def inspect(
     data: Data = None,
     task_options: TaskOptions = None,
     data_dir: DataDir = None,
-    batches: Batches = DataSource.batches,
+    batches: Batches = 2,  # of as many the callback makes its decisions
     batch_size: BatchSize = DataSource.batch_size,
     length: Length = None,
     seed: Seed = 0,
     device: Device = "auto",
+    plot: Annotated[Path | None, typer.Option(help="SVG file to write: the spectra, and what would be kept.")] = None,
+    as_json: AsJson = False,
 ) -> None:
-    """Show how many states each layer has, needs in exact arithmetic, and would keep at some tolerances."""
+    """Show how many states each layer has, needs in exact arithmetic, and would keep at some tolerances.
+
+    Nothing is changed. Selective layers (Mamba and kin) are ranked on --data.
+
+    Example: hf-compressm inspect outputs/stdlib_mamba --data stdlib_bytes --plot spectra.svg
+
+    Exit code 1: it cannot be done; standard error says why. Exit code 2: wrong usage.
+    """
     source = _source(data, task_options, data_dir, batches, batch_size, length, seed)
-    loaded = load_model(model, device)
-    task = None if source is None else load_data(source, loaded, load_tokenizer(model))
-    measured = measure_model(loaded, progress(calibration(loaded, source, task)))
-    spectra = [measurement.spectrum() for measurement in measured.values()]
-    orders = {f"tau {value:g}": energy_orders(spectra, value) for value in tau}
-    header = f"{'layer':28}{'states':>8}{'rank':>8}{'largest':>12}" + "".join(f"{name:>11}" for name in orders)
-    typer.echo(header)
-    for index, (site, spectrum) in enumerate(zip(find_mixers(loaded), spectra, strict=True)):
-        row = f"{site.name:28}{len(spectrum):8d}{numerical_rank(spectrum):8d}{float(spectrum[0]):12.4g}"
-        typer.echo(row + "".join(f"{kept[index]:11d}" for kept in orders.values()))
+    found = inspect_model(model, tau, source, device)
+    if plot is not None:
+        spectra = [layer.singular_values for layer in found.layers]
+        plot.write_text(tolerances_plot(spectra, found.kept()), encoding="utf-8")
+    typer.echo(json.dumps(found.as_record()) if as_json else found.table())
+
+
+@app.command()
+def report(
+    run: RunFolder,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="File to write. Default: report.html in the folder.")
+    ] = None,
+) -> None:
+    """Write one HTML page about a training run: sizes, losses, cuts, speed and spectra.
+
+    It works while the run goes on, from its newest checkpoint. The page needs no network and no script.
+
+    Example: hf-compressm report outputs/digits_mimo_ssm -o report.html
+
+    Exit code 1: it cannot be done; standard error says why. Exit code 2: wrong usage.
+    """
+    typer.echo(f"saved to {write_report(run, output)}")
+
+
+@app.command()
+def card(
+    run: RunFolder,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Folder for README.md and its plot. Default: the run's own.")
+    ] = None,
+    name: Annotated[str | None, typer.Option(help="The model's, as on the hub. Default: the folder's.")] = None,
+    full_size: Annotated[
+        Path | None, typer.Option(help="Folder of the same run with --no_compress, to compare with.")
+    ] = None,
+    base_model: Annotated[str | None, typer.Option(help="What it was made from, as on the hub.")] = None,
+) -> None:
+    """Write the model card of a training run, README.md, from what the run recorded.
+
+    Example: hf-compressm card outputs/digits_mimo_ssm --full-size outputs/full
+
+    Exit code 1: it cannot be done; standard error says why. Exit code 2: wrong usage.
+    """
+    written = write_card(run, output, name=name, full_size=full_size, base_model=base_model)
+    typer.echo(f"saved to {written}")
 
 
 @app.command("compress")
@@ -128,7 +172,67 @@ def compress_command(
         evaluate=evaluate,
         overwrite=overwrite,
     )
-    typer.echo(f"{summary(run(job))}\nsaved to {output}")
+    typer.echo(f"{summary(run_job(job))}\nsaved to {output}")
+
+
+@app.command("export")
+def export_command(
+    model: Model,
+    output: Annotated[Path, typer.Argument(help="Folder to write; complete, or not there if something fails.")],
+    to: Annotated[
+        Form,
+        typer.Option(
+            help="stock: a plain transformers model, layers padded to one size, for Mamba and Mamba-2 language models. "
+            "remote-code: this package's class with its own size per layer, and the code that loads it anywhere."
+        ),
+    ],
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the model that the folder holds.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Write a saved model as a folder that loads without this package.
+
+    Both forms load with transformers' Auto classes; remote-code wants trust_remote_code=True where this package is not
+    installed. Tokenizer, card and plots are taken along.
+
+    Example: hf-compressm export outputs/small small-stock --to stock
+
+    Exit code 1: it cannot be done; standard error says why. Exit code 2: wrong usage.
+    """
+    done = export(model, output, to, overwrite)
+    _report(dataclasses.asdict(done) | {"output": str(output)}, f"{_described(done)}\nsaved to {output}", as_json)
+
+
+@app.command("push")
+def push_command(
+    model: Model,
+    repo_id: Annotated[str, typer.Argument(help="Repository: NAME in your own namespace, or NAMESPACE/NAME.")],
+    to: Annotated[
+        Form | None, typer.Option(help="As for export. Default: stock for stock models, remote-code for others.")
+    ] = None,
+    private: Annotated[bool, typer.Option("--private", help="Create a repository that only its owners see.")] = False,
+    revision: Annotated[str | None, typer.Option(help="Branch, created if need be. Default: main.")] = None,
+    message: Annotated[str | None, typer.Option(help="Of the commit. Default: Upload CLASS.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Put a saved model on the Hugging Face hub, in one commit.
+
+    Log in once with `hf auth login`, or set HF_TOKEN; the token is never printed or written. If the upload is
+    interrupted, the repository holds what it held before; the same command again completes it.
+
+    Example: hf-compressm push outputs/small my-name/small-mamba --private
+
+    Exit code 1: it cannot be done; standard error says why. Exit code 2: wrong usage.
+    """
+    done = push(model, repo_id, to=to, private=private, revision=revision, message=message)
+    _report(dataclasses.asdict(done), f"{_described(done)}\npushed to {done.url} as {done.commit[:8]}", as_json)
+
+
+def _described(done: Exported) -> str:
+    return f"{done.architecture}, {done.form.value}, states {' '.join(map(str, done.state_sizes))}"
+
+
+def _report(content: dict[str, Any], text: str, as_json: bool) -> None:
+    typer.echo(json.dumps(content) if as_json else text)
 
 
 def _policy(tau: float | None, target: float | None, fraction: float | None) -> Policy:

@@ -13,8 +13,7 @@ from typing import Any
 from torch import nn
 from transformers import (
     AutoConfig,
-    AutoModelForCausalLM,
-    AutoModelForSequenceClassification,
+    PreTrainedModel,
     Trainer,
     default_data_collator,
     set_seed,
@@ -24,7 +23,9 @@ from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import logging
 
 from .data import Task, load_task
+from .hub import describe_environment, keep_card, write_report
 from .models.fast_ops import has_stock_mixers, use_fast_ops
+from .models.heads import HEADS
 from .run_file import Run, parse_run
 from .surgery import history, original_sizes, state_sizes
 from .training import (
@@ -39,10 +40,18 @@ __all__ = ["Run", "RunResult", "build_model", "build_trainer", "execute", "parse
 
 logger = logging.get_logger(__name__)
 
-HEADS = {"sequence_classification": AutoModelForSequenceClassification, "causal_lm": AutoModelForCausalLM}
-
 CACHES = ["cache_params", "past_key_values"]
 """Outputs of models that are not predictions; stock state-space models do not say so themselves."""
+
+REPORTED = (
+    "seed",
+    "learning_rate",
+    "weight_decay",
+    "per_device_train_batch_size",
+    "gradient_accumulation_steps",
+    "bf16",
+)
+"""Training arguments that a report and a card name."""
 
 
 @dataclass
@@ -63,7 +72,7 @@ class RunResult:
     speed: list[dict[str, Any]]
 
 
-def build_model(run: Run, task: Task) -> nn.Module:
+def build_model(run: Run, task: Task) -> PreTrainedModel:
     """A freshly initialised model for the task, seeded by the run.
 
     Raises:
@@ -88,7 +97,7 @@ def build_model(run: Run, task: Task) -> nn.Module:
         model = HEADS[task.problem].from_config(config)
     except Exception as error:  # each architecture has ways of its own to fail on values that it does not check
         raise ValueError(f"no {kind} can be built with model = {run.model}: {error}") from error
-    if run.arguments.fast_ops and run.training.device.type == "cpu" and has_stock_mixers(model):
+    if run.arguments.fast_ops and has_stock_mixers(model):
         use_fast_ops(model)
     return model
 
@@ -115,7 +124,10 @@ def build_trainer(run: Run, task: Task, model: nn.Module) -> tuple[Trainer, Comp
 
 
 def execute(run: Run) -> RunResult:
-    """Train, test and save; writes the model, `train_results.json`, `test_results.json` and `compression.json`.
+    """Train, test and save.
+
+    Writes the model, `train_results.json`, `test_results.json`, `run.json`, `compression.json` and, unless told not to,
+    `report.html` and a model card.
 
     Raises:
         ValueError: on a checkpoint to resume from whose tensors disagree with its config, and as `build_model` does.
@@ -126,7 +138,11 @@ def execute(run: Run) -> RunResult:
     )
     model = build_model(run, task)
     trainer, callback = build_trainer(run, task, model)
-    trained = trainer.train(resume_from_checkpoint=_checkpoint_to_resume(run), ignore_keys_for_eval=CACHES)
+    if run.arguments.report:
+        keep_card(trainer)
+    parameters = model.num_parameters()
+    checkpoint = _checkpoint_to_resume(run)
+    trained = trainer.train(resume_from_checkpoint=checkpoint, ignore_keys_for_eval=CACHES)
     durable = next(cb for cb in trainer.callback_handler.callbacks if isinstance(cb, DurableCheckpoints))
     if durable.stopped_at is not None:
         logger.warning(f"stopped by SIGTERM at step {durable.stopped_at}; go on with --resume auto")
@@ -143,7 +159,11 @@ def execute(run: Run) -> RunResult:
         sizes_after=state_sizes(model),
         speed=[] if callback is None else callback.timer.as_records(),
     )
-    if trainer.is_world_process_zero() and callback is not None:
+    output = Path(str(run.training.output_dir))
+    if not trainer.is_world_process_zero():
+        return result
+    _write(output / "run.json", _describe(run, task, checkpoint, parameters, model.num_parameters()))
+    if callback is not None:
         record = {
             "settings": dataclasses.asdict(run.compression),
             "sizes_before": result.sizes_before,
@@ -151,9 +171,42 @@ def execute(run: Run) -> RunResult:
             "history": history(model),
             "speed": result.speed,
         }
-        output = Path(str(run.training.output_dir)) / "compression.json"
-        output.write_text(json.dumps(record, indent=2) + "\n")
+        _write(output / "compression.json", record)
+    if run.arguments.report:
+        write_report(output)
+        trainer.create_model_card()
     return result
+
+
+def _write(path: Path, record: dict[str, Any]) -> None:
+    path.write_text(json.dumps(record, indent=2) + "\n")
+
+
+def _describe(
+    run: Run, task: Task, checkpoint: str | None, parameters_before: int, parameters_after: int
+) -> dict[str, Any]:
+    """What was run on what; see `hub.RunRecord`. No path or name of this machine, which would end up in a card."""
+    training = run.training
+    return {
+        "task": {
+            "name": task.name,
+            "problem": task.problem,
+            "input": "pixels" if "num_channels" in task.model_kwargs else "tokens",
+            "options": {key: value for key, value in run.task_options.items() if not isinstance(value, str)},
+            "hub_dataset": task.hub_dataset,
+        },
+        "model_type": run.arguments.model_type,
+        "resumed": checkpoint is not None,
+        "parameters_before": parameters_before,
+        "parameters_after": parameters_after,
+        "training": {
+            **{key: getattr(training, key) for key in REPORTED},
+            "ssm_learning_rate": run.arguments.ssm_learning_rate,
+            "optimizer": str(getattr(training.optim, "value", training.optim)),
+            "scheduler": str(getattr(training.lr_scheduler_type, "value", training.lr_scheduler_type)),
+        },
+        **describe_environment(training.world_size),
+    }
 
 
 def _checkpoint_to_resume(run: Run) -> str | None:

@@ -55,11 +55,13 @@ class RunArguments:
     compress: bool = field(
         default=True, metadata={"help": "Cut states during training; --no_compress trains at full size."}
     )
+    report: bool = field(
+        default=True,
+        metadata={"help": "Write report.html and a model card at the end of training; --no_report leaves them out."},
+    )
     fast_ops: bool = field(
         default=True,
-        metadata={
-            "help": "On CPUs run stock selective mixers by this package's ops; --no_fast_ops keeps transformers' own."
-        },
+        metadata={"help": "Run stock selective mixers by this package's ops; --no_fast_ops keeps transformers' own."},
     )
 
 
@@ -86,22 +88,22 @@ def parse_run(argv: Sequence[str]) -> Run:
 
     Raises:
         ValueError: on a file that is not a mapping, an unknown key (with the nearest known one), a value of the wrong
-            type or out of its range, or a missing task; the message names the file or the key.
+            type or out of its range, a missing task, or a token; the message names the file or the key.
         OSError: if the file cannot be read.
         SystemExit: on an option of the command line that argparse refuses.
     """
     parser = HfArgumentParser(list(GROUPS))
     argv, from_file = list(argv), {}
     if argv and not argv[0].startswith("-"):
-        from_file = _read_file(Path(argv.pop(0)))
+        from_file = read_options(Path(argv.pop(0)), GROUPS, MAPPINGS)
     mappings = {name: from_file.pop(name, {}) for name in MAPPINGS}
     parser.set_defaults(**from_file)
     arguments, training, compression = parser.parse_args_into_dataclasses(args=argv)
     if arguments.task is None:
         raise ValueError(f"no task given; set `task` in the file or pass --task, one of: {', '.join(task_names())}")
     for name in MAPPINGS:
-        mappings[name] = mappings[name] | _as_mapping(f"--{name}", getattr(arguments, name))
-    _check_numbers(arguments, training)
+        mappings[name] = mappings[name] | as_mapping(f"--{name}", getattr(arguments, name))
+    check_arguments(arguments, training)
     return Run(arguments, training, compression, **mappings)
 
 
@@ -122,28 +124,40 @@ class _StrictLoader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-def _read_file(path: Path) -> dict[str, Any]:
-    """The options in a file, of the types that their fields have."""
+def read_options(path: Path, groups: Sequence[Any], mappings: Sequence[str] = ()) -> dict[str, Any]:
+    """The options in a YAML file, of the types that their fields have.
+
+    Args:
+        path: the file.
+        groups: dataclasses whose fields the options are.
+        mappings: fields that the command line takes as JSON objects, and the file as mappings.
+
+    Raises:
+        ValueError: on a file that is not a mapping, an unknown key (with the nearest known one), or a value of the
+            wrong type.
+        OSError: if the file cannot be read.
+    """
     try:
         content = yaml.load(path.read_bytes(), _StrictLoader)
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not a file of options in YAML: {error}") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path} must hold a mapping of options to values; got {type(content).__name__}")
-    known = {field.name: field for group in GROUPS for field in dataclasses.fields(group) if field.init}
+    known = {field.name: field for group in groups for field in dataclasses.fields(group) if field.init}
     for key in content:
         if key not in known:
             near = difflib.get_close_matches(str(key), known, n=1)
             raise ValueError(f"{path}: unknown option {key!r}{f'; did you mean {near[0]!r}?' if near else ''}")
-    parser = _FileParser(list(GROUPS))
-    return {name: _as_field(parser, path, known[name], value) for name, value in content.items()}
+    parser = _FileParser(list(groups))
+    return {
+        name: as_mapping(f"{path}: {name}", value) if name in mappings else _as_field(parser, path, known[name], value)
+        for name, value in content.items()
+    }
 
 
 def _as_field(parser: _FileParser, path: Path, field: dataclasses.Field[Any], value: Any) -> Any:
     """A value from a file as the command line would read it, so that both take and refuse the same."""
     name = field.name
-    if name in MAPPINGS:
-        return _as_mapping(f"{path}: {name}", value)
     if value is None:
         if parser.get_default(name) is None:
             return None
@@ -160,7 +174,8 @@ def _as_field(parser: _FileParser, path: Path, field: dataclasses.Field[Any], va
         raise ValueError(f"{path}: {name} cannot be {value!r}: {error}") from error
 
 
-def _as_mapping(source: str, value: Any) -> dict[str, Any]:
+def as_mapping(source: str, value: Any) -> dict[str, Any]:
+    """A mapping, or the JSON object that a string holds; empty for None. `source` is for the ValueError's message."""
     try:
         found = json.loads(value) if isinstance(value, str) else value or {}
     except json.JSONDecodeError as error:
@@ -170,8 +185,13 @@ def _as_mapping(source: str, value: Any) -> dict[str, Any]:
     return found
 
 
-def _check_numbers(*groups: Any) -> None:
-    """Raise on numbers that would fail, or be nonsense, only when training has begun."""
+def check_arguments(*groups: Any) -> None:
+    """Raise ValueError on a token, and on numbers that would fail, or be nonsense, only when training has begun."""
+    if any(getattr(group, "hub_token", None) is not None for group in groups):
+        raise ValueError(
+            "hub_token would be saved and pushed with the training arguments; log in with `hf auth login`, or set "
+            "HF_TOKEN"
+        )
     for name, value in _numbers(groups):
         if not math.isfinite(value):
             raise ValueError(f"{name} must be a finite number; got {value}")

@@ -17,13 +17,16 @@ ALLOWED = {
     "training": {"surgery", "reduction"},
     "data": set(),
     "run_file": {"data", "training"},
-    "pretraining": {"data", "surgery", "training", "models", "run_file"},
-    "compression": {"data", "models", "pretraining", "reduction", "surgery", "training"},
-    "cli": {"compression", "reduction", "surgery"},
+    "hub": {"compression", "models", "surgery"},
+    "pretraining": {"data", "hub", "surgery", "training", "models", "run_file"},
+    "compression": {"data", "models", "reduction", "surgery", "training"},
+    "finetuning": {"compression", "data", "models", "pretraining", "reduction", "run_file", "surgery", "training"},
+    "evaluation": {"compression", "models", "surgery"},
+    "cli": {"compression", "hub", "reduction", "surgery"},
 }
 FOREIGN = {
     "reduction": {"torch", "scipy"},
-    "ops": {"torch", "triton", "numba", "llvmlite", "mamba_ssm", "numpy"},
+    "ops": {"torch", "triton", "numba", "llvmlite", "mamba_ssm", "causal_conv1d", "numpy"},
     "layers": {"torch"},
 }
 

@@ -97,6 +97,7 @@ def test_resuming_from_nothing_and_from_a_checkpoint_that_contradicts_itself(tmp
         ("task: digits\ntua: 0.1\n", "unknown option 'tua'; did you mean 'tau'"),
         ("- task\n", "must hold a mapping"),
         ("tau: 0.1\n", "no task given.*digits"),
+        ("task: digits\nhub_token: hf_secret\n", "would be saved and pushed .* HF_TOKEN"),
         ("task: digits\ntau: 7\n", "tau must lie strictly between 0 and 1"),
     ],
 )

@@ -1,5 +1,6 @@
 """A saved model made smaller: load, calibrate, cut, evaluate, save."""
 
+from .inspection import InspectedLayer, Inspection, inspect_model
 from .job import CompressionJob, CompressionResult, run, summary
 from .loading import load_model, load_tokenizer
 from .source import DataSource, calibration, evaluate, load_data, progress
@@ -9,8 +10,11 @@ __all__ = [
     "CompressionJob",
     "CompressionResult",
     "DataSource",
+    "InspectedLayer",
+    "Inspection",
     "calibration",
     "evaluate",
+    "inspect_model",
     "load_data",
     "load_model",
     "load_tokenizer",

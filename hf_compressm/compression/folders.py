@@ -17,9 +17,9 @@ def checked_output(output: Path, model: str, overwrite: bool) -> Path:
     """
     output, source = output.expanduser().resolve(), Path(model).expanduser().resolve()
     if output.exists() and not output.is_dir():
-        raise FileExistsError(f"{output} is a file; --output takes a folder")
+        raise FileExistsError(f"{output} is a file; the output must be a folder")
     if source.exists() and (output == source or output in source.parents):
-        raise FileExistsError(f"{output} is or holds the model that is to be compressed; choose another folder")
+        raise FileExistsError(f"{output} is or holds the model that is to be read; choose another folder")
     if output.exists() and any(output.iterdir()):
         if not overwrite:
             raise FileExistsError(f"{output} is not empty; choose another folder or pass --overwrite")

@@ -8,7 +8,7 @@ import torch
 from transformers import AutoConfig, AutoTokenizer
 from transformers.utils import cached_file
 
-from ..pretraining import HEADS
+from ..models.heads import HEADS
 
 TOKENIZER_FILES = ("tokenizer_config.json", "tokenizer.json")
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from accelerate.utils import gather_object
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers import EvalPrediction, default_data_collator
@@ -76,8 +77,10 @@ def load_data(source: DataSource, model: Any, tokenizer: Any) -> Task:
     return text_task(source.name, tokenizer, length=source.length or 512, sequences=source.batches * source.batch_size)
 
 
-def calibration(model: Any, source: DataSource | None, task: Task | None) -> list[Mapping[str, Any]] | None:
-    """Batches to calibrate on; None if the model has no layer that needs them.
+def calibration(
+    model: Any, source: DataSource | None, task: Task | None, rank: int = 0, processes: int = 1
+) -> list[Mapping[str, Any]] | None:
+    """Batches to calibrate on, or a process's part of them; None if the model has no layer that needs them.
 
     Raises:
         ValueError: if there is no data and the model needs it.
@@ -90,7 +93,7 @@ def calibration(model: Any, source: DataSource | None, task: Task | None) -> lis
             f"file. Tasks: {', '.join(task_names())}"
         )
     loader = _loader(task, task.train, source.batch_size)
-    return calibration_batches(loader, source.batches, source.seed)
+    return calibration_batches(loader, source.batches, source.seed, rank, processes)
 
 
 def progress(batches: list[Mapping[str, Any]] | None) -> Iterable[Mapping[str, Any]] | None:
@@ -99,8 +102,17 @@ def progress(batches: list[Mapping[str, Any]] | None) -> Iterable[Mapping[str, A
 
 
 @torch.no_grad()
-def evaluate(model: Any, task: Task, batch_size: int) -> dict[str, float]:
+def evaluate(
+    model: Any, task: Task, batch_size: int, split: str = "test", rank: int = 0, processes: int = 1
+) -> dict[str, float]:
     """The mean loss on the held-out part, per counted label, and the task's metrics.
+
+    Args:
+        model: causal language model or classifier.
+        task: as the model's head wants it.
+        batch_size: sequences of a batch.
+        split: of the task: train, validation or test.
+        rank, processes: with several processes each takes its own part; all get the same result.
 
     Raises:
         ValueError: if the model's head is not the task's.
@@ -108,20 +120,22 @@ def evaluate(model: Any, task: Task, batch_size: int) -> dict[str, float]:
     head = {"causal_lm": "ForCausalLM", "sequence_classification": "ForSequenceClassification"}[task.problem]
     if not type(model).__name__.endswith(head):
         raise ValueError(f"{task.name!r} has labels for a model {head}, so {type(model).__name__} has no loss on it")
-    losses, weights, predictions, references = [], [], [], []
-    for batch in tqdm(_loader(task, task.test, batch_size), "evaluating", unit="batch", disable=None):
+    found: list[tuple[float, int, np.ndarray, np.ndarray]] = []
+    part = getattr(task, split)
+    part = part.shard(processes, rank, contiguous=True) if processes > 1 else part
+    for batch in tqdm(_loader(task, part, batch_size), "evaluating", unit="batch", disable=True if rank else None):
         batch = {key: value.to(model.device) for key, value in batch.items()}
         outputs, labels = model(**batch), batch["labels"]
         scores = outputs.logits.float()
         if task.preprocess_logits_for_metrics is not None:
             scores = task.preprocess_logits_for_metrics(scores, labels)
         counted = labels[:, 1:] if task.problem == "causal_lm" else labels
-        losses.append(float(outputs.loss))
-        weights.append(int((counted != IGNORED).sum()))
-        predictions.append(scores.cpu().numpy())
-        references.append(labels.cpu().numpy())
-    found = EvalPrediction(np.concatenate(predictions), np.concatenate(references))
-    return {"loss": float(np.average(losses, weights=weights)), **task.compute_metrics(found)}
+        weight = int((counted != IGNORED).sum())
+        found.append((float(outputs.loss), weight, scores.cpu().numpy(), labels.cpu().numpy()))
+    found = gather_object(found) if processes > 1 else found
+    losses, weights, predictions, references = zip(*found, strict=True)
+    prediction = EvalPrediction(np.concatenate(predictions), np.concatenate(references))
+    return {"loss": float(np.average(losses, weights=weights)), **task.compute_metrics(prediction)}
 
 
 def _check_task(model: Any, task: Task) -> None:

@@ -88,6 +88,7 @@ def image_task(name: str, source: ImageSource, data_dir: str | os.PathLike[str] 
         test,
         decode=DecodePixels(source.shape[0] * source.shape[1], source.mean, source.std),
         label_names=source.label_names,
+        hub_dataset=source.repo,
     )
 
 

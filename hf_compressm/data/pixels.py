@@ -91,6 +91,7 @@ def pixel_task(
     *,
     decode: DecodePixels,
     label_names: Sequence[str],
+    hub_dataset: str | None = None,
 ) -> Task:
     """A classification `Task` over three data sets with `PIXEL_FEATURES`."""
     return Task(
@@ -107,4 +108,5 @@ def pixel_task(
         compute_metrics=classification_metrics,
         metric_for_best_model="accuracy",
         problem="sequence_classification",
+        hub_dataset=hub_dataset,
     )

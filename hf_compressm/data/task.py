@@ -31,6 +31,7 @@ class Task:
         greater_is_better: whether a larger value of that metric is better.
         preprocess_logits_for_metrics: what `Trainer` takes under this name, to keep less than all logits; or None.
         problem: which kind of head the model needs.
+        hub_dataset: the data set's name on the hub; None where the data are from elsewhere.
         tokenizer: what made the tokens, to be saved with the model; None where there is none.
         collator: makes a batch of items; None where `Trainer`'s default does.
     """
@@ -47,6 +48,7 @@ class Task:
     greater_is_better: bool = True
     preprocess_logits_for_metrics: Callable[[Any, Any], Any] | None = None
     tokenizer: Any = None
+    hub_dataset: str | None = None
 
 
 TaskBuilder = Callable[..., Task]

@@ -85,6 +85,7 @@ def wikitext(
         greater_is_better=False,
         problem="causal_lm",
         tokenizer=encoder,
+        hub_dataset=REPO,
     )
 
 

@@ -17,7 +17,8 @@ from .adapters import (
     state_sizes,
     supported_mixers,
 )
-from .calibration import gather_statistics, needs_calibration
+from .base import mixer_state, restore_mixer_state, save_base_model
+from .calibration import gather_statistics, needs_calibration, undisturbed
 from .changes import ParameterChange, Term
 from .history import append_history, history, original_sizes, set_history
 from .optimizer import unwrap_optimizer
@@ -35,6 +36,7 @@ from .policies import Energy, Fraction, Policy, Target
 from .resize import check_fixed_tensors, resize_mixers, sizes_in_state_dict
 from .selective import Signals, selective_signals
 from .snapshot import Snapshot
+from .tuners import has_tuners
 
 __all__ = [
     "CompressionPlan",
@@ -60,19 +62,24 @@ __all__ = [
     "compress",
     "find_mixers",
     "gather_statistics",
+    "has_tuners",
     "history",
     "make_plan",
     "measure_mixers",
     "measure_model",
+    "mixer_state",
     "needs_calibration",
     "original_sizes",
     "register_adapter",
     "register_refusal",
     "resize_mixers",
+    "restore_mixer_state",
+    "save_base_model",
     "selective_signals",
     "set_history",
     "sizes_in_state_dict",
     "state_sizes",
     "supported_mixers",
+    "undisturbed",
     "unwrap_optimizer",
 ]

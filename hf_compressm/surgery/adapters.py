@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from ..models.fast_ops import mixer_class
 from ..reduction import Selection
 from .changes import ParameterChange
+from .tuners import place, with_followers
 
 Mixer = TypeVar("Mixer", bound=nn.Module)
 
@@ -161,10 +162,14 @@ class MixerSite:
     def state_size(self) -> int:
         return self.adapter.state_size(self.mixer)
 
+    def shapes(self, order: int) -> dict[str, torch.Size]:
+        """The adapter's `parameter_shapes`, and the shapes of LoRA's parameters around these that change with them."""
+        return with_followers(self.mixer, self.adapter.parameter_shapes(self.mixer, order))
+
     def parameters(self) -> dict[str, nn.Parameter]:
-        """The parameters that a cut replaces, by name within the mixer."""
-        names = self.adapter.parameter_shapes(self.mixer, self.state_size)
-        return {name: self.mixer.get_parameter(name) for name in names}
+        """The parameters that a cut replaces, LoRA's included, by name within the mixer without PEFT."""
+        places = {name: place(self.mixer, name) for name in self.shapes(self.state_size)}
+        return {name: owner.get_parameter(attribute) for name, (owner, attribute) in places.items()}
 
 
 _ADAPTERS: dict[str, MixerAdapter] = {}

@@ -61,7 +61,7 @@ def gather_statistics(
             "mappings of what its forward takes, such as [{'input_ids': ...}] or a DataLoader"
         )
     count = 0
-    with _undisturbed(model), _observing(sites, gathered), _recording(sites, recordings):
+    with undisturbed(model), _observing(sites, gathered), _recording(sites, recordings):
         for batch in [batches] if isinstance(batches, Mapping) else batches:
             model(**_inputs(model, batch))
             count += 1
@@ -77,7 +77,9 @@ def _inputs(model: nn.Module, batch: Any) -> dict[str, Any]:
             "For a list of examples use a DataLoader with a collator."
         )
     device = next(model.parameters()).device
-    accepted = inspect.signature(model.forward).parameters
+    # A model within PEFT's names what it takes; PEFT's own forward passes on whatever it is given.
+    named = getattr(model, "get_base_model", lambda: model)()
+    accepted = inspect.signature(named.forward).parameters
     fields = {name: value for name, value in batch.items() if name not in ("labels", "label", "label_ids")}
     unknown = [name for name in fields if name not in accepted]
     inputs = {"input_ids", "inputs_embeds", "input_values"} & accepted.keys()
@@ -147,7 +149,8 @@ def _recording(sites: list[MixerSite], recordings: dict[str, Recording] | None) 
 
 
 @contextmanager
-def _undisturbed(model: nn.Module) -> Iterator[None]:
+def undisturbed(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode without gradients; afterwards modes and the random state of Python, NumPy and torch are back."""
     modes = [(module, module.training) for module in model.modules()]
     states = random.getstate(), np.random.get_state()
     devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else []

@@ -63,10 +63,13 @@ class ParameterChange:
     Attributes:
         value: new value, any shape; it takes the dtype and device of the parameter it replaces.
         gradient: terms whose sum is the new gradient.
+        rows: how the rows of a weight are mapped to those of its value, a refit aside: what LoRA adds to the weight
+            is mapped likewise. None where no linear layer holds the parameter.
     """
 
     value: Tensor
     gradient: tuple[Term, ...]
+    rows: Term | None = None
 
     def map_first(self, old: Mapping[str, Tensor]) -> Tensor:
         """New gradient, or first moment, from the old ones by parameter name."""

@@ -64,6 +64,8 @@ class MambaAdapter(MixerAdapter[Any]):
     def order_of(self, mixer: Any, shapes: Mapping[str, torch.Size]) -> int | None:
         if len(shapes.get("A_log", ())) == 2:
             return shapes["A_log"][1]
+        if len(shapes.get("x_proj.weight", ())) == 2:  # all that a checkpoint of adapters tells
+            return (shapes["x_proj.weight"][0] - mixer.dt_proj.weight.shape[1]) // 2
         return None
 
     def statistics(self, mixer: Any) -> SelectiveStatistics:
@@ -126,7 +128,11 @@ class MambaAdapter(MixerAdapter[Any]):
             D, out = (p.detach().to("cpu", torch.float64) for p in (mixer.D, mixer.out_proj.weight))
             scale = scale_B * scale_C
             changes["D"] = ParameterChange(D / scale, (Term("D", scale=scale),))
-            changes["out_proj.weight"] = ParameterChange(out * scale, (Term("out_proj.weight", scale=1 / scale),))
+            changes["out_proj.weight"] = ParameterChange(
+                out * scale,
+                (Term("out_proj.weight", scale=1 / scale),),
+                rows=Term("out_proj.weight", scale=scale),
+            )
         return changes
 
     def _subset(self, mixer: Any, kept: Sequence[int], K: Tensor, shares: Tensor) -> dict[str, ParameterChange]:
@@ -138,11 +144,11 @@ class MambaAdapter(MixerAdapter[Any]):
         fold = K * _norm_weight(mixer, "c_layernorm", size)
         # A cut keeps the states' dynamics, so what trained row n of C trains row s wherever n = s. Co-states of the
         # kept states are driven by the folded read-out, so gradients of B fold as the read-out does.
-        value = torch.block_diag(torch.eye(rank, dtype=torch.float64), select, fold) @ projection
+        rows = Term("x_proj.weight", left=torch.block_diag(torch.eye(rank, dtype=torch.float64), select, fold))
         gradient = torch.block_diag(torch.eye(rank, dtype=torch.float64), K, select)
         return {
             "A_log": ParameterChange(mixer.A_log.detach().cpu()[:, index], (Term("A_log", right=shares.T),)),
-            "x_proj.weight": ParameterChange(value, (Term("x_proj.weight", left=gradient),)),
+            "x_proj.weight": ParameterChange(rows(projection), (Term("x_proj.weight", left=gradient),), rows=rows),
         }
 
     def refitted(self, mixer: Any) -> dict[str, slice]:

@@ -73,13 +73,17 @@ class StockMamba2Adapter(_Mamba2Adapter):
             "conv1d.weight": torch.Size([convolved, 1, mixer.conv1d.weight.shape[2]]),
             "conv1d.bias": torch.Size([convolved]),
         }
-        present = {name for name, _ in mixer.named_parameters()}
-        return {name: shape for name, shape in shapes.items() if name in present}
+        absent = [name for name in ("in_proj", "conv1d") if getattr(mixer, name).bias is None]
+        return {name: shape for name, shape in shapes.items() if name.removesuffix(".bias") not in absent}
 
     def order_of(self, mixer: Any, shapes: Mapping[str, torch.Size]) -> int | None:
-        if len(shapes.get("conv1d.weight", ())) != 3:
-            return None
-        return (shapes["conv1d.weight"][0] - mixer.out_proj.weight.shape[1]) // (2 * mixer.n_groups)
+        channels = mixer.out_proj.weight.shape[1]
+        if len(shapes.get("conv1d.weight", ())) == 3:
+            return (shapes["conv1d.weight"][0] - channels) // (2 * mixer.n_groups)
+        if len(shapes.get("in_proj.weight", ())) == 2:  # all that a checkpoint of adapters tells
+            rows = shapes["in_proj.weight"][0] - mixer.A_log.shape[0]
+            return (rows - 2 * channels) // (2 * mixer.n_groups)
+        return None
 
     def reduce(
         self,
@@ -131,7 +135,8 @@ class StockMamba2Adapter(_Mamba2Adapter):
         for name in self.parameter_shapes(mixer, size):
             index = rows[name.partition(".")[0]]
             old = mixer.get_parameter(name).detach()
-            changes[name] = ParameterChange(old[index.to(old.device)], (Term(name, rows=index),))
+            picked = Term(name, rows=index)
+            changes[name] = ParameterChange(picked(old), (picked,), rows=picked)
         return changes
 
     def refitted(self, mixer: Any) -> dict[str, slice]:

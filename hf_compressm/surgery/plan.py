@@ -14,10 +14,12 @@ from ..reduction import Selection, SizeConstraints
 from .adapters import MixerReduction, ReductionError, find_mixers, write_sizes_to_config
 from .calibration import Batches, gather_statistics
 from .history import append_history, original_sizes
+from .lora import check_adapters, effective_site, followed
 from .optimizer import State, carried_state, unwrap_optimizer
 from .policies import Energy, Policy, Target, describe_policy
 from .refit import STEPS, Recording, refit
 from .resize import replace_parameters
+from .tuners import has_tuners
 
 
 @dataclass(frozen=True)
@@ -134,6 +136,8 @@ def make_plan(
     policy, constraints = policy or Energy(), constraints or SizeConstraints()
     began = time.perf_counter()
     sites = find_mixers(model)
+    for site in sites:
+        check_adapters(model, site)
     constraints = constraints.for_uniform_layers() if any(site.adapter.uniform for site in sites) else constraints
     recordings: dict[str, Recording] = {}
     if measured is None:
@@ -147,9 +151,11 @@ def make_plan(
         reduction = None
         if order < size:
             try:
-                reduction = site.adapter.reduce(site.mixer, measurements[site.name], order, selection, generator)
+                plain = effective_site(site)
+                reduction = site.adapter.reduce(plain.mixer, measurements[site.name], order, selection, generator)
                 if site.name in recordings:
-                    reduction = refit(site, reduction, recordings[site.name], refit_steps)
+                    reduction = refit(plain, reduction, recordings[site.name], refit_steps)
+                reduction = followed(site, reduction)
             except ReductionError as error:
                 raise ReductionError(f"{site.name}: {error}") from error
         layers.append(LayerPlan(site.name, size, order, spectrum, reduction))
@@ -262,17 +268,19 @@ def check_parameters(model: nn.Module, optimizer: Any = None) -> None:
 
     Raises:
         ValueError: if a parameter of a mixer is shared with another module or, when there is an optimizer, is frozen
-            or missing from it; the message names the parameter.
+            (unless PEFT trains the model, which freezes on purpose) or missing from it; if an adapter of PEFT around a
+            parameter cannot follow a cut. The message names the parameter.
         TypeError: if the optimizer's state cannot be carried.
     """
     owners: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         owners.setdefault(id(parameter), []).append(name)
-    held = None
+    held, adapted = None, has_tuners(model)
     if optimizer is not None:
         groups = unwrap_optimizer(optimizer).param_groups
         held = {id(parameter) for group in groups for parameter in group["params"]}
     for site in find_mixers(model):
+        check_adapters(model, site)
         for name, parameter in site.parameters().items():
             path = f"{site.name}.{name}"
             if len(names := owners[id(parameter)]) > 1:
@@ -280,10 +288,10 @@ def check_parameters(model: nn.Module, optimizer: Any = None) -> None:
                     f"{path} is shared by {', '.join(names)}; a shared state-space parameter cannot be cut. "
                     "Give each layer its own parameter."
                 )
-            if held is not None and not parameter.requires_grad:
+            if held is not None and not parameter.requires_grad and not adapted:
                 raise ValueError(
                     f"{path} is frozen (requires_grad=False), and training a cut of it would change what was meant "
                     "to stay. Unfreeze it, or compress the model before or after training."
                 )
-            if held is not None and id(parameter) not in held:
+            if held is not None and parameter.requires_grad and id(parameter) not in held:
                 raise ValueError(f"{path} is trainable but in no parameter group of the optimizer")

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from .adapters import MixerSite, find_mixers, write_sizes_to_config
 from .optimizer import State, insert_parameter, remove_parameters, swap_parameters
+from .tuners import fit_features, place, plain_shapes
 
 
 def replace_parameters(
@@ -46,13 +47,14 @@ def replace_parameters(
             swap_parameters(optimizer, swapped, {new[name]: dict(own.get(name, {})) for name in new})
             remove_parameters(optimizer, [old[name] for name in old if name not in new])
         for name in old | new:
-            owner, _, attribute = name.rpartition(".")
-            setattr(site.mixer.get_submodule(owner), attribute, new.get(name))
+            owner, attribute = place(site.mixer, name)
+            setattr(owner, attribute, new.get(name))
         if optimizer is not None:
             for name in new:
-                if name not in old:
+                if name not in old and new[name].requires_grad:
                     insert_parameter(optimizer, site.mixer, new[name])
         site.adapter.resized(site.mixer, site.state_size)
+        fit_features(site.mixer)
 
 
 def resize_mixers(model: nn.Module, sizes: Mapping[str, int], optimizer: torch.optim.Optimizer | None = None) -> None:
@@ -66,8 +68,8 @@ def resize_mixers(model: nn.Module, sizes: Mapping[str, int], optimizer: torch.o
     sites = find_mixers(model)
     values = {
         site.name: {
-            name: next(site.mixer.parameters()).new_zeros(shape)
-            for name, shape in site.adapter.parameter_shapes(site.mixer, sizes[site.name]).items()
+            name: next(site.mixer.parameters()).new_full(shape, torch.nan)  # what is never loaded must not pass
+            for name, shape in site.shapes(sizes[site.name]).items()
         }
         for site in sites
         if sizes.get(site.name, site.state_size) != site.state_size
@@ -86,13 +88,14 @@ def sizes_in_state_dict(model: nn.Module, state_dict: Mapping[str, Any], prefix:
     sizes = {}
     for site in find_mixers(model):
         start = f"{prefix}{site.name}." if site.name else prefix
-        shapes = {key[len(start) :]: value.shape for key, value in state_dict.items() if key.startswith(start)}
+        found = {key[len(start) :]: value.shape for key, value in state_dict.items() if key.startswith(start)}
+        shapes = plain_shapes(found)
         order = site.adapter.order_of(site.mixer, shapes)
         if order is None:
             continue
         wrong = [
             f"{start}{name} has shape {tuple(shapes[name])}, expected {tuple(shape)}"
-            for name, shape in site.adapter.parameter_shapes(site.mixer, order).items()
+            for name, shape in site.shapes(order).items()
             if name in shapes and shapes[name] != shape
         ]
         if wrong:

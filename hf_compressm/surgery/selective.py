@@ -16,7 +16,7 @@ from ..ops.state_statistics import state_gramian
 from ..reduction import empirical_singular_values, select_subset
 from .adapters import ReductionError, find_mixers
 
-STRIDE = 4
+STRIDE = 8
 """Every how many tokens the states are looked at. Neighbouring states are nearly alike, and each look costs N^2."""
 
 

@@ -36,9 +36,9 @@ class Snapshot:
         """Copy the present state of a model and its optimizer."""
         state = {} if optimizer is None else unwrap_optimizer(optimizer).state_dict()["state"]
         return cls(
-            tensors=_to_cpu(model.state_dict()),
+            tensors=to_cpu(model.state_dict()),
             sizes={site.name: site.state_size for site in find_mixers(model)},
-            optimizer=_to_cpu(state),
+            optimizer=to_cpu(state),
             history=history(model),
         )
 
@@ -53,5 +53,6 @@ class Snapshot:
         set_history(model, copy.deepcopy(self.history))
 
 
-def _to_cpu(tree: Any) -> Any:
+def to_cpu(tree: Any) -> Any:
+    """A copy of a mapping in which all tensors are copies on the CPU."""
     return tree_map_only(Tensor, lambda tensor: tensor.detach().to("cpu", copy=True), dict(tree))

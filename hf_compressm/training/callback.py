@@ -22,10 +22,13 @@ from ..surgery import (
     apply_plan,
     check_parameters,
     find_mixers,
+    has_tuners,
     history,
     measure_mixers,
+    mixer_state,
     needs_calibration,
     original_sizes,
+    restore_mixer_state,
     set_history,
     state_sizes,
 )
@@ -43,9 +46,10 @@ from .distributed import (
     refuse_unsupported,
     verify_replicas,
 )
+from .records import CutLoss, keep_spectra
 from .stability import StabilityTracker
 from .timing import StepTimer, Stopwatch
-from .trainer_log import log_to_trackers, running_trainer
+from .trainer_log import log_to_trackers, resumed_checkpoint, running_trainer
 from .verification import check_history, pending_work, read_exported
 
 logger = logging.get_logger(__name__)
@@ -118,7 +122,7 @@ class CompreSSMCallback(TrainerCallback, ExportableState):
         # A checkpoint written without this callback has no entry, and the Trainer's next save would fail without one.
         saved = exported.setdefault(type(self).__name__, self.state())
         if state.global_step > 0:
-            self._resume(args, state, model, saved)
+            self._resume(args, state, model, optimizer, saved)
         self._attempts = self.config.attempt_steps(state.max_steps)
         self._check_settings(args, model)
         if args.torch_compile:
@@ -177,14 +181,29 @@ class CompreSSMCallback(TrainerCallback, ExportableState):
         else:
             self._judging |= {"undo": True, "value": value}
 
-    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
+    def on_save(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: nn.Module,
+        **kwargs: Any,
+    ):
         tensors: dict[str, Any] = {}
+        if has_tuners(model):  # the Trainer saves adapters only, and cuts change the weights that these are around
+            tensors["mixers"] = mixer_state(model)
         if self._snapshot is not None:
             tensors["snapshot"] = vars(self._snapshot)
         if self._tracker is not None:
             tensors["tracker"] = self._tracker.state_dict()
         if tensors and state.is_world_process_zero:
             save_callback_state(checkpoint_folder(args, state), tensors)
+
+    def on_push_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
+        # Of a checkpoint, Trainer pushes weights and config, but not the modelling code that the config names.
+        config: Any = kwargs["model"].config
+        if state.is_world_process_zero and hasattr(config, "save_code"):
+            config.save_code(args.output_dir)
 
     def on_train_end(
         self,
@@ -194,6 +213,8 @@ class CompreSSMCallback(TrainerCallback, ExportableState):
         model: nn.Module,
         **kwargs: Any,
     ):
+        if args.load_best_model_at_end and state.best_model_checkpoint and has_tuners(model):
+            self._load_mixers(model, load_callback_state([state.best_model_checkpoint]))
         self.timer.close_segment(state.global_step, _mean(state_sizes(model)))
         if self.config.trigger == "stability" and not history(model):
             logger.warning(
@@ -210,14 +231,31 @@ class CompreSSMCallback(TrainerCallback, ExportableState):
         assert self._loader is not None
         self._loader.optimizer = optimizer
 
-    def _resume(self, args: TrainingArguments, state: TrainerState, model: nn.Module, exported: Any) -> None:
+    def _load_mixers(self, model: nn.Module, tensors: dict[str, Any] | None, optimizer: Any = None) -> None:
+        """Bring back the weights beneath the adapters that a checkpoint of adapters belongs to."""
+        if tensors is not None and "mixers" in tensors:
+            restore_mixer_state(model, tensors["mixers"], optimizer)
+        elif any(
+            not parameter.isfinite().all() for site in find_mixers(model) for parameter in site.mixer.parameters()
+        ):
+            raise ValueError(
+                "the checkpoint holds adapters for other state sizes than the model has, but not the weights that they "
+                "belong to, since it was written without this callback. Build the model from the base that they were "
+                "saved with (save_base_model)."
+            )
+
+    def _resume(
+        self, args: TrainingArguments, state: TrainerState, model: nn.Module, optimizer: Any, exported: Any
+    ) -> None:
         """Take history and pending work from the checkpoint, and check the history against the weights."""
         records, self._judging = read_exported(exported)
+        needs_tensors = self._judging is not None or self.config.trigger == "stability" or has_tuners(model)
+        tensors = load_callback_state(_resumed_folders(args, state)) if needs_tensors else None
+        if has_tuners(model):
+            self._load_mixers(model, tensors, optimizer)
         check_history(records, state_sizes(model))
         if records:
             set_history(model, records)
-        needs_tensors = self._judging is not None or self.config.trigger == "stability"
-        tensors = load_callback_state(_resumed_folders(args, state)) if needs_tensors else None
         self._snapshot, tracker = pending_work(tensors or {}, model, STATE_NAME)
         if self._judging is not None and self._snapshot is None:
             logger.warning(
@@ -291,14 +329,24 @@ class CompreSSMCallback(TrainerCallback, ExportableState):
         except ReductionError as error:
             logger.warning(f"Step {step}: no cut, and training goes on at the present size: {error}")
             return
-        if plan.cuts:
-            if config.rollback:
-                self._keep_for_rollback(state, model, optimizer)
-            self.timer.close_segment(step, _mean([layer.old_size for layer in plan.layers]))
-            with watch("surgery"):
-                apply_plan(model, optimizer, plan, step)
-            _follow(model, optimizer, watch)
-        self._report(state, plan, watch)
+        if not plan.cuts:
+            keep_spectra({layer.name: layer.singular_values for layer in plan.layers})
+            self._report(state, plan, watch, {})
+            return
+        if config.rollback:
+            self._keep_for_rollback(state, model, optimizer)
+        self.timer.close_segment(step, _mean([layer.old_size for layer in plan.layers]))
+        with watch("loss"):
+            loss = CutLoss(batches, train_dataloader, config.calibration_batches, seed, args.process_index)
+            loss.measure("compression/loss_before", model)
+        with watch("surgery"):
+            apply_plan(model, optimizer, plan, step)
+        _follow(model, optimizer, watch)
+        with watch("loss"):
+            loss.measure("compression/loss_after", model)
+        if self.timer.segments:
+            loss.values["compression/steps_per_second_before"] = self.timer.segments[-1].steps_per_second
+        self._report(state, plan, watch, loss.values)
 
     def _settled(self, model: nn.Module, batches: Batches | None) -> bool:
         statistics = gather_together(model, batches)
@@ -310,6 +358,7 @@ class CompreSSMCallback(TrainerCallback, ExportableState):
         names, spectra = list(measured), [m.spectrum() for m in measured.values()]
         orders = self.config.order_policy().orders(spectra, original_sizes(model), self.config.constraints())
         score = self._tracker.update(measured, dict(zip(names, orders, strict=True)))
+        keep_spectra(dict(zip(names, spectra, strict=True)))
         if score is not None:
             log_to_trackers({"compression/rank_stability": score})
         return self._tracker.streak >= self.config.stability_patience
@@ -356,19 +405,19 @@ class CompreSSMCallback(TrainerCallback, ExportableState):
             },
         )
         self._judging = self._snapshot = None
-        log_to_trackers({"compression/mean_state_size": _mean(state_sizes(model)), "compression/undone": 1})
-        _say(
-            state,
+        line = (
             f"Step {state.global_step}: undid the cut of step {judged['step']}: {self.config.rollback_metric} "
             f"went from {judged['reference']:.4g} to {judged['value']:.4g}. States {_sizes(before)} -> "
-            f"{_sizes(state_sizes(model))}; no further cuts.",
+            f"{_sizes(state_sizes(model))}; no further cuts."
         )
+        log_to_trackers({"compression/mean_state_size": _mean(state_sizes(model)), "compression/undone": 1}, event=line)
+        _say(state, line)
 
-    def _report(self, state: TrainerState, plan: CompressionPlan, watch: Stopwatch) -> None:
+    def _report(self, state: TrainerState, plan: CompressionPlan, watch: Stopwatch, measured: dict[str, float]) -> None:
         old, new = [layer.old_size for layer in plan.layers], [layer.new_size for layer in plan.layers]
         seconds = sum(watch.seconds.values())
         logs = {"compression/mean_state_size": _mean(new), "compression/seconds": seconds}
-        logs |= {f"compression/seconds_{part}": spent for part, spent in watch.seconds.items()}
+        logs |= {f"compression/seconds_{part}": spent for part, spent in watch.seconds.items()} | measured
         for index, layer in enumerate(plan.layers):
             values, prefix = layer.singular_values, f"compression/layer_{index}"
             logs |= {
@@ -384,22 +433,19 @@ class CompreSSMCallback(TrainerCallback, ExportableState):
                     logs[f"{prefix}/error_bound"] = layer.reduction.bound
                 if layer.reduction.residual is not None:
                     logs[f"{prefix}/residual"] = layer.reduction.residual
-        log_to_trackers(logs)
         if plan.cuts:
             bounds = [
                 layer.reduction.bound for layer in plan.layers if layer.reduction and layer.reduction.bound is not None
             ]
             bound = f", error bound <= {max(bounds):.3g} per layer" if bounds else ""
-            _say(
-                state,
-                f"Step {state.global_step}: states {_sizes(old)} -> {_sizes(new)}{bound}, {seconds:.2f} s",
-            )
+            line = f"Step {state.global_step}: states {_sizes(old)} -> {_sizes(new)}{bound}, {seconds:.2f} s"
         else:
-            _say(
-                state,
+            line = (
                 f"Step {state.global_step}: nothing to cut at {_sizes(old)} states: no layer would lose "
-                f"{self.config.min_change:.0%} of them, {seconds:.2f} s",
+                f"{self.config.min_change:.0%} of them, {seconds:.2f} s"
             )
+        log_to_trackers(logs, event=line if plan.cuts else None)
+        _say(state, line)
 
 
 def _follow(model: nn.Module, optimizer: Any, watch: Stopwatch) -> None:
@@ -414,7 +460,7 @@ def _follow(model: nn.Module, optimizer: Any, watch: Stopwatch) -> None:
 
 def _resumed_folders(args: TrainingArguments, state: TrainerState) -> list[Any]:
     """Folders in which the checkpoint that was resumed from may lie; the Trainer does not tell which it was."""
-    given = [args.resume_from_checkpoint] if isinstance(args.resume_from_checkpoint, str) else []
+    given = [folder for folder in (resumed_checkpoint(), args.resume_from_checkpoint) if isinstance(folder, str)]
     return [*given, Path(str(args.output_dir)) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"]
 
 

@@ -3,24 +3,39 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
 from typing import Any
 
 from transformers import PrinterCallback, ProgressCallback, Trainer
+from transformers.integrations import TensorBoardCallback
 
 
 def running_trainer() -> Trainer | None:
     """The Trainer whose event is being handled, found on the call stack; None outside of a Trainer."""
+    return next((names["self"] for names in _trainer_frames()), None)
+
+
+def resumed_checkpoint() -> str | None:
+    """The checkpoint that the running Trainer was told to go on from, or found itself; None if there is none."""
+    found = (names.get("resume_from_checkpoint") for names in _trainer_frames())
+    return next((folder for folder in found if isinstance(folder, str)), None)
+
+
+def _trainer_frames() -> Iterator[dict[str, Any]]:
+    """Local names of the methods of a Trainer on the call stack, innermost first."""
     frame = sys._getframe(1)
     while frame is not None:
-        owner = frame.f_locals.get("self")
-        if isinstance(owner, Trainer):
-            return owner
+        if isinstance(frame.f_locals.get("self"), Trainer):
+            yield frame.f_locals
         frame = frame.f_back
-    return None
 
 
-def log_to_trackers(logs: dict[str, Any]) -> bool:
+def log_to_trackers(logs: dict[str, Any], event: str | None = None) -> bool:
     """Send values through `Trainer.log`, and so to its history and every tracker, without printing them.
+
+    Args:
+        logs: numbers by name.
+        event: what happened, for trackers that show more than numbers: a text in TensorBoard, an alert in trackio.
 
     Returns:
         False if no Trainer is running, in which case nothing was logged.
@@ -35,4 +50,22 @@ def log_to_trackers(logs: dict[str, Any]) -> bool:
         trainer.log(logs)
     finally:
         handler.callbacks = callbacks
+    if event is not None and trainer.is_world_process_zero():
+        _show_event(callbacks, event, trainer.state.global_step)
     return True
+
+
+def _show_event(callbacks: list[Any], event: str, step: int) -> None:
+    for callback in callbacks:
+        if isinstance(callback, TensorBoardCallback) and callback.tb_writer is not None:
+            callback.tb_writer.add_text("compression/event", event, step)
+        # By name, since a transformers that does not know trackio yet has no such class.
+        elif type(callback).__name__ == "TrackioCallback" and hasattr(callback._trackio, "alert"):
+            callback._trackio.alert("Change of state size", event, level=callback._trackio.AlertLevel.INFO)
+
+
+def keep_in_history(entry: dict[str, Any]) -> None:
+    """Add an entry to the running Trainer's `log_history` only: trackers take numbers, and this may hold anything."""
+    trainer = running_trainer()
+    if trainer is not None:
+        trainer.state.log_history.append(entry | {"step": trainer.state.global_step})

@@ -1,14 +1,17 @@
 """Several processes against one, across cuts: do the losses agree, and are the ranks equal to the bit?
 
     python scripts/benchmarks/ddp.py --processes 2 4 --steps 200
+    python scripts/benchmarks/ddp.py --processes 2 --combinations
 
 For each setting a run in one process, and runs of the same global batch on several CPU processes over gloo, with four
 cuts. Every tenth step the checksums of all parameters and moments are compared across ranks, and at the end the largest
-difference of any parameter between ranks is taken. Columns: the largest relative difference of the training loss from
-the single process before the first cut and after it, the largest difference between ranks, and the final state sizes.
+difference of any parameter between ranks is taken. `--combinations` takes every combination of the settings. Columns:
+the largest relative difference of the training loss from the single process before the first cut and after it, the
+largest difference between ranks, and the final state sizes.
 """
 
 import argparse
+import itertools
 import json
 import os
 import subprocess
@@ -71,7 +74,7 @@ def job(argv: list[str]) -> None:
 
 def start(config: str, processes: int, steps: int, options: list[str]) -> dict:
     cuts = [str(steps * k // 10) for k in range(1, 5)]
-    accumulation = int(options[1]) if options[:1] == ["--gradient_accumulation_steps"] else 1
+    accumulation = 2 if "--gradient_accumulation_steps" in options else 1
     with tempfile.TemporaryDirectory() as folder:
         launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
         command = [
@@ -89,6 +92,19 @@ def start(config: str, processes: int, steps: int, options: list[str]) -> dict:
         return json.loads(result.read_text())
 
 
+def combinations(settings: dict[str, list[str]]) -> dict[str, list[str]]:
+    """Every choice of settings that can go together: those of the reducer exclude each other."""
+    reducer = [name for name in settings if "--ddp_find_unused_parameters" in settings[name]]
+    others = [name for name in settings if settings[name] and name not in reducer]
+    found = {}
+    for count in range(len(others) + 1):
+        for chosen in itertools.combinations(others, count):
+            for first in ([], *([name] for name in reducer)):
+                names = [*first, *chosen]
+                found[" + ".join(names) or "defaults"] = [option for name in names for option in settings[name]]
+    return found
+
+
 def main() -> None:
     if sys.argv[1:2] == ["--job"]:
         return job(sys.argv[2:])
@@ -97,17 +113,21 @@ def main() -> None:
     parser.add_argument("--processes", type=int, nargs="+", default=[2, 4])
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--settings", nargs="+", choices=SETTINGS, default=list(SETTINGS))
+    parser.add_argument("--combinations", action="store_true")
     options = parser.parse_args()
+    settings = {name: SETTINGS[name] for name in options.settings}
+    if options.combinations:
+        settings = combinations(settings)
     small = [
         *("--model", '{"hidden_size": 32, "num_heads": 4, "head_dim": 16, "state_size": 32}'),
         *("--task_options", '{"length": 64}', "--target_state_size", "4"),
     ]
     print("| setting | processes | loss before cuts | loss after cuts | ranks apart | states |")
     print("|---|---|---|---|---|---|")
-    for name in tqdm(options.settings):
-        one = start(options.config, 1, options.steps, [*SETTINGS[name], *small])
+    for name, setting in tqdm(settings.items()):
+        one = start(options.config, 1, options.steps, [*setting, *small])
         for processes in options.processes:
-            many = start(options.config, processes, options.steps, [*SETTINGS[name], *small])
+            many = start(options.config, processes, options.steps, [*setting, *small])
             apart = [abs(a - b) / a for a, b in zip(one["losses"], many["losses"], strict=True)]
             first = options.steps // 10
             print(

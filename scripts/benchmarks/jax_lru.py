@@ -15,7 +15,6 @@ import argparse
 import importlib.metadata
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -218,11 +217,6 @@ def compare(name: str, options: argparse.Namespace) -> dict:
     return {"shape": name, **shape, "seconds": seconds, "ratio": statistics.median(ratios), "difference": difference}
 
 
-def processor() -> str:
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("shapes", nargs="+", choices=SHAPES)
@@ -237,6 +231,9 @@ def main() -> None:
     if options.worker:
         work(options.worker, SHAPES[options.shapes[0]], options.folder)
         return
+    # Not at the top: a worker's Python may have no torch.
+    from common import processor
+
     if hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: options.threads])
     results = [compare(name, options) for name in options.shapes]

@@ -26,11 +26,15 @@ TYPES = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32", "float64": "f
 
 @dataclass(frozen=True)
 class Resources:
-    """What a thread needs (registers, bytes spilled or kept in local memory) and what a block needs (shared bytes)."""
+    """What a thread needs (registers, bytes spilled or kept in local memory) and what a block needs (shared bytes).
+
+    And whether it multiplies in tensor cores, where float32 operands keep ten bits unless they are split ("tf32x3").
+    """
 
     registers: int
     spills: int
     shared: int
+    tensor_cores: bool
 
 
 def compile_kernel(
@@ -64,7 +68,8 @@ def compile_kernel(
     source = ASTSource(kernel, types, constexprs=dict(constexprs), attrs=attributes)
     compiled = triton.compile(source, target=GPUTarget("cuda", cc, 32), options=options)
     registers, stack, local = _usage(compiled.asm["cubin"])
-    return Resources(registers, stack + local, compiled.metadata.shared)
+    tensor_cores = re.search(r"tc_gen5_mma|warp_group_dot|nvidia_mma<", compiled.asm["ttgir"]) is not None
+    return Resources(registers, stack + local, compiled.metadata.shared, tensor_cores)
 
 
 def _usage(cubin: bytes) -> tuple[int, int, int]:

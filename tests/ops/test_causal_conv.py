@@ -68,5 +68,7 @@ def test_bad_input():
     assert torch.equal(causal_conv(tensors["x"], long), naive_causal_conv(tensors["x"], long))
     with pytest.raises(ValueError, match="K <= 4 and C >= 16"):
         causal_conv(tensors["x"], long, backend="cpu")
-    with pytest.raises(ValueError, match="unknown backend 'triton' of causal_conv; allowed are naive, cpu"):
+    with pytest.raises(
+        ValueError, match="unknown backend 'triton' of causal_conv; allowed are naive, cpu, causal_conv1d"
+    ):
         causal_conv(**tensors, backend="triton")

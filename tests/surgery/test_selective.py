@@ -54,7 +54,7 @@ def test_statistics_add_up_over_batches_and_padding_does_not_count(kind):
         for found in (parts[name], masked[name]):
             assert torch.allclose(found.states, expected.states, rtol=1e-4, atol=1e-9)
             assert torch.allclose(found.read_outs, expected.read_outs, rtol=1e-4)
-            assert (found.tokens, found.looked) == (expected.tokens, expected.looked) == (40, 10)
+            assert (found.tokens, found.looked) == (expected.tokens, expected.looked) == (40, 4)
 
 
 def test_accumulators_and_recordings_do_not_grow():

@@ -1,5 +1,6 @@
 """The callback inside an unmodified Trainer."""
 
+import json
 import math
 
 import pytest
@@ -62,6 +63,40 @@ def test_a_run_shrinks_reports_and_saves(tmp_path, capsys):
     trainer.save_model(tmp_path / "model")
     loaded = AutoModelForSequenceClassification.from_pretrained(tmp_path / "model")
     assert state_sizes(loaded) == state_sizes(model) and history(loaded) == records
+
+
+def test_the_log_keeps_the_loss_around_each_cut_and_spectra_where_none_was_made(tmp_path):
+    """The logged loss is that of the very model and data, and measuring it changes nothing that training sees."""
+    callback = CompreSSMCallback(tau=0.3, cut_steps=[4, 5], min_change=0.5, calibration_batches=8)
+    trainer = make_trainer(tmp_path, model=small_model(dropout=0.3), callback=callback, max_steps=5, learning_rate=1e-9)
+    trainer.train()
+    records = history(trainer.model)
+    entry = next(entry for entry in trainer.state.log_history if "compression/loss_after" in entry)
+    assert [record["step"] for record in records] == [entry["step"]] == [4]
+    assert entry["compression/loss_after"] == pytest.approx(trainer.evaluate()["eval_loss"], abs=1e-4)  # all 64 items
+    assert entry["compression/loss_before"] != entry["compression/loss_after"]
+    assert entry["compression/steps_per_second_before"] > 0 and trainer.model.training is False
+    (kept,) = [entry for entry in trainer.state.log_history if "compression/spectra" in entry]
+    assert kept["step"] == 5 and [layer["states"] for layer in kept["compression/spectra"]] == state_sizes(
+        trainer.model
+    )
+    again = json.loads(json.dumps(kept))["compression/spectra"][0]["singular_values"]
+    assert again == sorted(again, reverse=True) and len(again) == state_sizes(trainer.model)[0]
+
+
+def test_a_loss_that_cannot_be_had_is_left_out(tmp_path, caplog):
+    class Odd(Trainer):
+        def compute_loss(self, model, inputs, *args, **kwargs):
+            if not torch.is_grad_enabled():
+                raise ValueError("no loss today")
+            return super().compute_loss(model, inputs, *args, **kwargs)
+
+    callback = CompreSSMCallback(window_end=0.5, tau=0.2)
+    trainer = Odd(small_model(), arguments(tmp_path), train_dataset=small_data(), callbacks=[callback])
+    with caplog.at_level("WARNING"):
+        trainer.train()
+    assert sum(state_sizes(trainer.model)) < 24 and "not measured: no loss today" in caplog.text
+    assert not any("compression/loss_before" in entry for entry in trainer.state.log_history)
 
 
 def test_cut_logs_are_not_printed_but_reach_trackers(tmp_path, capsys):
@@ -286,12 +321,30 @@ def test_cuts_reach_tensorboard(tmp_path, monkeypatch):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "events"))
-    make_trainer(tmp_path, report_to=["tensorboard"]).train()
+    trainer = make_trainer(tmp_path, report_to=["tensorboard"])
+    trainer.train()
     folder = next(path.parent for path in tmp_path.rglob("events.out.tfevents.*"))
     events = EventAccumulator(str(folder)).Reload()
     sizes = [event.value for event in events.Scalars("train/compression/mean_state_size")]
     assert len(sizes) == 4 and sizes == sorted(sizes, reverse=True) and sizes[-1] < 12
     assert "train/compression/layer_0/error_bound" in events.Tags()["scalars"]
+    told = events.Tensors("compression/event/text_summary")
+    texts = [event.tensor_proto.string_val[0].decode() for event in told]
+    assert [event.step for event in told] == [record["step"] for record in history(trainer.model)]
+    assert texts[0].startswith(f"Step {told[0].step}: states [12, 12] (mean 12.0) -> ")
+
+
+def test_cuts_reach_trackio(tmp_path, monkeypatch):
+    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))  # read when trackio is imported
+    trackio = pytest.importorskip("trackio")
+    trainer = make_trainer(tmp_path, report_to=["trackio"], project="cuts", run_name="run")
+    trainer.train()
+    records = history(trainer.model)
+    alerts = next(iter(trackio.Api().runs("cuts"))).alerts()
+    assert sorted(alert["text"].split(":")[0] for alert in alerts) == sorted(f"Step {r['step']}" for r in records)
+    logs = trackio.sqlite_storage.SQLiteStorage.get_logs("cuts", "run")
+    sizes = {entry["train/global_step"]: entry.get("train/compression/mean_state_size") for entry in logs}
+    assert all(sizes[r["step"]] == sum(layer["new_size"] for layer in r["layers"]) / 2 for r in records)
 
 
 def test_a_model_loaded_from_a_compressed_checkpoint_resumes(tmp_path):

@@ -6,10 +6,11 @@ from typing import Any
 
 from transformers import MambaConfig
 
+from ..remote_code import CarriesCode
 from ..selective import checked_sizes
 
 
-class CompreSSMMambaConfig(MambaConfig):
+class CompreSSMMambaConfig(CarriesCode, MambaConfig):
     """transformers' `MambaConfig` with a state size for each layer.
 
     Args:

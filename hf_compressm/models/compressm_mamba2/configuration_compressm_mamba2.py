@@ -6,10 +6,11 @@ from typing import Any
 
 from transformers import Mamba2Config
 
+from ..remote_code import CarriesCode
 from ..selective import checked_sizes
 
 
-class CompreSSMMamba2Config(Mamba2Config):
+class CompreSSMMamba2Config(CarriesCode, Mamba2Config):
     """transformers' `Mamba2Config` with a state size for each layer.
 
     Args:

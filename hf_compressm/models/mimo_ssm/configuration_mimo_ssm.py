@@ -8,11 +8,13 @@ from typing import Any
 from transformers import PreTrainedConfig
 from transformers.activations import ACT2FN
 
+from ..remote_code import CarriesCode
+
 NORMS = ("layer", "batch")
 POOLINGS = ("mean", "last")
 
 
-class MimoSSMConfig(PreTrainedConfig):
+class MimoSSMConfig(CarriesCode, PreTrainedConfig):
     """Sizes and settings of a stack of time-invariant MIMO state-space layers.
 
     To build a model, exactly one of `vocab_size` and `num_channels` must be set.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import torch
@@ -19,8 +20,8 @@ def causal_conv(x: Tensor, weight: Tensor, bias: Tensor | None = None, backend: 
     Args:
         x: (B, L, C), float16, bfloat16, float32 or float64, any strides.
         weight: (C, K). bias: (C,), or None.
-        backend: "naive" or "cpu" (Numba); by device if None. "naive" too on GPUs, for K > 4 and for C < 16. The
-            environment variable HF_COMPRESSM_CAUSAL_CONV forces one as well.
+        backend: "naive", "cpu" (Numba) or, where installed, "causal_conv1d"; by device if None. "naive" too on GPUs,
+            for K > 4 and for C < 16. The environment variable HF_COMPRESSM_CAUSAL_CONV forces one as well.
 
     Returns:
         (B, L, C) in x's dtype; differentiable once.
@@ -41,9 +42,16 @@ def causal_conv(x: Tensor, weight: Tensor, bias: Tensor | None = None, backend: 
         raise ValueError(
             f'the backend "cpu" of causal_conv needs K <= 4 and C >= 16; got K = {weight.shape[1]}, C = {len(weight)}'
         )
-    wanted = backend or (None if x.device.type == "cpu" and fits else "naive")
-    if choose_backend("causal_conv", wanted, x.device.type, ("naive", "cpu")) == "naive":
+    wanted = (
+        backend or os.environ.get("HF_COMPRESSM_CAUSAL_CONV") or (None if x.device.type == "cpu" and fits else "naive")
+    )
+    chosen = choose_backend("causal_conv", wanted, x.device.type, ("naive", "cpu", "causal_conv1d"))
+    if chosen == "naive":
         return naive_causal_conv(x, weight, bias)
+    if chosen == "causal_conv1d":
+        from causal_conv1d import causal_conv1d_fn
+
+        return causal_conv1d_fn(x.transpose(1, 2), weight, bias, activation="silu").transpose(1, 2)
     return _conv(x, weight, bias)
 
 

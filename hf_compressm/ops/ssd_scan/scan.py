@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..backends import choose_backend
+from ..backends import BACKENDS, choose_backend
 from .naive import naive_ssd_scan
 from .step import Limits, time_steps, time_steps_backward
 
@@ -43,8 +43,8 @@ def ssd_scan(
             rounding only, and the backends "cpu", which goes step by step, and "triton" choose smaller chunks where
             these are faster.
         return_final_state: whether to return the state after the last step too.
-        backend: "naive", "cpu" (Numba) or "triton"; by device if None. The environment variable HF_COMPRESSM_SSD_SCAN
-            forces one as well.
+        backend: "naive", "cpu" (Numba), "triton" or, where installed, "mamba_ssm"; by device if None. The environment
+            variable HF_COMPRESSM_SSD_SCAN forces one as well.
 
     Returns:
         y (B, L, H, P) in x's dtype; with `return_final_state` also the final state, float32, or float64 if x is.
@@ -56,7 +56,7 @@ def ssd_scan(
     Source: Dao and Gu 2024, arXiv 2405.21060, section 6.
     """
     _check(x, dt, A, B, C, D, dt_bias, initial_state, chunk_size)
-    backend = choose_backend("ssd_scan", backend, x.device.type)
+    backend = choose_backend("ssd_scan", backend, x.device.type, (*BACKENDS, "mamba_ssm"))
     low, high = map(float, dt_limit)
     if backend == "naive":
         dtype = torch.promote_types(x.dtype, torch.float32)
@@ -64,6 +64,15 @@ def ssd_scan(
         wide = x.to(dtype)
         y, final = naive_ssd_scan(wide, step, A.to(dtype), B.to(dtype), C.to(dtype), initial_state, chunk_size)
         y = (y if D is None else y + wide * D.to(dtype)[:, None]).to(x.dtype)
+    elif backend == "mamba_ssm":
+        if x.dtype == torch.float64:
+            raise ValueError("the backend 'mamba_ssm' of ssd_scan does not run in float64; use the backend 'triton'")
+        from mamba_ssm.ops.triton.ssd_combined import mamba_chunk_scan_combined
+
+        y, final = mamba_chunk_scan_combined(
+            x, dt, A, B, C, chunk_size, D=D, dt_bias=dt_bias, initial_states=initial_state, dt_softplus=dt_softplus,
+            dt_limit=(low, high), return_final_states=True,
+        )  # fmt: skip
     else:
         y, final, _ = _scan(x, dt, A, B, C, D, dt_bias, initial_state, dt_softplus, low, high, chunk_size, backend)
     return (y, final) if return_final_state else y

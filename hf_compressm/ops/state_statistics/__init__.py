@@ -2,19 +2,29 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
+from ..backends import choose_backend
 from .naive import naive_state_gramian
 
 __all__ = ["naive_state_gramian", "state_gramian"]
 
 
-def state_gramian(u: Tensor, dt: Tensor, A: Tensor, B: Tensor, mask: Tensor | None = None, stride: int = 1) -> Tensor:
+def state_gramian(
+    u: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    mask: Tensor | None = None,
+    stride: int = 1,
+    backend: str | None = None,
+) -> Tensor:
     """Sum of h_t h_t^T over batch, channels and every `stride`-th time step of a selective scan.
 
     h_t = exp(dt_t A) h_{t-1} + dt_t u_t B_t per channel, from h_{-1} = 0. Channels are split into G groups of
     neighbours, each with its own B: one group in Mamba, `n_groups` in Mamba-2, whose heads and head channels are the
-    channels here. Memory does not grow with the length.
+    channels here. Memory does not grow with the length. The result has no gradient.
 
     Args:
         u: (batch, L, I), any float dtype: what drives the channels.
@@ -23,17 +33,21 @@ def state_gramian(u: Tensor, dt: Tensor, A: Tensor, B: Tensor, mask: Tensor | No
         B: (batch, L, G, N), with I divisible by G.
         mask: (batch, L), 1 for tokens that count and 0 for padding; all count if None.
         stride: every how many steps the states are looked at, >= 1. Looking at fewer costs less.
+        backend: "naive", "cpu" (Numba) or "triton"; chosen by device if None. The environment variable
+            HF_COMPRESSM_STATE_GRAMIAN forces one as well.
 
     Returns:
         float64 (G, N, N), accumulated in float32 over short stretches and in float64 over these.
 
     Raises:
-        ValueError: if a shape does not fit.
+        ValueError: if a shape or device does not fit, or the backend is unknown or cannot run here.
     """
+    if u.ndim != 3 or u.numel() == 0:
+        raise ValueError(f"u must be (batch, L, I), each >= 1; got {tuple(u.shape)}")
     batch, length, channels = u.shape
     if dt.shape != u.shape:
         raise ValueError(f"dt must have u's shape {tuple(u.shape)}, got {tuple(dt.shape)}")
-    if B.ndim != 4 or B.shape[:2] != u.shape[:2] or channels % B.shape[2]:
+    if B.ndim != 4 or B.shape[:2] != u.shape[:2] or B.numel() == 0 or channels % B.shape[2]:
         raise ValueError(f"B must be ({batch}, {length}, G, N) with G a divisor of {channels}, got {tuple(B.shape)}")
     if A.shape not in ((channels, B.shape[3]), (channels, 1)):
         raise ValueError(f"A must be ({channels}, {B.shape[3]}) or ({channels}, 1), got {tuple(A.shape)}")
@@ -41,4 +55,26 @@ def state_gramian(u: Tensor, dt: Tensor, A: Tensor, B: Tensor, mask: Tensor | No
         raise ValueError(f"mask must be {tuple(u.shape[:2])}, got {tuple(mask.shape)}")
     if stride < 1:
         raise ValueError(f"stride must be at least 1, got {stride}")
-    return naive_state_gramian(u, dt, A, B, mask, stride)
+    given = [tensor for tensor in (u, dt, A, B, mask) if tensor is not None]
+    if len(devices := {tensor.device for tensor in given}) > 1:
+        raise ValueError(f"all tensors must be on one device; got {', '.join(sorted(map(str, devices)))}")
+    backend = choose_backend("state_gramian", backend, u.device.type)
+    return _gramian(*(None if t is None else t.detach() for t in (u, dt, A, B, mask)), stride, backend)
+
+
+@torch.library.custom_op("hf_compressm::state_gramian", mutates_args=())
+def _gramian(u: Tensor, dt: Tensor, A: Tensor, B: Tensor, mask: Tensor | None, stride: int, backend: str) -> Tensor:
+    if backend == "naive":
+        return naive_state_gramian(u, dt, A, B, mask, stride)
+    if backend == "triton":
+        from .triton import state_gramian as on_gpu
+
+        return on_gpu(u, dt, A, B, mask, stride)
+    from .cpu import state_gramian as on_cpu
+
+    return on_cpu(u, dt, A, B, mask, stride)
+
+
+@_gramian.register_fake
+def _(u: Tensor, dt: Tensor, A: Tensor, B: Tensor, mask: Tensor | None, stride: int, backend: str) -> Tensor:
+    return u.new_empty(B.shape[2], B.shape[3], B.shape[3], dtype=torch.float64)

@@ -1,0 +1,64 @@
+"""What a run ran on, for its card and report: versions and hardware, without the machine's names or paths."""
+
+from __future__ import annotations
+
+import os
+import platform
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+PACKAGES = ("hf-compressm", "torch", "transformers", "accelerate", "datasets", "triton", "mamba-ssm")
+
+
+def describe_environment(processes: int = 1, threads: int | None = None) -> dict[str, Any]:
+    """JSON-ready: `versions` (name -> version, Python and the installed ones of `PACKAGES`) and `hardware`.
+
+    Args:
+        processes: number of training processes.
+        threads: of torch in each; None asks torch.
+    """
+    versions = {"python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    hardware: dict[str, Any] = {"processes": processes, "machine": platform.machine()}
+    if torch.cuda.is_available():
+        names = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
+        hardware["gpus"] = names
+    else:
+        hardware |= {"cpu": _cpu_name(), "cpu_cores": os.cpu_count(), "threads": threads or torch.get_num_threads()}
+    return {"versions": versions, "hardware": {key: value for key, value in hardware.items() if value}}
+
+
+def hardware_line(hardware: dict[str, Any]) -> str:
+    """One line of text, for example "2 processes on 2 x NVIDIA H100"."""
+    processes = hardware.get("processes", 1)
+    if gpus := hardware.get("gpus"):
+        kinds = [f"{gpus.count(name)} x {name}" for name in dict.fromkeys(gpus)]
+        place = ", ".join(kinds)
+    else:
+        place = " ".join(str(hardware[key]) for key in ("machine", "cpu") if key in hardware)
+        place += f", {hardware['cpu_cores']} cores" if "cpu_cores" in hardware else ""
+        place += f", {_count(hardware['threads'], 'torch thread')}" if "threads" in hardware else ""
+    return f"{_count(processes, 'process')} on {place}"
+
+
+def _count(number: int, word: str) -> str:
+    return f"{number} {word}" if number == 1 else f"{number} {word}{'es' if word.endswith('s') else 's'}"
+
+
+def _cpu_name() -> str | None:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or None
+    for line in lines:
+        name, _, value = line.partition(":")
+        if name.strip() == "model name":
+            return value.strip()
+    return platform.processor() or None

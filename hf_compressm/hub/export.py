@@ -1,0 +1,137 @@
+"""A saved model as a folder to share: with the modelling code that it needs, or as a stock transformers model."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import dataclass
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+import transformers
+from huggingface_hub import snapshot_download
+from transformers import AutoConfig, PreTrainedModel
+
+from .. import models
+from ..compression.folders import checked_output, new_folder
+from ..compression.loading import load_tokenizer
+from ..models import to_stock
+from ..surgery import state_sizes
+
+CARRIED = (
+    "README.md",
+    "LICENSE*",
+    "NOTICE*",
+    "compression.json",
+    "run.json",
+    "*_results.json",
+    "*.html",
+    "*.png",
+    "*.svg",
+)
+"""What is taken along from a model's folder beside model and tokenizer. Nothing else: training arguments, for one, are
+a pickle that may hold a token."""
+
+
+class Form(str, Enum):
+    """What a shared model needs where it is loaded.
+
+    Attributes:
+        REMOTE_CODE: this package, or `trust_remote_code=True`: the class keeps a state size for each layer.
+        STOCK: nothing but transformers: layers with fewer states are padded to the largest.
+    """
+
+    REMOTE_CODE = "remote-code"
+    STOCK = "stock"
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What was written.
+
+    Attributes:
+        form: what loading it needs.
+        architecture: name of the model's class.
+        state_sizes: states of each layer.
+        files: names of all files.
+    """
+
+    form: Form
+    architecture: str
+    state_sizes: list[int]
+    files: list[str]
+
+
+def export(model: str, output: str | Path, to: Form | None = None, overwrite: bool = False) -> Exported:
+    """Write a saved model into a folder that is complete or not there: weights, config, code, tokenizer, card.
+
+    Args:
+        model: folder or hub name of a saved model, of this package's classes or a stock one.
+        output: folder to write.
+        to: what loading the result may need; by default nothing for stock models, and for others their code.
+        overwrite: replace a model that the folder already holds.
+
+    Raises:
+        ValueError: if the model's class is unknown or cannot be had in that form, or weights are missing.
+        OSError: if there is no such model, or the folder is in use.
+    """
+    folder = checked_output(Path(output), model, overwrite)
+    loaded = load_checkpoint(model)
+    with new_folder(folder) as partial:
+        return write(loaded, model, partial, to)
+
+
+def load_checkpoint(name: str) -> Any:
+    """The saved model as the class that its config names, in its own dtype, on the CPU.
+
+    Raises:
+        ValueError: if the class is neither this package's nor transformers', or the checkpoint lacks weights.
+        OSError: if there is no model of that name.
+    """
+    place = Path(name).expanduser()
+    if place.exists() and not (place / "config.json").is_file():
+        raise FileNotFoundError(f"{name} holds no config.json, so it is not the folder of a saved model")
+    architecture = (AutoConfig.from_pretrained(name).architectures or ["an unnamed class"])[0]
+    cls: Any = getattr(models, architecture, None) or getattr(transformers, architecture, None)
+    if not (isinstance(cls, type) and issubclass(cls, PreTrainedModel)):
+        raise ValueError(f"{name} was saved as {architecture}, which neither this package nor transformers defines")
+    loaded: Any = cls.from_pretrained(name, dtype="auto", output_loading_info=True)
+    model, info = loaded
+    if info["missing_keys"]:
+        raise ValueError(f"the checkpoint {name} lacks weights of its model: {', '.join(sorted(info['missing_keys']))}")
+    return model.eval()
+
+
+def write(model: Any, source: str, folder: Path, to: Form | None = None) -> Exported:
+    """Write a loaded model and what stands beside it where it came from, in the given form.
+
+    Raises:
+        ValueError: if the model is not one of state-space layers, or cannot be had in that form.
+    """
+    stock = type(model).__module__.startswith("transformers.")
+    if stock and to is Form.REMOTE_CODE:
+        raise ValueError(
+            f"{source} holds a {type(model).__name__}, a class of transformers itself: it loads everywhere and has no "
+            "code to carry. Use --to stock, or turn it into this package's class with from_stock."
+        )
+    form = to or (Form.STOCK if stock else Form.REMOTE_CODE)
+    if form is Form.STOCK and not stock:
+        try:
+            model = to_stock(model)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{source} cannot be a stock model: {error} Use --to remote-code.") from error
+    sizes = state_sizes(model)
+    for path in _beside(source):
+        shutil.copyfile(path, folder / path.name)
+    model.save_pretrained(folder)
+    if (tokenizer := load_tokenizer(source)) is not None:
+        tokenizer.save_pretrained(folder)
+    files = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+    return Exported(form, type(model).__name__, sizes, files)
+
+
+def _beside(source: str) -> list[Path]:
+    folder = Path(source).expanduser()
+    if not folder.is_dir():
+        folder = Path(snapshot_download(source, allow_patterns=list(CARRIED)))
+    return sorted({path for pattern in CARRIED for path in folder.glob(pattern) if path.is_file()})

@@ -1,0 +1,152 @@
+"""The charts of a run over its training, each with the numbers behind it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from .record import Layer, RunRecord
+from .spectra import MOST_LINES
+from .svg import COLOURS, Axis, Chart, number
+from .tables import Figure, Table, thin
+
+MOST_POINTS = 400
+"""Points of a drawn line; a table has half as many rows."""
+
+
+def sizes_figure(run: RunRecord) -> Figure | None:
+    """State sizes over optimizer steps, layer by layer; None where they are unknown."""
+    layers, end = run.layers(), max(run.step, 1)
+    if not layers:
+        return None
+    mean = _mean_sizes(layers)
+    before, after = mean[0][1], mean[-1][1]
+    change = (
+        f"Mean states per layer go from {number(before)} to {number(after)}."
+        if len(mean) > 1
+        else f"No layer's size changed: {number(before)} states per layer on average."
+    )
+    values = [float(size) for layer in layers for _, size in layer.sizes]
+    chart = Chart(
+        ident="sizes",
+        title="State sizes over training steps",
+        description=f"{change} {len(layers)} {'layer' if len(layers) == 1 else 'layers'}, {len(run.cuts)} cuts.",
+        x=Axis.upto(end),
+        y=Axis.around(values, zero=True),
+        x_label="optimizer step",
+        y_label="states",
+    )
+    few = len(layers) <= MOST_LINES
+    for index, layer in enumerate(layers):
+        points = [*layer.sizes, (end, layer.sizes[-1][1])]
+        label = f"layer {index}" if few else ("each layer" if index == 0 else None)
+        chart.line(points, index % COLOURS + 1 if few else 1, label, steps=True, style="" if few else "thin")
+    if not few:
+        chart.line([*mean, (end, after)], 2, "mean", steps=True)
+    _mark_cuts(chart, run)
+    steps = sorted({step for layer in layers for step, _ in layer.sizes})
+    sizes = [dict(layer.sizes) for layer in layers]
+    rows, row = [], [0] * len(layers)
+    for step in steps:
+        row = [size.get(step, present) for size, present in zip(sizes, row, strict=True)]
+        rows.append([number(step), number(sum(row) / len(row)), *map(str, row)])
+    columns = ["Step", "Mean", *(f"Layer {index}" for index in range(len(layers)))]
+    return Figure(chart, Table("States of each layer from each step on", columns, rows))
+
+
+def metric_figure(run: RunRecord, evaluation: str) -> Figure | None:
+    """A metric of the evaluations over steps with the cuts marked, and for the loss also that of training."""
+    evaluated = run.series(evaluation)
+    trained = run.series("loss") if evaluation == "eval_loss" else []
+    if not evaluated and not trained:
+        return None
+    name = evaluation.removeprefix("eval_").replace("_", " ")
+    values = [value for _, value in [*evaluated, *trained]]
+    ends = [f"{label} from {number(s[0][1])} at step {s[0][0]} to {number(s[-1][1])} at step {s[-1][0]}" for label, s in
+            (("training", trained), ("evaluation", evaluated)) if s]  # fmt: skip
+    log = min(values) > 0 and max(values) / min(values) > 30
+    chart = Chart(
+        ident=f"metric-{evaluation.replace('_', '-')}",
+        title=f"{name.capitalize()} over training steps",
+        description=f"{name.capitalize()}: {'; '.join(ends)}. {len(run.cuts)} cuts are marked.",
+        x=Axis.upto(run.step),
+        y=Axis.around(values, log=log),
+        x_label="optimizer step",
+        y_label=name + (" (logarithmic)" if log else ""),
+    )
+    chart.line(thin(trained, MOST_POINTS), 1, "training", style="dashed")
+    chart.line(thin(evaluated, MOST_POINTS), 3, "evaluation", dots=len(evaluated) <= 60)
+    _mark_cuts(chart, run)
+    by_step = {step: ["–", number(value, 4)] for step, value in evaluated}
+    for step, value in trained:
+        by_step[step] = [number(value, 4), by_step.get(step, ["–", "–"])[1]]
+    rows = [[number(step), *by_step[step]] for step in thin(sorted(by_step), MOST_POINTS // 2)]
+    return Figure(chart, Table(f"{name.capitalize()} by step", ["Step", "Training", "Evaluation"], rows))
+
+
+def speed_figure(run: RunRecord) -> Figure | None:
+    """Optimizer steps per second between the cuts; None if it was not measured."""
+    segments = run.speed
+    if not segments:
+        return None
+    speeds = [segment["steps_per_second"] for segment in segments]
+    chart = Chart(
+        ident="speed",
+        title="Optimizer steps per second between cuts",
+        description=f"From {number(speeds[0])} steps per second at {number(segments[0]['mean_state_size'])} states "
+        f"per layer to {number(speeds[-1])} at {number(segments[-1]['mean_state_size'])}: {speeds[-1] / speeds[0]:.2f} "
+        "times.",
+        x=Axis(0, len(segments)),
+        y=Axis.around(speeds, zero=True),
+        x_label="mean states per layer, from cut to cut",
+        y_label="steps per second",
+        bars=True,
+    )
+    for place, segment in enumerate(segments):
+        chart.bar(place + 0.15, place + 0.85, segment["steps_per_second"], number(segment["mean_state_size"]))
+    rows = [
+        [
+            number(segment["first_step"]),
+            number(segment["mean_state_size"]),
+            number(segment["steps_per_second"]),
+            f"{segment['steps_per_second'] / speeds[0]:.2f}",
+        ]
+        for segment in segments
+    ]
+    columns = ["From step", "Mean states", "Steps per second", "Relative to the first"]
+    return Figure(chart, Table("Speed between cuts", columns, rows))
+
+
+def stability_figure(run: RunRecord) -> Figure | None:
+    """How far successive rankings of the states agreed; None if it was not recorded."""
+    scores = run.series("compression/rank_stability")
+    if not scores:
+        return None
+    threshold = run.settings.get("stability_threshold")
+    chart = Chart(
+        ident="stability",
+        title="Rank stability over training steps",
+        description=f"Smallest over the layers: {number(scores[0][1])} at step {scores[0][0]}, {number(scores[-1][1])} "
+        f"at step {scores[-1][0]}" + (f"; settled from {number(threshold)} on." if threshold else "."),
+        x=Axis.upto(max(run.step, scores[-1][0])),
+        y=Axis(0, 1),
+        x_label="optimizer step",
+        y_label="agreement with the measurement before",
+    )
+    chart.line(scores, 1, "rank stability", dots=True)
+    if threshold:
+        chart.line([(0, threshold), (max(run.step, scores[-1][0]), threshold)], 2, "threshold", style="dashed")
+    _mark_cuts(chart, run)
+    rows = [[number(step), number(score)] for step, score in scores]
+    return Figure(chart, Table("Rank stability by step", ["Step", "Agreement"], rows))
+
+
+def _mark_cuts(chart: Chart, run: RunRecord) -> None:
+    for cut in run.cuts:
+        step = cut["step"] or 0
+        undone = step in run.undone
+        chart.mark(step, "cut, later undone" if undone else "cut", undone=undone)
+
+
+def _mean_sizes(layers: Sequence[Layer]) -> list[tuple[int, float]]:
+    columns = zip(*(layer.sizes for layer in layers), strict=True)
+    return [(column[0][0], sum(size for _, size in column) / len(column)) for column in columns]

@@ -1,0 +1,245 @@
+"""What a run's folder says about the run, for its report and its card. Reads JSON only; changes nothing."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+SOURCES = (
+    "trainer_state.json, compression.json, checkpoint-*/trainer_state.json, a config.json with a compression_history"
+)
+
+TIMINGS = ("_runtime", "_per_second", "_preparation_time")
+"""Endings of what an evaluation reports about itself."""
+
+
+@dataclass(frozen=True)
+class Spectrum:
+    """Hankel singular values of one layer at one step: `values[i]` has the rank `ranks[i]`, counted from 1."""
+
+    step: int
+    states: int
+    total: float
+    ranks: list[int]
+    values: list[float]
+    kept: int | None = None
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One layer across the run: its name, its sizes as (step, states), and its spectra, oldest first."""
+
+    name: str
+    sizes: list[tuple[int, int]]
+    spectra: list[Spectrum]
+
+
+@dataclass
+class RunRecord:
+    """A run as its folder has it. What was not recorded is None or empty.
+
+    Attributes:
+        name: of the folder.
+        log: entries of the Trainer's log, each with its step.
+        events: the compression history, records of cuts and undone cuts.
+        config: the model's config.
+        facts: run.json of `scripts/pretrain.py`: task, training arguments, versions, hardware.
+        settings: of the compression.
+        speed: segments between cuts, as `SpeedSegment`.
+        metrics: final training and test metrics.
+        step, max_steps: optimizer steps done and planned.
+        finished: whether training came to its end.
+    """
+
+    name: str
+    log: list[dict[str, Any]] = field(default_factory=list)
+    events: list[dict[str, Any]] = field(default_factory=list)
+    config: dict[str, Any] = field(default_factory=dict)
+    facts: dict[str, Any] = field(default_factory=dict)
+    settings: dict[str, Any] = field(default_factory=dict)
+    speed: list[dict[str, Any]] = field(default_factory=list)
+    metrics: dict[str, float] = field(default_factory=dict)
+    step: int = 0
+    max_steps: int | None = None
+    finished: bool = False
+
+    @property
+    def cuts(self) -> list[dict[str, Any]]:
+        """Records of cuts, undone ones too."""
+        return [event for event in self.events if event["event"] == "cut"]
+
+    @property
+    def undone(self) -> dict[int, dict[str, Any]]:
+        """Step of each cut that was undone -> the record of its undoing."""
+        return {event["cut_step"]: event for event in self.events if event["event"] == "undo"}
+
+    def series(self, key: str) -> list[tuple[int, float]]:
+        """(step, value) wherever the log has a finite number under this key; the last one of each step."""
+        found = {entry["step"]: entry[key] for entry in self.log if isinstance(entry.get(key), int | float)}
+        return [(step, float(value)) for step, value in sorted(found.items()) if abs(value) < float("inf")]
+
+    def evaluations(self) -> list[str]:
+        """Names of the metrics of evaluations, the loss first."""
+        names = {key for entry in self.log for key in entry if key.startswith("eval_") and not key.endswith(TIMINGS)}
+        return sorted(names, key=lambda name: (name != "eval_loss", name))
+
+    def tested(self) -> dict[str, float]:
+        """Metrics on the test split, without the prefix."""
+        return {
+            key.removeprefix("test_"): value
+            for key, value in self.metrics.items()
+            if key.startswith("test_") and not key.endswith(TIMINGS)
+        }
+
+    def layers(self) -> list[Layer]:
+        """Every layer with its sizes over steps and its spectra, in model order."""
+        names, first, measured = self._layer_names(), self._first_sizes(), list(self._measurements())
+        sizes = {name: [(0, states)] for name, states in zip(names, first, strict=True)}
+        spectra: dict[str, dict[int, Spectrum]] = {name: {} for name in names}
+        for step, entry, kept in measured:
+            if entry["name"] in spectra:
+                spectra[entry["name"]][step] = _spectrum(step, entry, kept)
+        for event in self.events:
+            for layer in event["layers"]:
+                sizes[layer["name"]].append((event["step"] or 0, layer["new_size"]))
+        return [Layer(name, sizes[name], [spectra[name][step] for step in sorted(spectra[name])]) for name in names]
+
+    def sizes_before(self) -> list[int]:
+        """State sizes at the start of training; empty if unknown."""
+        return [layer.sizes[0][1] for layer in self.layers()]
+
+    def sizes_after(self) -> list[int]:
+        """State sizes at the last step on record; empty if unknown."""
+        return [layer.sizes[-1][1] for layer in self.layers()]
+
+    def around(self, step: int, key: str) -> tuple[float | None, float | None]:
+        """The values of a series that a cut lies between: last before it and first from its step on.
+
+        An evaluation in a cut's own step comes after the cut. Values that another cut separates from this one are not
+        taken: they would speak of both.
+        """
+        others = [cut["step"] or 0 for cut in self.cuts]
+        earliest = max((other for other in others if other < step), default=0)
+        latest = min((other for other in others if other > step), default=float("inf"))
+        values = self.series(key)
+        before = [value for at, value in values if earliest <= at < step]
+        after = [value for at, value in values if step <= at < latest]
+        return (before[-1] if before else None), (after[0] if after else None)
+
+    def at(self, step: int, key: str) -> float | None:
+        """The value of a series at a step."""
+        return dict(self.series(key)).get(step)
+
+    def _measurements(self) -> Iterator[tuple[int, Mapping[str, Any], int | None]]:
+        for entry in self.log:
+            for layer in entry.get("compression/spectra") or []:
+                yield entry["step"], layer, None
+        for cut in self.cuts:
+            for layer in cut["layers"]:
+                yield cut["step"] or 0, layer, layer["new_size"]
+
+    def _layer_names(self) -> list[str]:
+        if self.events:
+            return [layer["name"] for layer in self.events[0]["layers"]]
+        measured = next((entry["compression/spectra"] for entry in self.log if "compression/spectra" in entry), None)
+        if measured:
+            return [layer["name"] for layer in measured]
+        return [f"layer {index}" for index in range(len(_config_sizes(self.config)))]
+
+    def _first_sizes(self) -> list[int]:
+        if self.cuts:
+            return [layer["old_size"] for layer in self.cuts[0]["layers"]]
+        measured = next((entry["compression/spectra"] for entry in self.log if "compression/spectra" in entry), None)
+        return [layer["states"] for layer in measured] if measured else _config_sizes(self.config)
+
+
+def read_run(folder: str | Path) -> RunRecord:
+    """Read a run's folder: finished or not, written by `scripts/pretrain.py` or by a Trainer of one's own.
+
+    Where training has not ended, the newest checkpoint speaks for it.
+
+    Raises:
+        FileNotFoundError: if the folder does not exist or holds no run; the message says what was looked for.
+        ValueError: on a file that is not what it should be.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{folder} is not a folder")
+    newest = max(folder.glob("checkpoint-*/trainer_state.json"), key=_checkpoint_step, default=None)
+    final, latest = _read(folder / "trainer_state.json"), _read(newest) if newest else {}
+    at_end = final.get("global_step", -1) >= latest.get("global_step", 0)
+    state = final if at_end else latest
+    config = _read(folder / "config.json") if at_end or newest is None else _read(newest.parent / "config.json")
+    record = _read(folder / "compression.json") if at_end or not latest else {}
+    events = record.get("history") or config.get("compression_history") or []
+    if not (state or record or events):
+        raise FileNotFoundError(f"{folder} holds no run: there is none of {SOURCES}")
+    results = [_read(folder / f"{split}_results.json") for split in ("train", "test")] if at_end or not latest else []
+    step, most = state.get("global_step", 0), state.get("max_steps")
+    log = [entry for entry in state.get("log_history") or [] if isinstance(entry, dict) and "step" in entry]
+    return RunRecord(
+        name=folder.resolve().name,
+        log=log,
+        events=events,
+        config=config,
+        facts=_read(folder / "run.json"),
+        settings=record.get("settings") or _exported_settings(state),
+        speed=record.get("speed") or _logged_speed(log, events),
+        metrics={key: value for result in results for key, value in result.items()},
+        step=step,
+        max_steps=most,
+        finished=bool(state) and (step >= (most or 0) or bool(results and results[0])),
+    )
+
+
+def _checkpoint_step(path: Path) -> int:
+    suffix = path.parent.name.rpartition("-")[2]
+    return int(suffix) if suffix.isdigit() else -1
+
+
+def _read(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    try:
+        content = json.loads(path.read_text())
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not JSON ({error}); it may have been cut off while it was written") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} must hold a JSON object; it holds a {type(content).__name__}")
+    return content
+
+
+def _spectrum(step: int, entry: Mapping[str, Any], kept: int | None) -> Spectrum:
+    values = entry["singular_values"]
+    ranks = entry.get("ranks") or list(range(1, len(values) + 1))
+    total = entry.get("sum", sum(values))
+    return Spectrum(step, entry.get("states", len(values)), total, ranks, values, kept)
+
+
+def _config_sizes(config: Mapping[str, Any]) -> list[int]:
+    sizes = config.get("state_sizes")
+    if isinstance(sizes, list):
+        return sizes
+    size = sizes if isinstance(sizes, int) else config.get("state_size")
+    return [size] * config.get("num_hidden_layers", 1) if isinstance(size, int) else []
+
+
+def _exported_settings(state: Mapping[str, Any]) -> dict[str, Any]:
+    exported = (state.get("stateful_callbacks") or {}).get("CompreSSMCallback") or {}
+    exported = exported[0] if isinstance(exported, list) else exported
+    return exported.get("args") or {}
+
+
+def _logged_speed(log: list[dict[str, Any]], events: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Segments of a run that has not ended, from what was logged at its cuts; the last segment is still open."""
+    first, segments = 0, []
+    sizes = {event["step"]: [layer["old_size"] for layer in event["layers"]] for event in events}
+    for entry in log:
+        if (speed := entry.get("compression/steps_per_second_before")) and (old := sizes.get(entry["step"])):
+            mean = sum(old) / len(old)
+            segments.append({"first_step": first, "mean_state_size": mean, "steps_per_second": speed})
+            first = entry["step"]
+    return segments

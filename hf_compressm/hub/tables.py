@@ -1,0 +1,94 @@
+"""The tables of a run, and what a table is."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from .record import RunRecord
+from .svg import Chart, number
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table: its caption, its columns and its rows of text."""
+
+    caption: str
+    columns: list[str]
+    rows: list[list[str]]
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A chart and the numbers behind it."""
+
+    chart: Chart
+    table: Table
+
+    @property
+    def svg(self) -> str:
+        """The chart for a page that has the theme's colours."""
+        return self.chart.render()
+
+
+def thin(items: Sequence[Any], most: int) -> list[Any]:
+    """At most so many of the items, evenly spaced, with the first and the last."""
+    if len(items) <= most:
+        return list(items)
+    return [items[round(index * (len(items) - 1) / (most - 1))] for index in range(most)]
+
+
+def cuts_table(run: RunRecord) -> Table:
+    """What was promised and what was measured at every cut; columns that nothing filled are left out."""
+    columns = ["Step", "Mean states", "Sum removed", "Error bound", "Residual", "Loss before", "Loss after"]
+    columns += ["Change", "Evaluation before", "Evaluation after", "Undone at step"]
+    rows = []
+    for cut in run.cuts:
+        step, layers = cut["step"] or 0, cut["layers"]
+        before, after = run.at(step, "compression/loss_before"), run.at(step, "compression/loss_after")
+        change = None if before is None or after is None else after - before
+        undone = run.undone.get(step)
+        row = [number(step), f"{_mean(layers, 'old_size')} → {_mean(layers, 'new_size')}", _removed(layers)]
+        row += [_largest(layers, "bound"), _largest(layers, "residual"), *map(_text, (before, after))]
+        row += ["" if change is None else f"{change:+.4f}", *map(_text, run.around(step, "eval_loss"))]
+        rows.append([*row, number(undone["step"]) if undone else ""])
+    kept = [index for index in range(len(columns)) if index == 0 or any(row[index] for row in rows)]
+    rows = [[row[index] or "–" for index in kept] for row in rows]
+    return Table("Every cut: largest bound or residual of a layer, and losses", [columns[i] for i in kept], rows)
+
+
+def layers_table(cut: dict[str, Any]) -> Table:
+    """One cut, layer by layer."""
+    rows = [
+        [
+            layer["name"],
+            str(layer["old_size"]),
+            str(layer["new_size"]),
+            _removed([layer]),
+            _text(layer.get("bound")) or "–",
+            _text(layer.get("residual")) or "–",
+        ]
+        for layer in cut["layers"]
+    ]
+    columns = ["Layer", "States before", "After", "Sum removed", "Error bound", "Residual"]
+    return Table(f"The cut at step {cut['step'] or 0}, layer by layer", columns, rows)
+
+
+def _mean(layers: Sequence[dict[str, Any]], key: str) -> str:
+    return number(sum(layer[key] for layer in layers) / len(layers))
+
+
+def _removed(layers: Sequence[dict[str, Any]]) -> str:
+    total = sum(sum(layer["singular_values"]) for layer in layers)
+    gone = sum(sum(layer["singular_values"][layer["new_size"] :]) for layer in layers)
+    return f"{gone / total:.1%}" if total else ""
+
+
+def _largest(layers: Sequence[dict[str, Any]], key: str) -> str:
+    values = [layer[key] for layer in layers if layer.get(key) is not None]
+    return number(max(values)) if values else ""
+
+
+def _text(value: float | None) -> str:
+    return "" if value is None else number(value, 4)

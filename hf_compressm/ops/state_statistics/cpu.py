@@ -1,0 +1,115 @@
+"""Second moments of the states on the CPU: a Numba kernel lays out the states looked at, matrix products sum them.
+
+Shapes: batch B, length L, I channels in G groups, each in blocks of 16 channels, N states.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from numba import njit
+from torch import Tensor
+
+from ..lanes import LANES, LOG2E, bytes_of, exp2, full, gather, load, read, scatter, store
+from ..threads import run_units
+
+FAST = {"contract", "nsz", "arcp"}
+STRETCH_BYTES = 1 << 22
+"""Of states looked at that wait for their product: what a core's cache holds."""
+TILE = 32
+"""Rows of a product; of a symmetric matrix only the tiles up to the diagonal are computed."""
+# Rows of the table of tensors: address and the strides of its first three dimensions in bytes; address 0 for none.
+U, DT, A_, B_, MASK, CARRY, SEEN = range(7)
+
+
+@njit(inline="always")
+def _place(table, which, i, j):
+    return table[which, 0] + i * table[which, 1] + j * table[which, 2]
+
+
+@njit(nogil=True, fastmath=FAST, cache=True)
+def _states_kernel(begin, end, table, start, stop, channels, groups, size, rates, stride, like):
+    # Goes on from the states in CARRY (B, blocks, N, 16) through the time steps from start to stop, and writes those
+    # looked at, times the mask, into SEEN (G, N, B, looks, I / G).
+    item = bytes_of(like)
+    vector = LANES * item
+    width = channels // groups
+    blocks = (width + LANES - 1) // LANES
+    for unit in range(begin, end):
+        b, g, block = unit // (groups * blocks), unit // blocks % groups, unit % blocks
+        first = block * LANES
+        count = min(LANES, width - first)
+        at = (g * width + first) * item
+        states = table[CARRY, 0] + unit * size * vector
+        scratch = np.empty(rates * vector + 64, np.uint8)
+        slopes = (scratch.ctypes.data + 63) // 64 * 64
+        for n in range(rates):
+            rate = gather(_place(table, A_, g * width + first, n), table[A_, 1], count, like) * LOG2E
+            store(slopes + n * vector, rate)
+        seen = table[SEEN, 0] + g * table[SEEN, 1] + b * table[SEEN, 3] + first * item
+        for t in range(start, stop):
+            dt = gather(_place(table, DT, b, t) + at, item, count, like)
+            drive = dt * gather(_place(table, U, b, t) + at, item, count, like)
+            row = table[B_, 0] + b * table[B_, 1] + t * table[B_, 2] + g * table[B_, 3]
+            looked = t % stride == stride - 1
+            weight = full(like, 1.0)
+            if looked and table[MASK, 0] != 0:
+                weight = full(like, read(_place(table, MASK, b, t), like))
+            decay = exp2(dt * load(slopes, like))
+            for n in range(size):
+                if rates > 1:
+                    decay = exp2(dt * load(slopes + n * vector, like))
+                state = decay * load(states + n * vector, like) + drive * read(row + n * item, like)
+                store(states + n * vector, state)
+                if looked:
+                    if count == LANES:
+                        store(seen + n * table[SEEN, 2], state * weight)
+                    else:
+                        scatter(seen + n * table[SEEN, 2], item, count, state * weight)
+            if looked:
+                seen += width * item
+        scratch[0] = 0  # It must live until here.
+
+
+@torch.no_grad()
+def state_gramian(u: Tensor, dt: Tensor, A: Tensor, B: Tensor, mask: Tensor | None, stride: int) -> Tensor:
+    """float64 (G, N, N), see `state_gramian` of the package; products in float32, their sums in float64."""
+    batch, length, channels = u.shape
+    groups, size = B.shape[2:]
+    width = channels // groups
+    blocks = -(-width // LANES)
+    inputs = {U: _rows(u), DT: _rows(dt), A_: A.float().contiguous(), B_: _rows(B)}
+    if mask is not None:
+        inputs[MASK] = mask.float().contiguous()
+    inputs[CARRY] = torch.zeros(batch, groups, blocks, size, LANES)
+    looks = max(1, STRETCH_BYTES // (4 * groups * size * batch * width))
+    looks = min(looks, max(1, length // stride))
+    seen = torch.empty(groups, size, batch, looks, width)
+    total = torch.zeros(groups, size, size, dtype=torch.float64)
+    for start in range(0, length // stride * stride, looks * stride):
+        stop = min(start + looks * stride, length // stride * stride)
+        here = (stop - start) // stride
+        rows = seen if here == looks else seen.new_empty(groups, size, batch, here, width)
+        sizes = (start, stop, channels, groups, size, A.shape[1], stride)
+        run_units(_states_kernel, batch * groups * blocks, _table(inputs | {SEEN: rows}), *sizes, np.float32(0))
+        flat = rows.flatten(2)
+        for low in range(0, size, TILE):
+            high = min(low + TILE, size)
+            total[:, low:high, :high] += flat[:, low:high] @ flat[:, :high].mT
+    return total.tril() + total.tril(-1).mT
+
+
+def _rows(tensor: Tensor) -> Tensor:
+    """The tensor in float32, with neighbours in memory in its last dimension."""
+    tensor = tensor.float()
+    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
+
+
+def _table(tensors: dict[int, Tensor]) -> Any:
+    table = np.zeros((SEEN + 1, 4), dtype=np.int64)
+    for which, tensor in tensors.items():
+        strides = [stride * tensor.element_size() for stride in tensor.stride()[:3]]
+        table[which, : len(strides) + 1] = tensor.data_ptr(), *strides
+    return table

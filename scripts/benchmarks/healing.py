@@ -1,0 +1,90 @@
+"""A trained model cut and healed with LoRA: the test loss before, after the cut, and after healing, by kind of cut.
+
+    python scripts/benchmarks/healing.py configs/runs/finetune/stdlib_mamba.yaml --seeds 0 1 2
+
+For every seed the model of --pretrain is trained at full size (or read from --models). Copies of it are cut to --order
+states: by this package, refitted and in closed form, and by published scores (`hf_compressm.baselines`). Each copy, and
+the full model as a control, then trains the same LoRA on the same batches for --share of the training's steps, with the
+settings of the config. Options after `--` override the config.
+"""
+
+import argparse
+import copy
+import json
+import platform
+import statistics
+import sys
+from pathlib import Path
+
+import torch
+from selection import trained
+
+from hf_compressm import compress
+from hf_compressm.baselines import cut_to, gather_rival_statistics, rival_selection
+from hf_compressm.compression import calibration, evaluate, load_data
+from hf_compressm.finetuning import heal, parse_finetune
+from hf_compressm.pretraining import parse_run
+
+OWN = {"refitted": 60, "closed form": 0}
+
+
+def cut(model, method: str, order: int, batches: list[dict], seed: int):
+    """A copy of the model with the given number of states."""
+    reduced = copy.deepcopy(model)
+    if method in OWN:
+        compress(reduced, batches, target=order, refit_steps=OWN[method])
+    elif method != "full size":
+        generator = torch.Generator().manual_seed(seed)
+        found = gather_rival_statistics(model, batches)
+        cut_to(reduced, {name: rival_selection(method, s, order, generator) for name, s in found.items()})
+    return reduced
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("config")
+    parser.add_argument("--pretrain", default="configs/runs/stdlib_mamba.yaml")
+    parser.add_argument("--state-size", type=int, default=32)
+    parser.add_argument("--order", type=int, default=4)
+    parser.add_argument("--share", type=float, default=0.05)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--methods", nargs="+", default=[*OWN, "ghost", "full size"])
+    parser.add_argument("--models", default="outputs/healing", help="folder that keeps the trained models")
+    argv = sys.argv[1:]
+    split = argv.index("--") if "--" in argv else len(argv)
+    options, overrides = parser.parse_args(argv[:split]), argv[split + 1 :]
+    steps = round(options.share * parse_run([options.pretrain, "--output_dir", options.models]).training.max_steps)
+    losses: dict[str, list[dict[str, float]]] = {method: [] for method in options.methods}
+    for seed in options.seeds:
+        folder = Path(options.models) / f"{Path(options.pretrain).stem}_{options.state_size}_{seed}"
+        model = trained(options.pretrain, options.state_size, seed, folder, [])
+        settings = ["--model", str(folder), "--seed", str(seed), "--max_steps", str(steps), "--disable_tqdm", "true"]
+        run = parse_finetune([options.config, *settings, *overrides, "--output_dir", options.models])
+        task = load_data(run.source(), model, None)
+        batches = calibration(model, run.source(), task)
+        size = run.training.per_device_eval_batch_size
+        full = evaluate(model, task, size)["loss"]
+        for method in options.methods:
+            reduced = cut(model, method, options.order, batches, seed)
+            row = {"before": full, "cut": evaluate(reduced, task, size)["loss"]}
+            healed = heal(reduced, task, run)[0].model.eval()
+            row["healed"] = evaluate(healed, task, size)["loss"]
+            losses[method].append(row)
+            print(json.dumps({"seed": seed, "method": method} | row), file=sys.stderr)
+    print(
+        f"{options.state_size} to {options.order} states, healed for {steps} steps, {len(options.seeds)} seed(s); ",
+        end="",
+    )
+    print(f"{platform.machine()}, torch {torch.__version__}, {torch.get_num_threads()} thread(s)")
+    print("| test loss | before | after the cut | healed |\n|---|---|---|---|")
+    for method, rows in losses.items():
+        cells = []
+        for moment in ("before", "cut", "healed"):
+            values = [row[moment] for row in rows]
+            spread = f" ± {statistics.stdev(values):.4f}" if len(values) > 1 else ""
+            cells.append(f"{statistics.mean(values):.4f}{spread}")
+        print(f"| {method} | {' | '.join(cells)} |")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,183 @@
+"""The report: what it says of real and of odd runs, and that anybody can read it anywhere."""
+
+import json
+import re
+from html import unescape
+
+import pytest
+from made_up_runs import cut, undo, write_run
+from page import Page, contrast, themes
+from typer.testing import CliRunner
+
+from hf_compressm import cli
+from hf_compressm.hub import read_run, render_report, write_report
+from hf_compressm.hub.svg import THEME, Axis, number
+
+LIMIT = 1_500_000
+
+
+def text_of(html: str) -> str:
+    return unescape(
+        re.sub(r"\s+", " ", re.sub(r"<[^>]+>", " ", re.sub(r"<style>.*?</style>", "", html, flags=re.DOTALL)))
+    )
+
+
+def check_page(html: str) -> Page:
+    """What must hold for every report."""
+    page = Page(html)
+    assert not page.wrong and len(html.encode()) <= LIMIT
+    assert len(set(page.ids)) == len(page.ids)
+    assert page.all("html") == [{"lang": "en"}] and len(page.all("h1")) == 1 and len(page.all("main")) == 1
+    assert page.all("title") and page.all("header") and page.all("nav") and page.all("footer")
+    assert not page.all("script") and not page.all("link") and not page.all("img")
+    assert not re.search(r'(src|href)="(?!#)|url\(|@import|https?:', html)
+    for svg in page.all("svg"):
+        assert svg["role"] == "img" and all(name in page.ids for name in svg["aria-labelledby"].split())
+    for anchor in page.all("a"):
+        assert anchor["href"].removeprefix("#") in page.ids
+    for table in [around for tag, _, around in page.elements if tag == "table"]:
+        assert "div" in table  # it scrolls by itself on a narrow screen
+    assert len(page.all("caption")) == len(page.all("table"))
+    assert all(cell.get("scope") in ("col", "row") for cell in page.all("th"))
+    levels = [int(tag[1]) for tag, _, _ in page.elements if re.fullmatch(r"h[1-6]", tag)]
+    assert all(deeper - level <= 1 for level, deeper in zip(levels, levels[1:], strict=False))
+    return page
+
+
+def test_the_run_writes_it_and_it_says_what_was_measured(finished_run):
+    html = (finished_run / "report.html").read_text()
+    check_page(html)
+    text = text_of(html)
+    compression = json.loads((finished_run / "compression.json").read_text())
+    state = json.loads((finished_run / "trainer_state.json").read_text())
+    assert "Finished: 24 of 24 steps." in text
+    assert f"{number(sum(compression['sizes_before']) / 2)} → {number(sum(compression['sizes_after']) / 2)}" in text
+    accuracy = json.loads((finished_run / "test_results.json").read_text())["test_accuracy"]
+    assert f"Test accuracy {number(accuracy, 4)}" in text
+    losses = [entry for entry in state["log_history"] if "compression/loss_after" in entry]
+    assert len(losses) == len(compression["history"]) >= 2
+    for entry in losses:
+        before, after = entry["compression/loss_before"], entry["compression/loss_after"]
+        assert number(before, 4) in text and number(after, 4) in text and f"{after - before:+.4f}" in text
+    for record in compression["history"]:
+        assert number(max(layer["bound"] for layer in record["layers"] if layer["bound"])) in text
+        assert f"The cut at step {record['step']}, layer by layer" in text
+    for segment in compression["speed"]:
+        assert number(segment["steps_per_second"]) in text
+
+
+def test_attempts_that_cut_nothing_leave_their_spectra_in_the_log(finished_run):
+    run = read_run(finished_run)
+    measured = {spectrum.step for spectrum in run.layers()[0].spectra}
+    cuts = {record["step"] for record in run.cuts}
+    kept = {entry["step"] for entry in run.log if "compression/spectra" in entry}
+    assert measured == cuts | kept and not cuts & kept and len(measured) == 4
+
+
+def test_a_checkpoint_speaks_for_an_unfinished_run(finished_run, tmp_path):
+    folder = tmp_path / "unfinished"
+    write_run(folder / "checkpoint-12", log=[{"step": 8, "loss": 2.0}], step=12, max_steps=40, history=[cut(8, 16, 9)])
+    write_run(folder / "checkpoint-9", step=9, max_steps=40)
+    page = render_report(read_run(folder))
+    check_page(page)
+    assert "Not finished: this shows the newest checkpoint, step 12 of 40." in text_of(page)
+    assert "16 → 9" in text_of(page)
+
+
+def test_a_new_run_in_an_old_folder_is_not_mixed_with_it(finished_run, tmp_path):
+    folder = write_run(tmp_path / "again", step=10, max_steps=10, log=[{"step": 10, "loss": 9.0}])
+    (folder / "compression.json").write_text(json.dumps({"history": [cut(5, 16, 3)], "speed": [], "settings": {}}))
+    (folder / "test_results.json").write_text(json.dumps({"test_accuracy": 0.125}))
+    write_run(folder / "checkpoint-20", step=20, max_steps=40, log=[{"step": 20, "loss": 1.0}], state_sizes=[16, 16])
+    run = read_run(folder)
+    assert run.step == 20 and not run.finished and not run.events and not run.metrics
+
+
+def test_a_run_without_cuts(tmp_path):
+    log = [{"step": 5, "loss": 2.0}, {"step": 10, "loss": float("nan")}]
+    page = render_report(read_run(write_run(tmp_path / "full", log=log, state_sizes=[16, 16])))
+    check_page(page)
+    assert "No layer was cut." in text_of(page) and "No layer's size changed" in text_of(page)
+
+
+def test_an_undone_cut(tmp_path):
+    history = [cut(10, 16, 8), undo(20, 10, 8, 16)]
+    log = [{"step": step, "eval_loss": value} for step, value in ((5, 1.0), (10, 1.5), (20, 2.0), (30, 0.9))]
+    run = read_run(write_run(tmp_path / "undone", log=log, history=history))
+    assert run.sizes_before() == run.sizes_after() == [16, 16]
+    assert run.layers()[0].sizes == [(0, 16), (10, 8), (20, 16)]
+    page = render_report(run)
+    check_page(page)
+    assert "1, 1 undone" in text_of(page) and "Undone at step" in text_of(page) and "cut, later undone" in page
+
+
+@pytest.mark.parametrize(("layers", "states"), [(24, 128), (64, 64), (1, 1)])
+def test_many_layers_and_long_logs_stay_small(tmp_path, layers, states):
+    history = [cut(step, states, max(states // 2, 1), layers) for step in (10, 20, 30, 40)]
+    log = [{"step": step, "loss": 5 / step, "eval_loss": 6 / step} for step in range(1, 4000)]
+    run = read_run(write_run(tmp_path / "deep", log=log, history=history, step=4000, max_steps=4000))
+    page = check_page(render_report(run))
+    assert len(page.all("h3")) == layers
+
+
+def test_rank_stability_is_shown_with_its_threshold(tmp_path):
+    log = [{"step": step, "compression/rank_stability": step / 40} for step in (10, 20, 30)]
+    folder = write_run(tmp_path / "stable", log=log, history=[cut(30, 16, 8)])
+    (folder / "compression.json").write_text(
+        json.dumps({"history": [cut(30, 16, 8)], "settings": {"stability_threshold": 0.7}, "speed": []})
+    )
+    page = render_report(read_run(folder))
+    check_page(page)
+    assert "settled from 0.7 on" in page and "0.75 at step 30" in page
+
+
+def test_names_are_escaped(tmp_path):
+    folder = tmp_path / "<b>&run"
+    record = cut(10, 8, 4)
+    record["layers"][0]["name"] = "<script>alert(1)</script>"
+    record["layers"][1]["name"] = "\"onload='x'"
+    check_page(render_report(read_run(write_run(folder, history=[record]))))
+
+
+def test_a_folder_without_a_run_is_refused_with_what_was_looked_for(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["hf-compressm", "report", str(tmp_path)])
+    with pytest.raises(SystemExit, match="1"):
+        cli.main()
+    error = capsys.readouterr().err
+    assert "holds no run" in error and "trainer_state.json" in error and "compression_history" in error
+    with pytest.raises(FileNotFoundError, match="is not a folder"):
+        read_run(tmp_path / "missing")
+    (tmp_path / "trainer_state.json").write_text('{"log_history": [')
+    with pytest.raises(ValueError, match="is not JSON"):
+        read_run(tmp_path)
+    (tmp_path / "trainer_state.json").write_text("[]")
+    with pytest.raises(ValueError, match="must hold a JSON object"):
+        read_run(tmp_path)
+
+
+def test_the_command_writes_where_it_is_told(finished_run, tmp_path):
+    target = tmp_path / "page.html"
+    done = CliRunner().invoke(cli.app, ["report", str(finished_run), "-o", str(target)])
+    assert done.exit_code == 0 and str(target) in done.output
+    assert target.read_text() == (finished_run / "report.html").read_text()
+    assert write_report(finished_run) == finished_run / "report.html"
+
+
+@pytest.mark.parametrize("theme", ["light", "dark"])
+def test_contrast(theme):
+    colours = themes(THEME)[theme]
+    for text in ("ink", "soft", "link"):
+        assert contrast(colours[text], colours["paper"]) >= 4.5, text
+        assert contrast(colours[text], colours["raised"]) >= 4.5, text
+    for line in ("c1", "c2", "c3", "c4", "c5", "c6"):
+        assert contrast(colours[line], colours["paper"]) >= 4.5, line
+
+
+def test_axes_and_numbers():
+    assert Axis.around([3, 97]).ticks() == [0, 50, 100]
+    assert Axis.around([5.0]).high > Axis.around([5.0]).low
+    assert Axis.around([0.02, 30], log=True).ticks() == pytest.approx([0.01, 0.1, 1, 10, 100])
+    assert Axis.upto(1).ticks() == [0, 1]
+    assert [number(value) for value in (0, 0.25, 1234.5, 1e-5, 2.5e9, 54.333)] == [
+        *("0", "0.25", "1,234", "1e-5", "2.5e9", "54.3"),
+    ]

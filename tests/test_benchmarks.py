@@ -1,0 +1,198 @@
+"""The speed benchmarks at tiny sizes: what they write, and that they time nothing that is wrong."""
+
+import argparse
+import importlib.util
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+FOLDER = Path(__file__).resolve().parents[1] / "scripts/benchmarks"
+OPS = ("ops.py", "--sizes", "1", "3", "12", "128", "--shape", "1", "9", "4", "--repeats", "3", "--threads", "1")
+TRAINING = ("training.py", "--sizes", "6", "3", "1", "--hidden", "16", "--length", "12", "--batch", "2")
+MATPLOTLIB = importlib.util.find_spec("matplotlib") is not None
+# The kernels' first results, off by a hundredth.
+WRONG = """
+import runpy, sys
+sys.path.insert(0, sys.argv[1])
+import hf_compressm.ops.{module} as kernels
+right = kernels.{function}
+def wrong(*arguments):
+    first, *others = right(*arguments)
+    return 1.01 * first, *others
+kernels.{function} = wrong
+sys.argv = sys.argv[2:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def run(*command):
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("HF_COMPRESSM_")}
+    return subprocess.run(
+        [sys.executable, *map(str, command)], env=environment, capture_output=True, text=True, timeout=300
+    )
+
+
+def script(name, *arguments):
+    done = run(FOLDER / name, *arguments)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def wrong(module, function, name, *arguments):
+    program = WRONG.format(module=module, function=function)
+    return run("-c", program, FOLDER, FOLDER / name, *arguments)
+
+
+def picture(path):
+    return ("--plot", path) if MATPLOTLIB else ()
+
+
+def assert_ordered(times):
+    assert 0 < times["p10_ms"] <= times["median_ms"] <= times["p90_ms"]
+
+
+def assert_describes(machine):
+    assert machine["processor"] and machine["threads"] >= 1 and machine["torch"]
+
+
+@pytest.mark.slow
+def test_ops_writes_times_shares_and_how_they_go_with_the_size(tmp_path):
+    printed = script(*OPS, "--json", tmp_path / "ops.json", *picture(tmp_path / "ops.png"))
+    assert not MATPLOTLIB or (tmp_path / "ops.png").read_bytes().startswith(b"\x89PNG")
+    record = json.loads((tmp_path / "ops.json").read_text())
+    assert_describes(record["machine"])
+    assert record["copy_bandwidth_gb_s"] > 0
+    scans = ("diag_scan", "selective_scan", "ssd_scan")
+    expected = [(op, N, name) for op in scans for N in (1, 3, 12, 128) for name in ("forward", "training")]
+    expected += [("state_gramian", N, "forward") for N in (1, 3, 12, 128)]
+    assert [(row["op"], row["N"], row["pass"]) for row in record["rows"]] == expected
+    for row in record["rows"]:
+        assert_ordered(row["times"])
+        assert row["shape"] == [1, 9, 4] and row["times"]["steps"] == 3
+        moved = row["bytes"] / row["times"]["median_ms"] / 1e6
+        assert row["share"] == pytest.approx(moved / record["copy_bandwidth_gb_s"])
+        assert (row["backend"], row["against"]) == ("cpu", "naive")
+        assert_ordered(row["against_times"])
+        assert row["ratio"] == pytest.approx(row["against_times"]["median_ms"] / row["times"]["median_ms"])
+    # u, and the states with the final one, of 9 complex64 numbers for each state; three poles.
+    bytes_of = {(row["op"], row["N"], row["pass"]): row["bytes"] for row in record["rows"]}
+    assert bytes_of["diag_scan", 3, "forward"] == 8 * (27 + 3 + 27 + 3)
+    assert bytes_of["diag_scan", 3, "training"] == 8 * (3 * (27 + 3) + 2 * (27 + 3))
+    assert all(difference < 1e-4 for difference in record["differences"].values())
+    assert all(found["ratio_12_128"] > 0 and found["miss"] >= 0 for found in record["summary"])
+    assert printed.count("N = 12 takes") == 7 and "straight line missed" in printed and "parabola missed" in printed
+
+
+@pytest.mark.slow
+def test_training_writes_steps_and_what_is_left_of_the_possible(tmp_path):
+    models = ("mimo_ssm", "compressm_mamba", "compressm_mamba2", "mamba", "mamba2")
+    files = ("--json", tmp_path / "training.json", *picture(tmp_path / "training.svg"))
+    script(*TRAINING, "--repeats", "2", "--against", "naive", *files)
+    assert not MATPLOTLIB or "<svg" in (tmp_path / "training.svg").read_text()
+    record = json.loads((tmp_path / "training.json").read_text())
+    assert_describes(record["machine"])
+    assert record["settings"] == {"hidden": 16, "layers": 2, "length": 12, "batch": 2, "against": "naive"}
+    assert [(row["model"], row["N"]) for row in record["rows"]] == [(name, N) for name in models for N in (6, 3, 1)]
+    for first, middle, last in zip(*[iter(record["rows"])] * 3, strict=True):
+        t6, t3, t1 = (row["times"]["median_ms"] for row in (first, middle, last))
+        assert middle["speed_up"] == pytest.approx(t6 / t3)
+        assert middle["possible"] == pytest.approx(t6 / (t1 + (t6 - t1) * 2 / 5))
+        assert middle["reached"] == pytest.approx(middle["speed_up"] / middle["possible"])
+        assert middle["saved"] == pytest.approx((t6 - t3) / (t6 - t1)) and middle["states_gone"] == pytest.approx(3 / 5)
+        assert (first["reached"], last["reached"]) == (pytest.approx(1), pytest.approx(1))
+        for row in (first, middle, last):
+            assert row["difference"] < 1e-3
+            assert_ordered(row["times"])
+            assert_ordered(row["against_times"])
+
+
+def test_ops_refuses_to_time_a_wrong_kernel(tmp_path):
+    done = wrong("diag_scan.cpu", "scan_backward", *OPS, "--ops", "diag_scan", "--json", tmp_path / "ops.json")
+    assert done.returncode == 1
+    assert "diag_scan, N = 1: outputs or gradients of the backend 'cpu'" in done.stderr
+    assert "nothing is timed" in done.stderr and not (tmp_path / "ops.json").exists()
+
+
+def test_training_refuses_to_time_a_wrong_kernel():
+    done = wrong("ssd_scan.cpu", "scan_backward", *TRAINING, "--models", "compressm_mamba2")
+    assert done.returncode == 1
+    assert "compressm_mamba2: loss, logits or gradients differ" in done.stderr and "SSD_SCAN=naive" in done.stderr
+
+
+@pytest.fixture(scope="module")
+def common():
+    spec = importlib.util.spec_from_file_location("benchmarks_common", FOLDER / "common.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_steps_at_powers_of_two_show(common):
+    sizes = [1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256]
+    curve, miss, _ = common.fitted(sizes, [3 + 0.5 * N for N in sizes])
+    assert miss < 1e-9 and curve[-1] == pytest.approx(131)
+    assert common.fitted(sizes, [3 + 0.5 * 2 ** (N - 1).bit_length() for N in sizes])[1] > 0.15
+    assert (
+        common.fitted(sizes, [1 + N * N for N in sizes])[1]
+        > 0.3
+        > common.fitted(sizes, [1 + N * N for N in sizes], 2)[1]
+    )
+
+
+def test_a_slow_work_is_measured_twice_and_others_to_the_end(common):
+    calls = []
+    works = {name: lambda name=name: calls.append(name) for name in ("slow", "fast", "large")}
+
+    def clock(work):
+        work()
+        if calls[-1] == "large":
+            raise torch.OutOfMemoryError
+        return {"slow": 5.0, "fast": 1.0}[calls[-1]]
+
+    assert common.in_turns(works, 6, 6.5, clock) == {"slow": [5.0] * 2, "fast": [1.0] * 6, "large": []}
+    assert sorted(calls[:3]) == ["fast", "large", "slow"] and calls.count("large") == 1
+
+
+def test_differences_are_relative_and_nan_is_not_swallowed(common):
+    right = [torch.tensor([1.0, 100.0]), torch.tensor([1e-3])]
+    assert common.largest_difference([right[0] + 1, right[1]], right) == pytest.approx(0.01)
+    assert math.isnan(common.largest_difference([right[0] * torch.nan, right[1]], right))
+    assert math.isnan(common.largest_difference([right[0], right[1] * torch.nan], right))
+
+
+def test_other_programs_are_noticed(common, capsys):
+    quiet, loud = ({"times": {"p10_ms": 1.0, "p90_ms": high}} for high in (1.2, 2.0))
+    common.warn_of_noise([quiet] * 3 + [loud])
+    assert not capsys.readouterr().out
+    common.warn_of_noise([quiet] * 2 + [loud])
+    assert "noisy: in 1 of 3 rows" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (["--plot", "a.png"], "pip install matplotlib"),
+        (["--json", "missing/a.json"], "there is no folder"),
+        (["--sizes", "0"], "at least 1"),
+        (["--device", "cuda"], "no CUDA device"),
+    ],
+)
+def test_what_cannot_run_is_refused_before_anything_is_measured(
+    common, options, message, monkeypatch, tmp_path, capsys
+):
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "matplotlib" else find(name))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["ops.py", *options])
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--sizes", nargs="+", type=int, default=[1])
+    with pytest.raises(SystemExit, match="2"):
+        common.parse(parser, repeats=1)
+    assert message in capsys.readouterr().err
