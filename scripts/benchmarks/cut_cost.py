@@ -4,9 +4,9 @@
 
 Trains the config with scripts/pretrain.py on CPU processes over gloo, each with batches of the config's size, with cuts
 so small that the model stays near its full size. The callback logs the time of each part of a cut on rank 0, where a
-collective includes the wait for the slowest rank: statistics (drawing calibration batches, their forward passes, and the
-sum over ranks), decision (on rank 0), broadcast, surgery, rebuild of the reducer, and verification. Medians over the
-cuts, relative to the median training step between them.
+collective includes the wait for the slowest rank: statistics (drawing calibration batches, forward passes, the sum over
+ranks), decision (on rank 0), broadcast, surgery, rebuild of the reducer, verification, and the losses that it logs from
+before and after. Medians over the cuts, relative to the median training step between them.
 """
 
 import argparse
@@ -23,7 +23,7 @@ import torch
 from tqdm.auto import tqdm
 
 ROOT = Path(__file__).resolve().parents[2]
-PARTS = ("statistics", "decision", "broadcast", "surgery", "rebuild", "verification")
+PARTS = ("statistics", "decision", "broadcast", "surgery", "rebuild", "verification", "loss")
 
 
 def train(config: str, processes: int, cuts: int, spacing: int, options: list[str]) -> tuple[list[dict], list[dict]]:
