@@ -134,7 +134,7 @@ class StockMamba2Adapter(_Mamba2Adapter):
         changes = {}
         for name in self.parameter_shapes(mixer, size):
             index = rows[name.partition(".")[0]]
-            old = mixer.get_parameter(name).detach()
+            old = mixer.get_parameter(name).detach().cpu()  # the plan goes to ranks with other devices
             picked = Term(name, rows=index)
             changes[name] = ParameterChange(picked(old), (picked,), rows=picked)
         return changes

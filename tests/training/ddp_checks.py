@@ -75,6 +75,12 @@ def a_difference_is_named(rank):
     expect(RuntimeError, "rank 1 and rank 0 differ in backbone.layers.1.mixer.A_log", lambda: verify_replicas(model))
 
 
+def buffers_are_each_ranks_own(rank):
+    model = make(OWN, "mamba")
+    model.register_buffer("running_mean", torch.full((3,), float(rank)))
+    verify_replicas(model)
+
+
 def main():
     dist.init_process_group("gloo")
     torch.set_num_threads(1)
@@ -84,6 +90,7 @@ def main():
     for options in ({}, {"find_unused_parameters": True}, {"static_graph": True}):
         training_goes_on_equal_after_a_cut(rank, **options)
     a_difference_is_named(rank)
+    buffers_are_each_ranks_own(rank)
     dist.barrier()
     dist.destroy_process_group()
 

@@ -17,7 +17,7 @@ IDS_DATA = Dataset.from_dict({"input_ids": IDS[:, :8].tolist() * 32, "labels": I
 KIND = {"problem_type": "single_label_classification"}  # which transformers' loss otherwise sets, and so recompiles
 MODELS = {
     "mimo_ssm": (lambda: small_model(state_sizes=40, layers=1, **KIND), small_data(length=6)),
-    "compressm_mamba": (lambda: own("mamba", state_sizes=40, num_hidden_layers=1, hidden_size=8), IDS_DATA),
+    "compressm_mamba": (lambda: own("mamba", state_sizes=24, num_hidden_layers=1, hidden_size=16), IDS_DATA),
 }
 
 
@@ -30,7 +30,7 @@ def losses_and_sizes(folder, kind, **settings):
             sizes.append(tuple(state_sizes(model)))  # of this step's forward pass
             super().on_step_end(args, state, control, model=model, **kwargs)
 
-    callback = Sizes(cut_steps=CUTS, policy="fraction", keep_fraction=0.4, min_change=0.0, calibration_batches=2)
+    callback = Sizes(cut_steps=CUTS, policy="fraction", keep_fraction=0.25, min_change=0.0, calibration_batches=2)
     settings = {"max_steps": 15, "logging_steps": 1, "per_device_train_batch_size": 4} | settings
     trainer = Trainer(make(), arguments(folder, **settings), train_dataset=data, callbacks=[callback])
     trainer.train()

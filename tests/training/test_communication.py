@@ -1,0 +1,47 @@
+"""What a cut sends between ranks has the size that docs/scale.md says."""
+
+import pickle
+
+import pytest
+from helpers import small_model
+from selective_models import IDS, OWN, STOCK, make
+
+from hf_compressm import Fraction
+from hf_compressm.surgery import gather_statistics, make_plan, measure_mixers
+
+OVERHEAD = 10_000
+"""Bytes of names and of pickle's own per layer, at most."""
+
+
+def planned(model, statistics):
+    plan = make_plan(model, Fraction(0.5), refit_steps=0, measured=(measure_mixers(model, statistics), {}))
+    return plan.layers[0].new_size, len(pickle.dumps([plan, None]))
+
+
+@pytest.mark.parametrize("size", [32, 64])
+@pytest.mark.parametrize("table, kind", [(OWN, "mamba"), (OWN, "mamba2"), (STOCK, "mamba2")])
+def test_selective_layers(table, kind, size):
+    heads = {"num_heads": size // 4} if kind == "mamba2" else {}
+    model = make(table, kind, state_size=size, hidden_size=size, num_hidden_layers=1, **heads)
+    statistics, sent = gather_statistics(model, {"input_ids": IDS.repeat(16, 4)}), []
+    N, F, I = size, size, 2 * size
+    G = getattr(model.config, "n_groups", 1)
+    for found in statistics.values():
+        found.sum_with(lambda tensor: sent.append(tensor.numel() * tensor.element_size()))
+    assert sum(sent) == 8 * (2 * G * N * N + G * N + 2) and len(sent) == 4
+    r, found = planned(model, statistics)
+    if kind == "mamba":
+        R = model.config.time_step_rank
+        expected = 4 * I * r + 8 * (r * N + (R + 2 * r) * (I + 2 * (R + 2 * N)))
+    elif table is OWN:
+        expected = 16 * G * r * N
+    else:
+        rows, convolved = 3 * I + 4 * G * r + size // 4, I + 2 * G * r
+        expected = 4 * ((rows - convolved) * F + convolved * (model.config.conv_kernel + 1)) + 8 * rows
+    assert 0 < found - expected - 8 * N < OVERHEAD
+
+
+@pytest.mark.parametrize("N, H", [(32, 16), (64, 16), (64, 80)])
+def test_time_invariant_layers(N, H):
+    r, found = planned(small_model(state_sizes=N, hidden_size=H, layers=1), {})
+    assert 0 < found - 8 * (14 * r * N + 12 * r * H + N) < OVERHEAD
