@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import os
 import re
 import shlex
@@ -59,3 +60,33 @@ def test_every_block_of_the_page_runs_in_order(page, tmp_path):
         assert {"tutorial/report.html", "spectra.svg", "mamba-shell/config.json", "mamba-own/config.json"} <= written
         assert re.search(r"^\[CompreSSM\] Step 20: states \[64, 64\] .* -> .*, error bound <= .* per layer, .* s$",
                          done.stdout, re.MULTILINE)  # fmt: skip
+
+
+def messages_in_sources() -> list[str]:
+    """Every text of the package that is not a docstring, with a NUL where a value is put in."""
+    texts = []
+    for path in sorted((ROOT / "hf_compressm").rglob("*.py")):
+        tree = ast.parse(path.read_text())
+        docstrings = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
+        for node in ast.walk(tree):
+            if isinstance(node, ast.JoinedStr):
+                parts = (part.value if isinstance(part, ast.Constant) else "\0" for part in node.values)
+                texts.append("".join(map(str, parts)))
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in docstrings:
+                texts.append(node.value)
+    return texts
+
+
+def occurs(quoted: str, texts: list[str]) -> bool:
+    """Whether a message, with `...` for what varies, begins one of the texts."""
+    pattern = re.compile(".*".join(re.escape(part.strip()) for part in quoted.split("...")), re.DOTALL)
+    return any(pattern.match(text) for text in texts)
+
+
+def test_every_quoted_message_is_one_of_the_package():
+    texts = messages_in_sources()
+    quoted = [content.strip() for language, content in blocks(ROOT / "docs/troubleshooting.md") if language == "text"]
+    assert len(quoted) >= 15 and len(set(quoted)) == len(quoted)
+    assert [message for message in quoted if len(message.replace("...", "")) < 12] == []
+    assert [message for message in quoted if not occurs(message, texts)] == []
+    assert not occurs(quoted[0].replace("compressed", "squeezed"), texts)
