@@ -68,7 +68,7 @@ def test_every_block_of_the_page_runs_in_order(page, tmp_path):
     if page == "tutorial":
         written = {path.relative_to(tmp_path / "outputs").as_posix() for path in tmp_path.rglob("outputs/**/*")}
         assert {"tutorial/report.html", "spectra.svg", "mamba-shell/config.json", "mamba-own/config.json"} <= written
-        assert re.search(r"^\[CompreSSM\] Step 20: states \[64, 64\] .* -> .*, error bound <= .* per layer, .* s$",
+        assert re.search(r"^\[CompreSSM\] Step 15: states \[64, 64\] .* -> .*, error bound <= .* per layer, .* s$",
                          done.stdout, re.MULTILINE)  # fmt: skip
 
 
