@@ -159,7 +159,14 @@ def compress_command(
     evaluate: Annotated[bool, typer.Option("--evaluate", help="Print the held-out loss before and after.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the model that the folder holds.")] = False,
 ) -> None:
-    """Cut the states of a trained model and save the result."""
+    """Cut the states of a trained model and save the result.
+
+    How much: one of --tau, --target-state-size and --fraction. Selective models also need --data.
+
+    Example: hf-compressm compress outputs/mamba --data stdlib_bytes --target-state-size 16 --output small --evaluate
+
+    Exit code 1: it cannot be done; standard error says why. Exit code 2: wrong usage.
+    """
     job = CompressionJob(
         model=model,
         output=output,

@@ -1,8 +1,6 @@
 """Surgery on live models and optimizers: measure, plan, cut, undo."""
 
 from . import lru as _lru  # noqa: F401  registers its adapter
-from . import mamba as _mamba  # noqa: F401
-from . import mamba2 as _mamba2  # noqa: F401
 from . import refusals as _refusals  # noqa: F401
 from .adapters import (
     Measurement,
@@ -21,6 +19,8 @@ from .base import mixer_state, restore_mixer_state, save_base_model
 from .calibration import gather_statistics, needs_calibration, undisturbed
 from .changes import ParameterChange, Term
 from .history import append_history, history, original_sizes, set_history
+from .mamba import MambaAdapter
+from .mamba2 import CompreSSMMamba2Adapter, StockMamba2Adapter
 from .optimizer import unwrap_optimizer
 from .plan import (
     CompressionPlan,
@@ -39,10 +39,12 @@ from .snapshot import Snapshot
 from .tuners import has_tuners
 
 __all__ = [
+    "CompreSSMMamba2Adapter",
     "CompressionPlan",
     "Energy",
     "Fraction",
     "LayerPlan",
+    "MambaAdapter",
     "Measurement",
     "MixerAdapter",
     "MixerReduction",
@@ -53,6 +55,7 @@ __all__ = [
     "Signals",
     "Snapshot",
     "Statistics",
+    "StockMamba2Adapter",
     "Target",
     "Term",
     "append_history",
