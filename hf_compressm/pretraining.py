@@ -35,6 +35,7 @@ from .training import (
     newest_checkpoint,
     verify_sealed,
 )
+from .training.distributed import decided_by_rank_0
 
 __all__ = ["Run", "RunResult", "build_model", "build_trainer", "execute", "parse_run", "summary"]
 
@@ -214,7 +215,7 @@ def _checkpoint_to_resume(run: Run) -> str | None:
     if run.arguments.resume is not None and training.resume_from_checkpoint is not None:
         raise ValueError("give --resume or --resume_from_checkpoint, not both")
     if run.arguments.resume == "auto":
-        found = newest_checkpoint(str(training.output_dir))
+        found = decided_by_rank_0(lambda: newest_checkpoint(str(training.output_dir)))
         logger.warning(f"going on from {found}" if found else "no checkpoint to go on from; starting afresh")
         return None if found is None else str(found)
     wanted = run.arguments.resume or training.resume_from_checkpoint
@@ -224,7 +225,7 @@ def _checkpoint_to_resume(run: Run) -> str | None:
         wanted = get_last_checkpoint(training.output_dir)
         if wanted is None:
             raise ValueError(f"{training.output_dir} holds no checkpoint to resume from")
-    verify_sealed(wanted)
+    decided_by_rank_0(lambda: verify_sealed(wanted))  # once, not as often as there are ranks
     return wanted
 
 

@@ -93,10 +93,12 @@ class SelectiveStatistics:
     def sum_with(self, all_reduce: Callable[[Tensor], Any]) -> None:
         """Sum everything over processes, in place, by a function that does so for one tensor."""
         assert self.states is not None and self.read_outs is not None and self.drives is not None
-        counts = torch.tensor([self.looked, self.tokens], device=self.states.device)
-        for tensor in (self.states, self.read_outs, self.drives, counts):
-            all_reduce(tensor)
-        self.looked, self.tokens = counts.tolist()
+        sums = (self.states, self.read_outs, self.drives, self.states.new_tensor([self.looked, self.tokens]))
+        flat = torch.cat([tensor.flatten() for tensor in sums])  # at many ranks a collective costs latency most
+        all_reduce(flat)
+        parts = [part.view_as(tensor) for part, tensor in zip(flat.split([t.numel() for t in sums]), sums, strict=True)]
+        self.states, self.read_outs, self.drives = parts[:3]
+        self.looked, self.tokens = (int(count) for count in parts[3])
 
 
 @dataclass(frozen=True)

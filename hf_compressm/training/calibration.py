@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from itertools import islice
 from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import BatchSampler, DataLoader, IterableDataset, RandomSampler, Sampler
 
 Batches = list[Mapping[str, Any]]
 
@@ -44,14 +44,25 @@ def calibration_batches(dataloader: Any, count: int, seed: int, rank: int = 0, p
     with torch.random.fork_rng(devices=devices):
         torch.manual_seed(seed), random.seed(seed), np.random.seed(seed % 2**32)
         try:
-            own: Any = DataLoader(
-                dataset,
-                batch_size=max(total // processes, 1),
-                shuffle=not isinstance(dataset, IterableDataset),
-                collate_fn=dataloader.collate_fn,
-                generator=generator,
+            size, part = max(total // processes, 1), (rank, count * processes, processes)
+            if isinstance(dataset, IterableDataset):
+                read: Any = DataLoader(dataset, size, collate_fn=dataloader.collate_fn, generator=generator)
+                return list(islice(read, *part))
+            sampler = RandomSampler(dataset, generator=generator)
+            chosen = _Part(BatchSampler(sampler, size, drop_last=False), part)  # other ranks' items are not even read
+            return list(
+                DataLoader(dataset, batch_sampler=chosen, collate_fn=dataloader.collate_fn, generator=generator)
             )
-            return list(islice(own, rank, count * processes, processes))
         finally:
             random.setstate(states[0])
             np.random.set_state(states[1])
+
+
+class _Part(Sampler[list[int]]):
+    """Some of the batches of indices that a sampler gives: first, end and step among them."""
+
+    def __init__(self, batches: BatchSampler, part: tuple[int, int, int]):
+        self.batches, self.part = batches, part
+
+    def __iter__(self) -> Iterator[list[int]]:
+        return islice(self.batches, *self.part)

@@ -6,7 +6,8 @@ Trains the config with scripts/pretrain.py on CPU processes over gloo, each with
 so small that the model stays near its full size. The callback logs the time of each part of a cut on rank 0, where a
 collective includes the wait for the slowest rank: statistics (drawing calibration batches, forward passes, the sum over
 ranks), decision (on rank 0), broadcast, surgery, rebuild of the reducer, verification, and the losses that it logs from
-before and after. Medians over the cuts, relative to the median training step between them.
+before and after. Medians over the cuts, relative to the median training step between them. Options after `--` override
+the config.
 """
 
 import argparse
@@ -75,7 +76,9 @@ def main() -> None:
     parser.add_argument("--spacing", type=int, default=6, help="Training steps between two cuts.")
     parser.add_argument("--target", default="96", help="States per layer after the last cut.")
     parser.add_argument("--output", type=Path, help="Where to write the figures as JSON; else they are printed.")
-    arguments, options = parser.parse_known_args()
+    argv = sys.argv[1:]
+    split = argv.index("--") if "--" in argv else len(argv)
+    arguments, options = parser.parse_args(argv[:split]), argv[split + 1 :]
     options = ["--target_state_size", arguments.target, "--min_change", "0.01", *options]
     results = {}
     for processes in tqdm(arguments.processes):

@@ -3,11 +3,13 @@
 import pickle
 
 import pytest
+import torch
 from helpers import small_model
 from selective_models import IDS, OWN, STOCK, make
 
 from hf_compressm import Fraction
 from hf_compressm.surgery import gather_statistics, make_plan, measure_mixers
+from hf_compressm.training.calibration import calibration_batches
 
 OVERHEAD = 10_000
 """Bytes of names and of pickle's own per layer, at most."""
@@ -28,7 +30,7 @@ def test_selective_layers(table, kind, size):
     G = getattr(model.config, "n_groups", 1)
     for found in statistics.values():
         found.sum_with(lambda tensor: sent.append(tensor.numel() * tensor.element_size()))
-    assert sum(sent) == 8 * (2 * G * N * N + G * N + 2) and len(sent) == 4
+    assert sum(sent) == 8 * (2 * G * N * N + G * N + 2) and len(sent) == 1
     r, found = planned(model, statistics)
     if kind == "mamba":
         R = model.config.time_step_rank
@@ -45,3 +47,22 @@ def test_selective_layers(table, kind, size):
 def test_time_invariant_layers(N, H):
     r, found = planned(small_model(state_sizes=N, hidden_size=H, layers=1), {})
     assert 0 < found - 8 * (14 * r * N + 12 * r * H + N) < OVERHEAD
+
+
+def test_a_rank_reads_only_its_own_calibration_data():
+    read = []
+
+    class Items(torch.utils.data.Dataset):
+        def __len__(self):
+            return 64
+
+        def __getitem__(self, index):
+            read.append(index)
+            return torch.tensor(index)
+
+    loader = torch.utils.data.DataLoader(Items(), batch_size=2)
+    parts = [torch.cat(calibration_batches(loader, 3, 5, rank, 4)).tolist() for rank in range(4)]
+    assert sorted(read) == sorted(sum(parts, [])) and len(set(read)) == 4 * 3 * 2
+    assert torch.cat(calibration_batches(loader, 12, 5)).tolist() == [
+        item for turn in range(3) for part in parts for item in part[2 * turn : 2 * turn + 2]
+    ]
