@@ -11,6 +11,7 @@ largest difference between ranks, and the final state sizes.
 """
 
 import argparse
+import gc
 import itertools
 import json
 import os
@@ -68,6 +69,9 @@ def job(argv: list[str]) -> None:
         result = {"losses": losses, "apart": apart, "sizes": state_sizes(trainer.model)}
         Path(str(run.training.output_dir), "ddp.json").write_text(json.dumps(result))
     if processes() > 1:
+        # The reducer frees a gloo group under the GIL, for which the group's thread may wait: it must go first.
+        del trainer
+        gc.collect()
         dist.barrier()
         dist.destroy_process_group()
 
