@@ -58,7 +58,7 @@ def test_compiles_without_graph_breaks():
         assert torch.allclose(one, other, atol=1e-6)
 
 
-def test_bad_input():
+def test_bad_input(monkeypatch):
     tensors = inputs(2, 9, 5, 4)
     with pytest.raises(ValueError, match=r"weight \(C, K\)"):
         causal_conv(tensors["x"], tensors["weight"][:3])
@@ -72,3 +72,6 @@ def test_bad_input():
         ValueError, match="unknown backend 'triton' of causal_conv; allowed are naive, cpu, causal_conv1d"
     ):
         causal_conv(**tensors, backend="triton")
+    monkeypatch.setenv("HF_COMPRESSM_CAUSAL_CONV", "cpu")
+    with pytest.raises(ValueError, match="K <= 4 and C >= 16"):
+        causal_conv(tensors["x"], long)

@@ -38,13 +38,12 @@ def causal_conv(x: Tensor, weight: Tensor, bias: Tensor | None = None, backend: 
     if len(devices := {tensor.device for tensor in (x, weight, bias) if tensor is not None}) > 1:
         raise ValueError(f"all tensors must be on one device; got {', '.join(sorted(map(str, devices)))}")
     fits = weight.shape[1] <= 4 and weight.shape[0] >= 16
-    if backend == "cpu" and not fits:
+    forced = backend or os.environ.get("HF_COMPRESSM_CAUSAL_CONV")
+    if forced == "cpu" and not fits:
         raise ValueError(
             f'the backend "cpu" of causal_conv needs K <= 4 and C >= 16; got K = {weight.shape[1]}, C = {len(weight)}'
         )
-    wanted = (
-        backend or os.environ.get("HF_COMPRESSM_CAUSAL_CONV") or (None if x.device.type == "cpu" and fits else "naive")
-    )
+    wanted = forced or (None if x.device.type == "cpu" and fits else "naive")
     chosen = choose_backend("causal_conv", wanted, x.device.type, ("naive", "cpu", "causal_conv1d"))
     if chosen == "naive":
         return naive_causal_conv(x, weight, bias)
