@@ -18,6 +18,7 @@ OWNED = (
     "config.json",
     "generation_config.json",
     "compression.json",
+    "run.json",
     "modeling_*.py",
     "configuration_*.py",
     "model*.safetensors",
