@@ -7,7 +7,7 @@ import difflib
 import json
 import math
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
@@ -92,10 +92,22 @@ def parse_run(argv: Sequence[str]) -> Run:
         OSError: if the file cannot be read.
         SystemExit: on an option of the command line that argparse refuses.
     """
+    argv = list(argv)
+    has_file = bool(argv) and not argv[0].startswith("-")
+    return _parse(read_options(Path(argv.pop(0)), GROUPS, MAPPINGS) if has_file else {}, argv)
+
+
+def make_run(content: Mapping[str, Any], source: str) -> Run:
+    """The run that a file with this content describes; `source` is for the messages.
+
+    Raises:
+        ValueError: as `parse_run`.
+    """
+    return _parse(check_options(content, source, GROUPS, MAPPINGS), [])
+
+
+def _parse(from_file: dict[str, Any], argv: list[str]) -> Run:
     parser = HfArgumentParser(list(GROUPS))
-    argv, from_file = list(argv), {}
-    if argv and not argv[0].startswith("-"):
-        from_file = read_options(Path(argv.pop(0)), GROUPS, MAPPINGS)
     mappings = {name: from_file.pop(name, {}) for name in MAPPINGS}
     parser.set_defaults(**from_file)
     arguments, training, compression = parser.parse_args_into_dataclasses(args=argv)
@@ -124,6 +136,22 @@ class _StrictLoader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
+def load_yaml(path: Path) -> dict[Any, Any]:
+    """The mapping in a YAML file, in which no key is given twice.
+
+    Raises:
+        ValueError: on a file that is not such a mapping.
+        OSError: if the file cannot be read.
+    """
+    try:
+        content = yaml.load(path.read_bytes(), _StrictLoader)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not a file of options in YAML: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} must hold a mapping of options to values; got {type(content).__name__}")
+    return content
+
+
 def read_options(path: Path, groups: Sequence[Any], mappings: Sequence[str] = ()) -> dict[str, Any]:
     """The options in a YAML file, of the types that their fields have.
 
@@ -137,31 +165,34 @@ def read_options(path: Path, groups: Sequence[Any], mappings: Sequence[str] = ()
             wrong type.
         OSError: if the file cannot be read.
     """
-    try:
-        content = yaml.load(path.read_bytes(), _StrictLoader)
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is not a file of options in YAML: {error}") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} must hold a mapping of options to values; got {type(content).__name__}")
+    return check_options(load_yaml(path), str(path), groups, mappings)
+
+
+def check_options(
+    content: Mapping[Any, Any], source: str, groups: Sequence[Any], mappings: Sequence[str] = ()
+) -> dict[str, Any]:
+    """Options of the types that their fields have; as `read_options`, for a mapping that `source` names."""
     known = {field.name: field for group in groups for field in dataclasses.fields(group) if field.init}
     for key in content:
         if key not in known:
             near = difflib.get_close_matches(str(key), known, n=1)
-            raise ValueError(f"{path}: unknown option {key!r}{f'; did you mean {near[0]!r}?' if near else ''}")
+            raise ValueError(f"{source}: unknown option {key!r}{f'; did you mean {near[0]!r}?' if near else ''}")
     parser = _FileParser(list(groups))
     return {
-        name: as_mapping(f"{path}: {name}", value) if name in mappings else _as_field(parser, path, known[name], value)
+        name: as_mapping(f"{source}: {name}", value)
+        if name in mappings
+        else _as_field(parser, source, known[name], value)
         for name, value in content.items()
     }
 
 
-def _as_field(parser: _FileParser, path: Path, field: dataclasses.Field[Any], value: Any) -> Any:
+def _as_field(parser: _FileParser, source: str, field: dataclasses.Field[Any], value: Any) -> Any:
     """A value from a file as the command line would read it, so that both take and refuse the same."""
     name = field.name
     if value is None:
         if parser.get_default(name) is None:
             return None
-        raise ValueError(f"{path}: {name} has no value; give one, or leave the line out")
+        raise ValueError(f"{source}: {name} has no value; give one, or leave the line out")
     if isinstance(value, list):
         if "list[str]" in str(field.type) and all(isinstance(item, str) for item in value):
             return value  # some of these fields take one word on the command line
@@ -171,7 +202,7 @@ def _as_field(parser: _FileParser, path: Path, field: dataclasses.Field[Any], va
     try:
         return getattr(parser.parse_args(options), name)
     except ValueError as error:
-        raise ValueError(f"{path}: {name} cannot be {value!r}: {error}") from error
+        raise ValueError(f"{source}: {name} cannot be {value!r}: {error}") from error
 
 
 def as_mapping(source: str, value: Any) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from . import mqar as mqar
 from . import stdlib_bytes as stdlib_bytes
 from . import wikitext as wikitext
 from .metrics import Accuracy, Perplexity, classification_metrics
-from .task import Task, load_task, register_task, task_names
+from .task import Task, load_task, register_task, takes_data_dir, task_names
 
 __all__ = [
     "Accuracy",
@@ -16,5 +16,6 @@ __all__ = [
     "classification_metrics",
     "load_task",
     "register_task",
+    "takes_data_dir",
     "task_names",
 ]

@@ -78,6 +78,11 @@ def task_names() -> list[str]:
     return sorted(_BUILDERS)
 
 
+def takes_data_dir(name: str) -> bool:
+    """Whether a registered task can read local files."""
+    return name in _BUILDERS and "data_dir" in inspect.signature(_BUILDERS[name]).parameters
+
+
 def load_task(name: str, *, data_dir: str | os.PathLike[str] | None = None, seed: int = 0, **options: Any) -> Task:
     """Load a registered task.
 

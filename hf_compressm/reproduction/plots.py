@@ -1,0 +1,84 @@
+"""Plots of a suite's results: the score against the number of states, and against training time."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import Any
+
+from .suite import Suite, TaskSuite
+from .tables import by_method, relative_time
+
+MARKERS = {
+    "full": "*",
+    "compressed": "o",
+    "scratch": "s",
+    "distillation": "^",
+    "hankel_norm": "v",
+    "score": "D",
+    "after_training": "P",
+}
+
+
+def write_plots(suite: Suite, records: Sequence[dict[str, Any]], folder: Path) -> list[Path]:
+    """Write one SVG for each task, with two panels; returns their paths.
+
+    Raises:
+        ImportError: without matplotlib (`pip install "hf-compressm[plots]"`).
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    paths = []
+    for task in suite.tasks:
+        rows = [record for record in records if record["task"] == task.name and record["kind"] in MARKERS]
+        if rows:
+            paths.append(_plot(task, rows, folder / f"{task.name}.svg"))
+    return paths
+
+
+def _plot(task: TaskSuite, records: Sequence[dict[str, Any]], path: Path) -> Path:
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(1, 2, figsize=(10, 4), sharey=True, layout="constrained")
+    found = by_method(task, records)
+    kinds = [kind for kind in MARKERS if any(rows[0]["kind"] == kind for rows in found.values())]
+    percent = 100 if records[0]["metric"] == "accuracy" else 1
+    for kind in kinds:
+        points = []
+        for rows in (rows for rows in found.values() if rows[0]["kind"] == kind):
+            scores = [percent * row["score"] for row in rows]
+            time = relative_time(rows, records, "seconds_needed")
+            points.append(
+                (
+                    fmean(fmean(row["sizes"]) for row in rows),
+                    time,
+                    fmean(scores),
+                    stdev(scores) if len(scores) > 1 else 0.0,
+                )
+            )
+        points.sort()
+        for axis, column in zip(axes, (0, 1), strict=True):
+            shown = [point for point in points if point[column] is not None]
+            axis.errorbar(
+                [p[column] for p in shown],
+                [p[2] for p in shown],
+                [p[3] for p in shown],
+                linestyle="none",
+                marker=MARKERS[kind],
+                label=kind.replace("_", " "),
+                capsize=2,
+                alpha=0.8,
+            )
+    axes[0].set(
+        xscale="log",
+        xlabel="states per layer",
+        ylabel=f"test {records[0]['metric'].replace('_', ' ')}{', %' if percent > 1 else ''}",
+        title=task.name,
+    )
+    axes[1].set(xlabel="training time, teacher and cut model included / full size", title=task.name)
+    axes[1].legend(fontsize="small")
+    figure.savefig(path, metadata={"Date": None})
+    pyplot.close(figure)
+    return path

@@ -1,0 +1,228 @@
+"""Runs the jobs of a suite: several at a time, each in a process of its own, none that is finished already."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterable
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass, field
+from pathlib import Path
+from queue import SimpleQueue
+from typing import Any
+
+import torch
+from tqdm.auto import tqdm
+from transformers.utils import logging
+
+from .suite import REFERENCES, Job, as_record
+from .worker import RECORD
+
+logger = logging.get_logger(__name__)
+
+LOG = "log.txt"
+JOB = "job.json"
+LAST_LINES = 15
+
+Key = tuple[str, str, int]
+
+
+class RunFailed(RuntimeError):
+    """A run ended with an error; its log says why."""
+
+
+def key_of(record: dict[str, Any]) -> Key:
+    """Names of task and method, and the seed."""
+    return record["task"], record["method"], record["seed"]
+
+
+def read_records(path: Path) -> list[dict[str, Any]]:
+    """Records of a JSON-lines file, without a last line that a kill has cut short.
+
+    Raises:
+        ValueError: if any other line is not a record.
+    """
+    lines = path.read_text().splitlines() if path.exists() else []
+    records = []
+    for number, line in enumerate(lines, 1):
+        try:
+            record = json.loads(line)
+            key_of(record)
+        except (json.JSONDecodeError, TypeError, KeyError) as error:
+            if number == len(lines):
+                break
+            raise ValueError(f"{path}, line {number}, is not a record of a run: {error!r}; remove it") from error
+        records.append(record)
+    return records
+
+
+def current(records: Iterable[dict[str, Any]], jobs: Iterable[Job]) -> list[dict[str, Any]]:
+    """Those records that are of one of the jobs as it is now, in the order of the jobs."""
+    found = {key_of(record): record for record in records}
+    return [found[j.key] for j in jobs if found.get(j.key, {}).get("fingerprint") == j.fingerprint()]
+
+
+def append_record(path: Path, record: dict[str, Any]) -> None:
+    """Add a record, on disk when this returns."""
+    with path.open("a") as file:
+        file.write(json.dumps(record) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+
+
+@dataclass
+class Runner:
+    """Runs jobs and keeps their records in `output/results.jsonl`.
+
+    A record counts as done while its fingerprint is that of its job: after a change of the suite or of a run file only
+    what it touches is run again. Folders of runs hold the model, `log.txt` and, if the run file saves any, checkpoints,
+    from which an interrupted run goes on.
+
+    Attributes:
+        output: folder for the results and all runs.
+        workers: runs at a time, >= 1. With GPUs they take turns on them.
+        threads: of torch in each run; None shares the machine's cores.
+        done: records of finished runs.
+        failed: runs that ended with an error, and what was said last.
+    """
+
+    output: Path
+    workers: int = 1
+    threads: int | None = None
+    done: dict[Key, dict[str, Any]] = field(default_factory=dict)
+    failed: dict[Key, str] = field(default_factory=dict)
+    _processes: set[subprocess.Popen[str]] = field(default_factory=set)
+
+    @property
+    def results(self) -> Path:
+        """The JSON-lines file."""
+        return self.output / "results.jsonl"
+
+    def run(self, jobs: Iterable[Job]) -> None:
+        """Run what is not done yet; jobs whose needs have failed are left out and named in `failed`.
+
+        Raises:
+            ValueError: if the results file is damaged.
+        """
+        if self.workers < 1:
+            raise ValueError(f"workers must be at least 1; got {self.workers}")
+        jobs = list(jobs)
+        self.output.mkdir(parents=True, exist_ok=True)
+        waiting = self._remaining(jobs)
+        slots: SimpleQueue[int] = SimpleQueue()
+        for slot in range(self.workers):
+            slots.put(slot)
+        running: dict[Future[dict[str, Any]], Job] = {}
+        bar = tqdm(total=len(jobs), initial=len(jobs) - len(waiting), desc=self.output.name, unit="run")
+        with ThreadPoolExecutor(self.workers) as pool:
+            try:
+                while waiting or running:
+                    for job in self._ready(waiting, self.workers - len(running)):
+                        waiting.remove(job)
+                        running[pool.submit(self._start, job, slots)] = job
+                    if not running:
+                        break
+                    for future in wait(running, return_when=FIRST_COMPLETED).done:
+                        self._finish(running.pop(future), future)
+                        bar.update()
+                        bar.set_postfix_str(f"{len(self.failed)} failed" if self.failed else "")
+            finally:
+                self._stop()
+                bar.close()
+
+    def _remaining(self, jobs: list[Job]) -> list[Job]:
+        records = {key_of(record): record for record in read_records(self.results)}
+        wanted = {job.key for job in jobs}
+        self.done = {key_of(record): record for record in current(records.values(), jobs)}
+        kept = [record for key, record in records.items() if key not in wanted or key in self.done]
+        partial = self.results.with_suffix(".partial")
+        partial.write_text("".join(json.dumps(record) + "\n" for record in kept))
+        partial.replace(self.results)
+        return [job for job in jobs if job.key not in self.done]
+
+    def _ready(self, waiting: list[Job], free: int) -> list[Job]:
+        for job in list(waiting):
+            lost = next((key for key in job.needs if key in self.failed), None)
+            if lost is not None:
+                self.failed[job.key] = f"needs {_label(lost)}, which failed"
+                waiting.remove(job)
+        ready = [job for job in waiting if all(key in self.done for key in job.needs)]
+        return ready[:free]
+
+    def _finish(self, job: Job, future: Future[dict[str, Any]]) -> None:
+        try:
+            record = future.result()
+        except RunFailed as error:
+            self.failed[job.key] = str(error)
+            logger.warning(f"{_label(job.key)} failed: {error}")
+            return
+        self.done[job.key] = record
+        append_record(self.results, record)
+
+    def _start(self, job: Job, slots: SimpleQueue[int]) -> dict[str, Any]:
+        """One run in a process of its own; returns its record."""
+        folder = self.folder(job)
+        needed = {}
+        for name in REFERENCES:
+            if name in job.method.arguments:
+                earlier = Job(job.task, job.task.methods[job.method.arguments[name]], job.seed)
+                needed[name] = self.done[earlier.key] | {"folder": str(self.folder(earlier))}
+        self._prepare(folder, job)
+        slot = slots.get()
+        try:
+            with (folder / LOG).open("w") as log:
+                process = subprocess.Popen(
+                    [sys.executable, "-m", "hf_compressm.reproduction.worker", str(folder)],
+                    stdin=subprocess.PIPE,
+                    stdout=log,
+                    stderr=subprocess.STDOUT,
+                    text=True,
+                    env=os.environ | self._environment(slot),
+                )
+                self._processes.add(process)
+                process.communicate(json.dumps({"job": as_record(job), "needed": needed}))
+                self._processes.discard(process)
+        finally:
+            slots.put(slot)
+        if process.returncode:
+            last = "\n".join((folder / LOG).read_text(errors="replace").splitlines()[-LAST_LINES:])
+            raise RunFailed(f"exit code {process.returncode}; {folder / LOG} ends with\n{last}")
+        return json.loads((folder / RECORD).read_text())
+
+    def folder(self, job: Job) -> Path:
+        """Folder of a run."""
+        return self.output / _as_name(job.task.name) / _as_name(job.method.name) / f"seed_{job.seed}"
+
+    def _prepare(self, folder: Path, job: Job) -> None:
+        """Keep what an interrupted run of the same job has left, and nothing else."""
+        note = folder / JOB
+        if folder.exists() and not (note.exists() and note.read_text() == job.fingerprint()):
+            shutil.rmtree(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        note.write_text(job.fingerprint())
+
+    def _environment(self, slot: int) -> dict[str, str]:
+        threads = self.threads or max((os.cpu_count() or 1) // self.workers, 1)
+        gpus = torch.cuda.device_count()
+        return {"OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false"} | (
+            {"CUDA_VISIBLE_DEVICES": str(slot % gpus)} if gpus > 1 else {}
+        )
+
+    def _stop(self) -> None:
+        for process in list(self._processes):
+            process.terminate()
+
+
+def _as_name(text: str) -> str:
+    """A file name that tells apart what the text tells apart."""
+    plain = re.sub(r"[^A-Za-z0-9._-]+", "_", text).strip("._")
+    return plain if plain == text else f"{plain}-{hashlib.sha256(text.encode()).hexdigest()[:6]}"
+
+
+def _label(key: Key) -> str:
+    return f"{key[0]}, {key[1]}, seed {key[2]}"

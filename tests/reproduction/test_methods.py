@@ -1,0 +1,53 @@
+"""Every method of a suite, run for a few steps in this process."""
+
+import pytest
+from suites import METHODS, write_suite
+
+from hf_compressm.reproduction.dry_run import dry_suite
+from hf_compressm.reproduction.methods import run_job
+from hf_compressm.reproduction.suite import jobs, load_suite
+
+RIVALS = {
+    "distilled": {"method": "distillation", "sizes_of": "small", "teacher": "full", "alpha": 0.3, "temperature": 3.0},
+    "regularised": {"method": "hankel_norm", "weight": 0.01, "sizes_of": "small"},
+    "by LAST": {"method": "score", "score": "last", "sizes_of": "small", "cut_steps": [3]},
+    "after": {"method": "after_training", "of": "full", "sizes_of": "small"},
+    "after by AIRE": {"method": "after_training", "of": "full", "sizes_of": "small", "score": "aire"},
+    "ranking": {"method": "rank_stability"},
+}
+
+
+def run_all(suite, folder):
+    done = {}
+    for job in jobs(suite):
+        names = {key: name for key, name in job.method.arguments.items() if key in ("sizes_of", "teacher", "of")}
+        needed = {key: done[name] | {"folder": str(folder / name)} for key, name in names.items()}
+        (folder / job.method.name).mkdir(exist_ok=True, parents=True)
+        done[job.method.name] = run_job(job, folder / job.method.name, needed)
+    return done
+
+
+@pytest.mark.slow
+def test_every_kind(tmp_path):
+    done = run_all(load_suite(write_suite(tmp_path, METHODS | RIVALS)), tmp_path)
+    for name in ("small", "scratch", "distilled", "regularised", "by LAST", "after", "after by AIRE"):
+        assert done[name]["sizes"] == [4], name
+    assert done["full"]["sizes"] == done["ranking"]["sizes"] == done["regularised"]["before_cut"]["sizes"] == [16]
+    assert done["small"]["cuts"][-1]["loss_after"] != done["small"]["cuts"][-1]["loss_before"]
+    # The recorder measures, and changes nothing.
+    assert done["ranking"]["score"] == done["full"]["score"] and done["ranking"]["loss"] == done["full"]["loss"]
+    assert done["ranking"]["stability"]
+    for name in ("distilled", "after"):
+        assert done[name]["seconds_needed"] == pytest.approx(done[name]["seconds"] + done["full"]["seconds"])
+    assert done["scratch"]["seconds_needed"] == done["scratch"]["seconds"]
+    # Same initial weights, same data, other loss.
+    assert done["distilled"]["loss"] != done["scratch"]["loss"]
+
+
+@pytest.mark.slow
+def test_a_dry_run_takes_two_steps(tmp_path):
+    suite = dry_suite(load_suite(write_suite(tmp_path, METHODS | RIVALS, seeds=3)), tmp_path / "stand_ins")
+    found = jobs(suite)
+    assert [job.method.name for job in found] == [*METHODS, *RIVALS]
+    done = run_all(suite, tmp_path)
+    assert [cut["step"] for cut in done["small"]["cuts"]] == [1] and done["scratch"]["sizes"] == done["small"]["sizes"]
