@@ -7,11 +7,11 @@ import json
 import os
 import re
 import shutil
-import subprocess
-import sys
 from collections.abc import Iterable
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
+from multiprocessing import get_context
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
@@ -21,11 +21,10 @@ from tqdm.auto import tqdm
 from transformers.utils import logging
 
 from .suite import REFERENCES, Job, as_record
-from .worker import RECORD
+from .worker import LOG, RECORD, work
 
 logger = logging.get_logger(__name__)
 
-LOG = "log.txt"
 JOB = "job.json"
 LAST_LINES = 15
 
@@ -96,7 +95,13 @@ class Runner:
     threads: int | None = None
     done: dict[Key, dict[str, Any]] = field(default_factory=dict)
     failed: dict[Key, str] = field(default_factory=dict)
-    _processes: set[subprocess.Popen[str]] = field(default_factory=set)
+    _processes: set[BaseProcess] = field(default_factory=set)
+
+    def __post_init__(self) -> None:
+        # A fork of a process that has imported everything starts at once, but cannot use a GPU that it has touched.
+        self._context: Any = get_context("spawn" if torch.cuda.is_available() else "forkserver")
+        if self._context.get_start_method() == "forkserver":
+            self._context.set_forkserver_preload(["hf_compressm.reproduction.methods"])
 
     @property
     def results(self) -> Path:
@@ -173,25 +178,20 @@ class Runner:
                 earlier = Job(job.task, job.task.methods[job.method.arguments[name]], job.seed)
                 needed[name] = self.done[earlier.key] | {"folder": str(self.folder(earlier))}
         self._prepare(folder, job)
-        slot = slots.get()
+        slot, gpus = slots.get(), torch.cuda.device_count()
         try:
-            with (folder / LOG).open("w") as log:
-                process = subprocess.Popen(
-                    [sys.executable, "-m", "hf_compressm.reproduction.worker", str(folder)],
-                    stdin=subprocess.PIPE,
-                    stdout=log,
-                    stderr=subprocess.STDOUT,
-                    text=True,
-                    env=os.environ | self._environment(slot),
-                )
-                self._processes.add(process)
-                process.communicate(json.dumps({"job": as_record(job), "needed": needed}))
-                self._processes.discard(process)
+            process = self._context.Process(
+                target=work, args=(folder, as_record(job), needed, self._threads(), slot % gpus if gpus > 1 else None)
+            )
+            process.start()
+            self._processes.add(process)
+            process.join()
+            self._processes.discard(process)
         finally:
             slots.put(slot)
-        if process.returncode:
+        if process.exitcode:
             last = "\n".join((folder / LOG).read_text(errors="replace").splitlines()[-LAST_LINES:])
-            raise RunFailed(f"exit code {process.returncode}; {folder / LOG} ends with\n{last}")
+            raise RunFailed(f"exit code {process.exitcode}; {folder / LOG} ends with\n{last}")
         return json.loads((folder / RECORD).read_text())
 
     def folder(self, job: Job) -> Path:
@@ -206,12 +206,8 @@ class Runner:
         folder.mkdir(parents=True, exist_ok=True)
         note.write_text(job.fingerprint())
 
-    def _environment(self, slot: int) -> dict[str, str]:
-        threads = self.threads or max((os.cpu_count() or 1) // self.workers, 1)
-        gpus = torch.cuda.device_count()
-        return {"OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false"} | (
-            {"CUDA_VISIBLE_DEVICES": str(slot % gpus)} if gpus > 1 else {}
-        )
+    def _threads(self) -> int:
+        return self.threads or max((os.cpu_count() or 1) // self.workers, 1)
 
     def _stop(self) -> None:
         for process in list(self._processes):

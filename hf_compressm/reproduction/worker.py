@@ -1,30 +1,39 @@
-"""The process of one run: reads a job as JSON from standard input, writes its record to the folder given."""
+"""The process of one run."""
 
 from __future__ import annotations
 
 import json
 import os
-import sys
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 RECORD = "record.json"
+LOG = "log.txt"
 
 
-def main(folder: Path) -> None:
-    """Run the job and write `record.json`, complete or not at all."""
+def work(folder: Path, job: Mapping[str, Any], needed: Mapping[str, Any], threads: int, gpu: int | None) -> None:
+    """Run a job and write `record.json`, complete or not at all; all that is printed goes to `log.txt`.
+
+    Args:
+        folder: of the run.
+        job: as `as_record` writes it.
+        needed: records of earlier runs; see `run_job`.
+        threads: of torch, >= 1.
+        gpu: index of the only GPU that the run is to see; None for all there are.
+    """
+    log = os.open(folder / LOG, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    for stream in (1, 2):  # of the process, not only Python's: kernels and libraries print too
+        os.dup2(log, stream)
+    if gpu is not None:
+        os.environ["CUDA_VISIBLE_DEVICES"] = str(gpu)
     import torch
 
     from .methods import run_job
     from .suite import from_record
 
-    if "OMP_NUM_THREADS" in os.environ:
-        torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
-    request = json.load(sys.stdin)
-    record = run_job(from_record(request["job"]), folder, request["needed"])
+    torch.set_num_threads(threads)
+    record = run_job(from_record(job), folder, needed)
     partial = folder / f"{RECORD}.partial"
     partial.write_text(json.dumps(record))
     partial.replace(folder / RECORD)
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]))
