@@ -13,6 +13,7 @@ steps, on random stand-in files where a task reads files.
 """
 
 import argparse
+import signal
 import sys
 from pathlib import Path
 
@@ -44,6 +45,7 @@ def main() -> None:
             suite = dry_suite(suite, output / "stand_ins")
         runner = Runner(output, options.workers, options.threads)
         if not options.table_only:
+            signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that the runs end too
             runner.run(jobs(suite))
         records = current(read_records(runner.results), jobs(suite))
     except (ValueError, OSError) as error:
