@@ -13,7 +13,7 @@ ALLOWED = {
     "layers": {"ops"},
     "models": {"layers", "ops"},
     "surgery": {"reduction", "models", "layers", "ops"},
-    "baselines": {"surgery", "reduction"},
+    "baselines": {"layers", "surgery", "reduction", "training"},
     "training": {"surgery", "reduction"},
     "data": set(),
     "run_file": {"data", "training"},

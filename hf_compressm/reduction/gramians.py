@@ -80,7 +80,7 @@ def controllability_gramian(poles: Tensor, B: Tensor) -> Tensor:
     P solves P = A P A^H + B B^H; entrywise P_ij = (B B^H)_ij / (1 - poles_i conj(poles_j)).
 
     Args:
-        poles: complex (N,), |poles| < 1.
+        poles: complex (N,), |poles| < 1; any batch dimensions may stand in front.
         B: complex (N, H).
 
     Returns:
@@ -88,7 +88,7 @@ def controllability_gramian(poles: Tensor, B: Tensor) -> Tensor:
 
     Source: Antoulas, Approximation of Large-Scale Dynamical Systems (SIAM 2005), section 4.3.
     """
-    return (B @ B.mH) / (1 - poles[:, None] * poles.conj())
+    return (B @ B.mH) / (1 - poles[..., :, None] * poles.conj()[..., None, :])
 
 
 def observability_gramian(poles: Tensor, C: Tensor) -> Tensor:

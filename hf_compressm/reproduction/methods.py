@@ -121,7 +121,7 @@ def _evaluate(job: Job, folder: Path, model: nn.Module) -> dict[str, Any]:
     run = make_job_run(job, folder)
     task = _task(run)
     trainer, _ = build_trainer(run, task, model)
-    return _scores(task, trainer.evaluate(task.test, ignore_keys=CACHES, metric_key_prefix="test"))  # type: ignore[arg-type]
+    return _scores(task, trainer.evaluate(task.test, ignore_keys=CACHES, metric_key_prefix="test"))
 
 
 def _load(job: Job, folder: str) -> nn.Module:
@@ -137,7 +137,7 @@ def _calibration(job: Job, folder: Path) -> list[Any]:
     task = _task(run)
     loader = DataLoader(
         task.train,
-        batch_size=run.training.per_device_train_batch_size,  # type: ignore[arg-type]
+        batch_size=run.training.per_device_train_batch_size,
         collate_fn=task.collator or default_data_collator,
     )
     return calibration_batches(loader, run.compression.calibration_batches, CALIBRATION_SEED, 0, 1)
