@@ -28,8 +28,8 @@ class DistillationCallback(LossHookCallback):
     without gradients, and is in no checkpoint.
 
     Args:
-        teacher: a trained model that takes the student's inputs and has logits of the same shape. It is frozen and moved
-            to the training device.
+        teacher: a trained model that takes the student's inputs and has logits of the same shape. It is frozen and
+            moved to the training device.
         alpha: weight of the labels, in [0, 1].
         temperature: T > 0, by which logits are divided.
 

@@ -47,8 +47,8 @@ class LossHookCallback(TrainerCallback):
         trainer = running_trainer()
         if args.label_smoothing_factor or getattr(trainer, "compute_loss_func", None) is not None:
             raise ValueError(
-                f"{type(self).__name__} changes the loss that the model returns, which this Trainer does not use: leave "
-                "out label_smoothing_factor and compute_loss_func"
+                f"{type(self).__name__} changes the loss that the model returns, which this Trainer does not use: "
+                "leave out label_smoothing_factor and compute_loss_func"
             )
         self._remove()
         self.prepare(model, args)
