@@ -6,6 +6,7 @@ import dataclasses
 import difflib
 import json
 import signal
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from transformers import (
     AutoConfig,
     PreTrainedModel,
     Trainer,
+    TrainerCallback,
     default_data_collator,
     set_seed,
 )
@@ -103,8 +105,10 @@ def build_model(run: Run, task: Task) -> PreTrainedModel:
     return model
 
 
-def build_trainer(run: Run, task: Task, model: nn.Module) -> tuple[Trainer, CompreSSMCallback | None]:
-    """A plain Trainer for the run, and its compression callback if the run compresses."""
+def build_trainer(
+    run: Run, task: Task, model: nn.Module, callbacks: Sequence[TrainerCallback] = ()
+) -> tuple[Trainer, CompreSSMCallback | None]:
+    """A plain Trainer for the run, and its compression callback if the run compresses; `callbacks` come after it."""
     optimizer = None
     if run.arguments.ssm_learning_rate is not None:
         optimizer = create_optimizer(model, run.training, run.arguments.ssm_learning_rate)
@@ -118,14 +122,14 @@ def build_trainer(run: Run, task: Task, model: nn.Module) -> tuple[Trainer, Comp
         processing_class=task.tokenizer,
         compute_metrics=task.compute_metrics,
         preprocess_logits_for_metrics=task.preprocess_logits_for_metrics,
-        callbacks=[*([callback] if callback else []), DurableCheckpoints()],
+        callbacks=[*([callback] if callback else []), *callbacks, DurableCheckpoints()],
         optimizers=(optimizer, None),
     )
     return trainer, callback
 
 
-def execute(run: Run) -> RunResult:
-    """Train, test and save.
+def execute(run: Run, callbacks: Sequence[TrainerCallback] = ()) -> RunResult:
+    """Train, test and save; with further callbacks, if there are any.
 
     Writes the model, `train_results.json`, `test_results.json`, `run.json`, `compression.json` and, unless told not to,
     `report.html` and a model card.
@@ -138,7 +142,7 @@ def execute(run: Run) -> RunResult:
         run.arguments.task or "", data_dir=run.arguments.data_dir, seed=run.training.seed, **run.task_options
     )
     model = build_model(run, task)
-    trainer, callback = build_trainer(run, task, model)
+    trainer, callback = build_trainer(run, task, model, callbacks)
     if run.arguments.report:
         keep_card(trainer)
     parameters = model.num_parameters()

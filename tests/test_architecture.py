@@ -14,6 +14,7 @@ ALLOWED = {
     "models": {"layers", "ops"},
     "surgery": {"reduction", "models", "layers", "ops"},
     "baselines": {"surgery", "reduction"},
+    "reproduction": {"surgery", "reduction", "training"},
     "training": {"surgery", "reduction"},
     "data": set(),
     "run_file": {"data", "training"},

@@ -27,9 +27,20 @@ def match_states(earlier: Balancing, later: Balancing) -> Tensor:
             f"states can be matched only while the layer keeps its order; it went from "
             f"{earlier.system.order} to {later.system.order}"
         )
-    overlap = (later.left.mH @ earlier.right).abs().clamp(max=1)
-    rows, columns = linear_sum_assignment(overlap.mT.cpu().numpy(), maximize=True)
-    partner = torch.full((earlier.rank,), -1, dtype=torch.long)
+    return assign((later.left.mH @ earlier.right).abs().clamp(max=1).mT)
+
+
+def assign(overlap: Tensor) -> Tensor:
+    """The pairing of rows with columns that maximises the sum of overlaps, a linear sum assignment.
+
+    Args:
+        overlap: real (k_earlier, k_later).
+
+    Returns:
+        long (k_earlier,): column of each row, or -1 for a row left without one.
+    """
+    rows, columns = linear_sum_assignment(overlap.cpu().numpy(), maximize=True)
+    partner = torch.full((len(overlap),), -1, dtype=torch.long)
     partner[torch.as_tensor(rows)] = torch.as_tensor(columns)
     return partner
 
