@@ -33,7 +33,7 @@ from .ranks import (
     select_states,
     target_orders,
 )
-from .tracking import assign, match_states, rank_stability
+from .tracking import match_directions, match_states, rank_stability
 from .weyl import SpectralMove, hankel_operator, spectral_move
 
 __all__ = [
@@ -43,7 +43,6 @@ __all__ = [
     "SizeConstraints",
     "SpectralMove",
     "Truncation",
-    "assign",
     "balance",
     "controllability_gramian",
     "difference",
@@ -55,6 +54,7 @@ __all__ = [
     "hankel_operator",
     "hankel_singular_values",
     "low_rank_basis",
+    "match_directions",
     "match_states",
     "numerical_rank",
     "observability_gramian",

@@ -15,12 +15,12 @@ from scipy.stats import spearmanr
 from torch import Tensor
 
 from ..reduction import (
-    assign,
     controllability_gramian,
     empirical_singular_values,
     energy_orders,
     hankel_operator,
     low_rank_basis,
+    match_directions,
     numerical_rank,
     observability_gramian,
     pivoted_states,
@@ -35,6 +35,9 @@ from ..surgery.selective import SelectiveMeasurement
 
 TAIL = 1e-3
 """Share of the sum of singular values that the states at the bottom hold, among which ranks mean nothing."""
+
+DRAWS = 20
+"""Random choices of states over which `held_by_chance` is averaged."""
 
 
 @dataclass(frozen=True)
@@ -118,12 +121,9 @@ def _ranking(P: Tensor, Q: Tensor, spectrum: Tensor, right: Tensor, left: Tensor
 def match(now: Ranking, end: Ranking) -> Tensor:
     """Which coordinate at the end continues each one now: long (k_now,), -1 for none.
 
-    The linear sum assignment of largest total overlap sqrt(|left_end^H right_now| |left_now^H right_end|), which
-    unlike either factor does not depend on the scale of the coordinates: between distant steps that changes much.
-    States of which a cut keeps a subset are paired with themselves.
+    States of which a cut keeps a subset are paired with themselves, others by `reduction.match_directions`.
     """
-    there, back = (end.left.mH @ now.right).abs(), (now.left.mH @ end.right).abs()
-    return assign((there.mT * back).sqrt().clamp(max=1))
+    return match_directions(now.right, now.left, end.right, end.left)
 
 
 def agreement(now: Ranking, end: Ranking, partner: Tensor) -> dict[str, float | None]:
@@ -154,20 +154,24 @@ def kept_agreement(now: Ranking, end: Ranking, partner: Tensor, order: int) -> d
         `kept`: r, the number of states. `overlap`: mean squared cosine of the principal angles between the spans of
         right[:, :r] now and at the end, in [0, 1]; for subsets the share of states in both. `chance`: r / N, what
         the overlap of a random choice is on average. `stability`: `reduction.rank_stability` to depth r. `held`: of
-        the energy at the end that the r states of a cut at the end hold, the part that those chosen now hold. A
-        chosen subset is not quite the best, so there it may exceed 1 slightly.
+        the energy at the end that the r coordinates of a cut at the end hold, the part that those chosen now hold
+        (`Ranking.held`). A chosen subset is not quite the best, so there it may exceed 1 slightly.
+        `held_by_chance`: the same for r of the layer's states drawn at random.
     """
     r = min(order, now.ranked, end.ranked)
     if r == 0:
-        return {"kept": 0, "overlap": None, "chance": None, "stability": None, "held": None}
+        return {"kept": 0, **dict.fromkeys(("overlap", "chance", "stability", "held", "held_by_chance"))}
     bases = [torch.linalg.qr(ranking.right[:, :r])[0] for ranking in (now, end)]
-    best = end.held(end.left[:, :r])
+    generator, best = torch.Generator().manual_seed(0), end.held(end.left[:, :r])
+    states = torch.eye(len(end.P), dtype=end.P.dtype)
+    drawn = [end.held(states[:, torch.randperm(len(states), generator=generator)[:r]]) for _ in range(DRAWS)]
     return {
         "kept": r,
         "overlap": float((bases[0].mH @ bases[1]).abs().square().sum() / r),
         "chance": r / len(end.P),
         "stability": rank_stability(partner, r),
         "held": end.held(now.left[:, :r]) / best,
+        "held_by_chance": sum(drawn) / DRAWS / best,
     }
 
 

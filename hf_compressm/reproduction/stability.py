@@ -16,7 +16,7 @@ from ..training.calibration import Batches, calibration_batches
 from ..training.distributed import gather_together, processes
 from .rankings import Ranking, agreement, kept_agreement, match, mean, next_step, rankings
 
-SHARES = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
+SHARES = (0.0, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
 
 
 class RankRecorder(TrainerCallback):
@@ -33,7 +33,8 @@ class RankRecorder(TrainerCallback):
     time, drawn apart from the training's own. The weights that training ends with are not changed by it.
 
     Args:
-        shares: when to measure, as shares of the run's optimizer steps, each in (0, 1]. The end is always measured.
+        shares: when to measure, as shares of the run's optimizer steps, each in [0, 1]; 0 is the model as it was
+            initialised. The end is always measured.
         tau: one number of states to look at is what a cut with this tolerance keeps at the end, in (0, 1).
         depths: others, as shares of a layer's states, each in (0, 1].
         calibration_batches: batches for selective layers, >= 1.
@@ -53,9 +54,10 @@ class RankRecorder(TrainerCallback):
         calibration_batches: int = 2,
         seed: int = 0,
     ):
-        for name, values in {"shares": shares, "depths": depths}.items():
-            if not all(0 < value <= 1 for value in values):
-                raise ValueError(f"{name} must lie in (0, 1]; got {tuple(values)}")
+        if not all(0 <= share <= 1 for share in shares):
+            raise ValueError(f"shares of training must lie in [0, 1]; got {tuple(shares)}")
+        if not all(0 < depth <= 1 for depth in depths):
+            raise ValueError(f"depths, shares of the states, must lie in (0, 1]; got {tuple(depths)}")
         if not 0 < tau < 1:
             raise ValueError(f"tau must lie strictly between 0 and 1; got {tau}")
         if calibration_batches < 1:
@@ -79,10 +81,12 @@ class RankRecorder(TrainerCallback):
         model = kwargs["model"]
         self._sizes, self._measured, self._batches = state_sizes(model), {}, None
         # Rounded, since 0.07 * 100 is a little more than 7.
-        self._steps = {share: max(math.ceil(round(share * state.max_steps, 6)), 1) for share in self.shares}
+        self._steps = {share: math.ceil(round(share * state.max_steps, 6)) for share in self.shares}
         if needs_calibration(model):
             loader, rank = kwargs.get("train_dataloader"), args.process_index
             self._batches = calibration_batches(loader, self.count, self.seed, rank, processes())
+        if 0 in self._steps.values():
+            self._measure(model, state)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if {state.global_step, state.global_step - 1} & set(self._steps.values()):
@@ -150,9 +154,10 @@ def stability_table(records: Sequence[Mapping[str, Any]]) -> str:
     """Markdown: a row per share of training, means over layers and seeds, with the standard deviation over seeds.
 
     Columns: Spearman's correlation with the ranking at the end over the states that matter; per number of states kept
-    the overlap of what an early cut would keep with what one at the end does (in brackets that of a random choice), the
-    stability of the top ranks, and the energy held; the largest move of a singular value in the next step over Weyl's
-    bound, and the share of neighbours that this bound keeps from crossing. See `rankings` for definitions.
+    the overlap of what an early cut would keep with what one at the end does, the stability of the top ranks, and the
+    energy held at the end by what an early cut would keep (in brackets what random choices give); the largest move of
+    a singular value in the next step over Weyl's bound, and the share of neighbours that this bound keeps from
+    crossing. See `rankings` for definitions.
 
     Args:
         records: what `RankRecorder.as_records` returned, of one run or several.
@@ -171,9 +176,9 @@ def stability_table(records: Sequence[Mapping[str, Any]]) -> str:
         cells = [f"{share:g}", _cell([m["spearman"] for m in means])]
         for name in kept:
             at = [m["kept"][name] for m in means]
-            chance = mean([values["chance"] for values in at])
-            cells.append(_cell([v["overlap"] for v in at]) + ("" if chance is None else f" ({chance:.2f})"))
-            cells += [_cell([v[key] for v in at]) for key in ("stability", "held")]
+            cells += [_cell([v["overlap"] for v in at]) + _by_chance([v["chance"] for v in at])]
+            cells += [_cell([v["stability"] for v in at])]
+            cells += [_cell([v["held"] for v in at]) + _by_chance([v["held_by_chance"] for v in at])]
         lines.append(_row([*cells, *(_cell([m[key] for m in means]) for key in ("move_over_bound", "clear_gaps"))]))
     return "\n".join(lines)
 
@@ -183,6 +188,11 @@ def _cell(values: Sequence[float | None]) -> str:
     if not known:
         return "-"
     return f"{fmean(known):.2f} ± {stdev(known):.2f}" if len(known) > 1 else f"{known[0]:.2f}"
+
+
+def _by_chance(values: Sequence[float | None]) -> str:
+    found = mean(values)
+    return "" if found is None else f" ({found:.2f})"
 
 
 def _row(cells: Sequence[str]) -> str:

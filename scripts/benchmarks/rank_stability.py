@@ -3,8 +3,8 @@
     python scripts/benchmarks/rank_stability.py configs/runs/digits_narrow.yaml --seeds 3 --json stability.jsonl
     python scripts/benchmarks/rank_stability.py configs/runs/stdlib_mamba.yaml --seeds 1 -- --max_steps 1000
 
-Options after `--` override the config. The JSON-lines file gets a line per seed, with values for every layer; seeds that
-it has for the same config and options are not trained again. See `hf_compressm.reproduction.rankings` for what the
+Options after `--` override the config. The JSON-lines file gets a line per seed, with values for every layer; seeds
+that it has for the same config and options are not trained again. See `hf_compressm.reproduction.rankings` for what the
 columns mean.
 """
 
