@@ -5,9 +5,8 @@ Shapes: N states, k ranked directions, r kept ones.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -36,6 +35,9 @@ from ..surgery.selective import SelectiveMeasurement
 TAIL = 1e-3
 """Share of the sum of singular values that the states at the bottom hold, among which ranks mean nothing."""
 
+MOVES = ("move", "bound", "move_over_bound", "clear_gaps")
+"""What `next_step` returns."""
+
 DRAWS = 20
 """Random choices of states over which `held_by_chance` is averaged."""
 
@@ -60,7 +62,7 @@ class Ranking:
     ranked: int
     leading: int
 
-    @cached_property
+    @property
     def operator(self) -> Tensor:
         """The Hankel operator whose eigenvalues are the singular values; see `reduction.hankel_operator`."""
         return hankel_operator(self.P, self.Q)
@@ -175,17 +177,15 @@ def kept_agreement(now: Ranking, end: Ranking, partner: Tensor, order: int) -> d
     }
 
 
-def next_step(now: Ranking, following: Ranking | None) -> dict[str, float | None]:
+def next_step(now: Ranking, following: Ranking) -> dict[str, float | None]:
     """How far the singular values move in the following optimizer step, against Weyl's bound.
 
     Returns:
         `move`, `bound`: as `reduction.spectral_move` gives them, relative to the largest singular value.
-        `move_over_bound`: in [0, 1], None if nothing moved. `clear_gaps`: share of the gaps between leading singular
-        values that are too wide for their neighbours to cross in this step; None if there is no gap. All are None if
-        no step follows.
+        `move_over_bound`: in [0, 1]. `clear_gaps`: share of the gaps between leading singular values that are too wide
+        for their neighbours to cross in this step; None if there is no gap. Both are None if nothing moved, as in the
+        first step of a warm-up.
     """
-    if following is None:
-        return dict.fromkeys(("move", "bound", "move_over_bound", "clear_gaps"))
     moved = spectral_move(now.operator, following.operator)
     largest = max(float(moved.values[0]), torch.finfo(torch.float64).tiny)
     gaps = -moved.values[: now.leading].diff()
@@ -193,7 +193,7 @@ def next_step(now: Ranking, following: Ranking | None) -> dict[str, float | None
         "move": moved.move / largest,
         "bound": moved.bound / largest,
         "move_over_bound": moved.move / moved.bound if moved.bound > 0 else None,
-        "clear_gaps": float((gaps > moved.spread).double().mean()) if len(gaps) else None,
+        "clear_gaps": float((gaps > moved.spread).double().mean()) if len(gaps) and moved.bound > 0 else None,
     }
 
 
@@ -201,3 +201,10 @@ def mean(values: Sequence[float | None]) -> float | None:
     """Mean of the values that there are; None if there are none."""
     known = [value for value in values if value is not None]
     return sum(known) / len(known) if known else None
+
+
+def mean_of(entries: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
+    """Mean of every value of entries with the same keys, nested ones included."""
+    entries = list(entries)
+    columns = {key: [entry[key] for entry in entries] for key in entries[0]}
+    return {key: mean_of(c) if isinstance(c[0], Mapping) else mean(c) for key, c in columns.items()}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from statistics import fmean, stdev
 from typing import Any
 
@@ -14,7 +14,7 @@ from ..reduction import energy_orders
 from ..surgery import find_mixers, measure_mixers, needs_calibration, state_sizes
 from ..training.calibration import Batches, calibration_batches
 from ..training.distributed import gather_together, processes
-from .rankings import Ranking, agreement, kept_agreement, match, mean, next_step, rankings
+from .rankings import MOVES, Ranking, agreement, kept_agreement, match, mean, mean_of, next_step, rankings
 
 SHARES = (0.0, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
 
@@ -66,6 +66,7 @@ class RankRecorder(TrainerCallback):
         self.count, self.seed = calibration_batches, seed
         self._steps: dict[float, int] = {}
         self._measured: dict[int, dict[str, list[Ranking]]] = {}
+        self._moves: dict[int, dict[str, dict[str, Any]]] = {}
         self._orders: dict[str, dict[str, int]] = {}
         self._sizes: list[int] = []
         self._batches: Batches | None = None
@@ -79,7 +80,7 @@ class RankRecorder(TrainerCallback):
                 "train from the beginning"
             )
         model = kwargs["model"]
-        self._sizes, self._measured, self._batches = state_sizes(model), {}, None
+        self._sizes, self._measured, self._moves, self._batches = state_sizes(model), {}, {}, None
         # Rounded, since 0.07 * 100 is a little more than 7.
         self._steps = {share: math.ceil(round(share * state.max_steps, 6)) for share in self.shares}
         if needs_calibration(model):
@@ -100,8 +101,15 @@ class RankRecorder(TrainerCallback):
             )
         measured = measure_mixers(model, gather_together(model, self._batches))
         adapters = {site.name: site.adapter for site in find_mixers(model)}
-        self._measured[state.global_step] = {name: rankings(adapters[name], m) for name, m in measured.items()}
-        if state.global_step == state.max_steps:
+        step, found = state.global_step, {name: rankings(adapters[name], m) for name, m in measured.items()}
+        if (before := self._measured.get(step - 1)) is not None:
+            self._moves[step - 1] = {
+                name: mean_of(next_step(*pair) for pair in zip(before[name], after, strict=True))
+                for name, after in found.items()
+            }
+        if step in self._steps.values():
+            self._measured[step] = found
+        if step == state.max_steps:
             spectra = {name: m.spectrum() for name, m in measured.items()}
             self._orders = {name: self._kept(spectrum) for name, spectrum in spectra.items()}
 
@@ -127,27 +135,17 @@ class RankRecorder(TrainerCallback):
         return [self._record(share, step, self._measured[last]) for share, step in self._steps.items()]
 
     def _record(self, share: float, step: int, end: Mapping[str, list[Ranking]]) -> dict[str, Any]:
-        now, following = self._measured[step], self._measured.get(step + 1)
-        layers = {}
+        now, moves, layers = self._measured[step], self._moves.get(step), {}
         for name, orders in self._orders.items():
-            after = following[name] if following else [None] * len(end[name])
-            groups = zip(now[name], end[name], after, strict=True)
-            layers[name] = _mean_of(_compare(*group, orders) for group in groups)
-        return {"share": share, "step": step, "mean": _mean_of(layers.values()), "layers": layers}
+            compared = mean_of(_compare(*pair, orders) for pair in zip(now[name], end[name], strict=True))
+            layers[name] = compared | (dict.fromkeys(MOVES) if moves is None else moves[name])
+        return {"share": share, "step": step, "mean": mean_of(layers.values()), "layers": layers}
 
 
-def _compare(now: Ranking, end: Ranking, following: Ranking | None, orders: Mapping[str, int]) -> dict[str, Any]:
+def _compare(now: Ranking, end: Ranking, orders: Mapping[str, int]) -> dict[str, Any]:
     partner = match(now, end)
     kept = {name: kept_agreement(now, end, partner, order) for name, order in orders.items()}
-    found = {"states": len(now.P), **agreement(now, end, partner), "kept": kept}
-    return found | next_step(now, following)
-
-
-def _mean_of(entries: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
-    """Mean of every value of entries with the same keys, nested ones included."""
-    entries = list(entries)
-    columns = {key: [entry[key] for entry in entries] for key in entries[0]}
-    return {key: _mean_of(c) if isinstance(c[0], Mapping) else mean(c) for key, c in columns.items()}
+    return {"states": len(now.P), **agreement(now, end, partner), "kept": kept}
 
 
 def stability_table(records: Sequence[Mapping[str, Any]]) -> str:
