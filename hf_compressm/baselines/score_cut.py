@@ -14,18 +14,20 @@ from ..surgery import (
     CompressionPlan,
     LayerPlan,
     MixerReduction,
+    MixerSite,
     apply_plan,
     check_parameters,
     find_mixers,
     needs_calibration,
     state_sizes,
 )
+from ..surgery.lora import effective_site, followed
 from ..training import CompressionConfig
 from ..training.calibration import Batches, calibration_batches
-from ..training.distributed import processes
+from ..training.distributed import processes, refuse_unsupported
 from ..training.records import CutLoss
 from ..training.trainer_log import log_to_trackers
-from .selection import METHODS, gather_rival_statistics, rival_selection
+from .selection import METHODS, check_method, gather_rival_statistics, rival_selection
 
 
 def rival_cut(
@@ -44,7 +46,7 @@ def rival_cut(
         model: a model with supported mixers.
         method: a score; see `rival_selection`.
         order: number of states to keep, for all mixers or by mixer name; a mixer that has no more is left alone.
-        batches: calibration batches of one common length, for selective layers.
+        batches: calibration batches, for selective layers.
         optimizer: its moments follow, as in `compress`; None if the model is not being trained.
         generator: CPU generator for method "random".
         step: optimizer steps taken so far, for the history.
@@ -54,45 +56,70 @@ def rival_cut(
         The record of the cut, as `compress` returns it; without singular values, bounds and residuals.
 
     Raises:
-        ValueError: an unknown method or mixer, an order below 1, a frozen or shared parameter, missing batches.
-        TypeError: an optimizer whose state cannot be carried.
+        ValueError: an unknown method or mixer, an order below 1, orders that differ where the model's config holds one
+            state size for all layers, a frozen or shared parameter, missing batches.
+        TypeError: an optimizer whose state cannot be carried; a mixer whose adapter cannot keep single states.
+        ReductionError: NaN or infinite weights or statistics. The model is unchanged.
     """
     check_parameters(model, optimizer)
+    check_method(model, method)
     began, sites = time.perf_counter(), find_mixers(model)
-    names = [site.name for site in sites]
-    if isinstance(order, Mapping) and (unknown := order.keys() - set(names)):
-        raise ValueError(f"the model has no mixer {sorted(unknown)[0]!r}; it has {', '.join(names)}")
-    wanted = {name: order.get(name) if isinstance(order, Mapping) else order for name in names}
+    sizes = _new_sizes(sites, order)
     found = gather_rival_statistics(model, batches) if statistics is None else statistics
     layers = []
     for site in sites:
-        old, new = site.state_size, wanted[site.name]
-        if new is None or new >= old:
-            layers.append(LayerPlan(site.name, old, old, torch.zeros(0)))
-            continue
-        kept = rival_selection(method, found[site.name], new, generator)
-        reduction = MixerReduction(site.adapter.keep(site.mixer, kept))  # type: ignore[attr-defined]
+        old, new, reduction = site.state_size, sizes[site.name], None
+        if new < old:
+            reduction = _kept(site, rival_selection(method, found[site.name], new, generator))
         layers.append(LayerPlan(site.name, old, new, torch.zeros(0), reduction))
     plan = CompressionPlan(layers, {"policy": "score", "score": method}, time.perf_counter() - began)
     return apply_plan(model, optimizer, plan, step)
+
+
+def _new_sizes(sites: Sequence[MixerSite], order: int | Mapping[str, int]) -> dict[str, int]:
+    present = {site.name: site.state_size for site in sites}
+    wanted = order if isinstance(order, Mapping) else dict.fromkeys(present, order)
+    if unknown := wanted.keys() - present.keys():
+        raise ValueError(f"the model has no mixer {min(unknown)!r}; it has {', '.join(present)}")
+    sizes = {name: min(wanted.get(name, size), size) for name, size in present.items()}
+    if len(common := {sizes[site.name] for site in sites if site.adapter.uniform}) > 1:
+        raise ValueError(
+            f"this model's config holds one state size for all layers; the orders would leave {sorted(common)}. Give "
+            "one order, or convert the model with hf_compressm.from_stock to one with a state size per layer."
+        )
+    return sizes
+
+
+def _kept(site: MixerSite, kept: list[list[int]]) -> MixerReduction:
+    plain = effective_site(site)
+    keep = getattr(plain.adapter, "keep", None)
+    if keep is None:
+        raise TypeError(
+            f"{type(plain.adapter).__name__}, the adapter of {site.name}, cannot keep single states: it needs a method "
+            "keep(mixer, kept) that returns a ParameterChange by parameter name; see MambaAdapter.keep"
+        )
+    return followed(site, MixerReduction(keep(plain.mixer, kept)))
 
 
 class RivalCutCallback(TrainerCallback):
     """Cuts by a score while an unmodified Trainer trains, on the schedule of `CompreSSMCallback`.
 
     For comparisons in a single process: a run that is interrupted starts afresh, and a best model from before a cut
-    cannot be loaded.
+    cannot be loaded. The loss around each cut is logged as `CompreSSMCallback` does.
 
     Args:
         method: a score; see `rival_selection`.
-        target_state_size: states of every layer after the last cut, >= 1; the way is walked in equal ratios.
+        target_state_size: states of every layer after the last cut, >= 1; the way is walked in equal ratios. Layers
+            that have no more are left alone.
         cut_steps: optimizer steps at which to cut. None: four equidistant ones in the first 10% of training.
         calibration_batches: training batches on which the states of selective layers are ranked, >= 1.
 
     Raises:
-        ValueError: an unknown method, settings out of range; when training starts: a resumed run, a frozen or shared
-            parameter.
-        NotImplementedError: when training starts on several processes.
+        ValueError: an unknown method, settings out of range; when training starts: a method that the model's layers do
+            not have, a resumed run, a frozen or shared parameter.
+        TypeError: when training starts: an optimizer whose state cannot be carried.
+        NotImplementedError: when training starts on several processes or devices.
+        ReductionError: at a cut, if weights or statistics are NaN or infinite.
     """
 
     def __init__(
@@ -123,9 +150,14 @@ class RivalCutCallback(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         if processes() > 1:
-            raise NotImplementedError("RivalCutCallback is for comparisons in a single process")
+            raise NotImplementedError(
+                f"RivalCutCallback is for comparisons in a single process; {processes()} train. Start one process, or "
+                "use CompreSSMCallback."
+            )
+        refuse_unsupported(args, model)
         if state.global_step > 0:
             raise ValueError("RivalCutCallback cannot go on with a run that was interrupted; start it afresh")
+        check_method(model, self.method)
         check_parameters(model, optimizer)
         self._attempts = self._config.attempt_steps(state.max_steps)
 
@@ -142,15 +174,20 @@ class RivalCutCallback(TrainerCallback):
         step = state.global_step
         if step not in self._attempts:
             return
-        left, count = sum(attempt >= step for attempt in self._attempts), self._config.calibration_batches
+        orders, count = self._orders(model, step), self._config.calibration_batches
+        if not orders:
+            return
         batches = calibration_batches(train_dataloader, count, step) if needs_calibration(model) else None
         loss = CutLoss(batches, train_dataloader, count, step, 0)
         loss.measure("compression/loss_before", model)
-        generator = torch.Generator().manual_seed(step)
-        rival_cut(model, self.method, self._orders(model, left), batches, optimizer, generator, step)
+        generator = torch.Generator().manual_seed(args.seed * 1_000_003 + step)
+        rival_cut(model, self.method, orders, batches, optimizer, generator, step)
         loss.measure("compression/loss_after", model)
         log_to_trackers(loss.values | {"compression/mean_state_size": sum(sizes := state_sizes(model)) / len(sizes)})
 
-    def _orders(self, model: nn.Module, attempts_left: int) -> dict[str, int]:
+    def _orders(self, model: nn.Module, step: int) -> dict[str, int]:
+        """States after the attempt of this step, by mixer name, of the mixers that lose any."""
+        left = sum(attempt >= step for attempt in self._attempts)
         sizes = {site.name: site.state_size for site in find_mixers(model)}
-        return {n: max(round(size * (self.target / size) ** (1 / attempts_left)), 1) for n, size in sizes.items()}
+        orders = {name: max(round(size * (self.target / size) ** (1 / left)), 1) for name, size in sizes.items()}
+        return {name: order for name, order in orders.items() if order < sizes[name]}

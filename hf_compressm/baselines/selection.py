@@ -11,28 +11,32 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from ..layers.lru import LRU
 from ..reduction import DiagonalSystem
-from ..surgery import Signals, find_mixers, gather_statistics, selective_signals
+from ..surgery import ReductionError, Signals, find_mixers, gather_statistics, selective_signals
 
 METHODS = ("first", "random", "ghost", "mean_lti", "last", "aire", "sparse_ssm")
 LTI_METHODS = ("first", "random", "last", "aire")
 
 
 class RivalStatistics:
-    """Sums over tokens that the scores need; for experiments, since it looks at the states of every token.
+    """Sums over tokens, padding left out, that the scores need.
+
+    For experiments, since it looks at the states of every token, one time step after the other.
 
     Attributes:
         energy: float64 (G, N), sum of h^2 c^2 over tokens and channels.
-        squares: float64 (L, I, N), sum of h^2 over sequences, by time step.
+        squares: float64 (L, I, N), sum of h^2 over sequences, by time step; L is that of the longest batch.
         step: float64 (I,), B, C: float64 (G, N), sums over tokens.
+        tokens: number of tokens.
     """
 
     def __init__(self) -> None:
         self.tokens = 0
         self.energy: Any = 0
-        self.squares: Any = 0
+        self.squares: Any = None
         self.step: Any = 0
         self.B: Any = 0
         self.C: Any = 0
@@ -42,6 +46,8 @@ class RivalStatistics:
     def observe(self, mixer: nn.Module, hidden_states: Tensor, attention_mask: Tensor | None) -> None:
         signals: Signals = selective_signals(mixer, hidden_states, attention_mask)
         batch, length, channels = signals.u.shape
+        mask = signals.u.new_ones(batch, length) if attention_mask is None else attention_mask[:, -length:]
+        counted = mask.to(signals.u.device, torch.float32)[..., None]
         groups, size = signals.B.shape[2:]
         state = signals.u.new_zeros(batch, groups, channels // groups, size)
         rates = signals.A.view(groups, channels // groups, -1)
@@ -49,15 +55,37 @@ class RivalStatistics:
         for t in range(length):
             step = signals.dt[:, t].view(batch, groups, -1, 1)
             drive = step * signals.u[:, t].view(batch, groups, -1, 1)
-            state = (step * rates).exp() * state + drive * signals.B[:, t, :, None]
-            self.energy = self.energy + (state.square().sum(2) * signals.C[:, t].square()).sum(0).double()
-            squares.append(state.square().sum(0).flatten(0, 1))
-        self.squares = self.squares + torch.stack(squares).double()
-        self.step = self.step + signals.dt.sum((0, 1)).double()
-        self.B = self.B + signals.B.sum((0, 1)).double()
-        self.C = self.C + signals.C.sum((0, 1)).double()
+            state.mul_((step * rates).exp()).addcmul_(drive, signals.B[:, t, :, None].float())
+            square = state.square() * counted[:, t, :, None, None]
+            self.energy = self.energy + (square.sum(2) * signals.C[:, t].float().square()).sum(0).double()
+            squares.append(square.sum(0).flatten(0, 1))
+        self.squares = _sum_by_step(self.squares, torch.stack(squares).double())
+        self.step = self.step + (signals.dt * counted).sum((0, 1)).double()
+        self.B = self.B + (signals.B * counted[..., None]).sum((0, 1)).double()
+        self.C = self.C + (signals.C * counted[..., None]).sum((0, 1)).double()
         self.A = signals.A.double()
-        self.tokens += batch * length
+        self.tokens += int(counted.sum())
+        if not all(found.isfinite().all() for found in (self.energy, self.squares, self.step, self.B, self.C)):
+            raise ReductionError("states, inputs or read-outs are NaN or infinite on the calibration data")
+
+
+def _sum_by_step(total: Tensor | None, found: Tensor) -> Tensor:
+    """Sum of two tensors (L, I, N) whose lengths may differ."""
+    if total is None:
+        return found
+    length = max(len(total), len(found))
+    return sum(F.pad(t, (0, 0, 0, 0, 0, length - len(t))) for t in (total, found))  # type: ignore[return-value]
+
+
+def check_method(model: nn.Module, method: str) -> None:
+    """Raise ValueError unless every mixer of a model can be ranked by a method; the message names the allowed ones."""
+    for site in find_mixers(model):
+        _check_method(method, LTI_METHODS if isinstance(site.mixer, LRU) else METHODS)
+
+
+def _check_method(method: str, allowed: tuple[str, ...]) -> None:
+    if method not in allowed:
+        raise ValueError(f"unknown method {method!r}; allowed for this layer are {', '.join(allowed)}")
 
 
 def gather_rival_statistics(model: nn.Module, batches: Any = None) -> dict[str, RivalStatistics | DiagonalSystem]:
@@ -65,15 +93,28 @@ def gather_rival_statistics(model: nn.Module, batches: Any = None) -> dict[str, 
 
     Args:
         model: a model with supported mixers.
-        batches: of one common length, for selective layers; see `gather_statistics`.
+        batches: for selective layers; see `gather_statistics`.
+
+    Raises:
+        ValueError, TypeError: calibration batches that are missing, empty, too short or of the wrong fields.
+        ReductionError: weights or statistics that are NaN or infinite, or a pole not inside the unit circle.
     """
     sites = find_mixers(model)
     found: dict[str, RivalStatistics | DiagonalSystem] = {
-        site.name: DiagonalSystem(*site.mixer.system()) for site in sites if isinstance(site.mixer, LRU)
+        site.name: _system(site.name, site.mixer) for site in sites if isinstance(site.mixer, LRU)
     }
     if len(found) < len(sites):
         found |= gather_statistics(model, batches, make=lambda site: RivalStatistics())
     return {site.name: found[site.name] for site in sites}
+
+
+def _system(name: str, mixer: LRU) -> DiagonalSystem:
+    system = DiagonalSystem(*mixer.system())
+    try:
+        system.check()
+    except ValueError as error:
+        raise ReductionError(f"{name}: {error}") from error
+    return system
 
 
 def rival_selection(
@@ -95,10 +136,7 @@ def rival_selection(
         ValueError: on an unknown method, or one that the layer does not have; "random" without a generator; an order
             that is not between 1 and the present number of states.
     """
-    lti = isinstance(statistics, DiagonalSystem)
-    allowed = LTI_METHODS if lti else METHODS
-    if method not in allowed:
-        raise ValueError(f"unknown method {method!r}; allowed for this layer are {', '.join(allowed)}")
+    _check_method(method, LTI_METHODS if isinstance(statistics, DiagonalSystem) else METHODS)
     groups, size = (1, statistics.order) if isinstance(statistics, DiagonalSystem) else statistics.B.shape
     if not 1 <= order <= size:
         raise ValueError(f"the order must lie between 1 and {size}, the present number of states; got {order}")

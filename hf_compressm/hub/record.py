@@ -139,7 +139,8 @@ class RunRecord:
                 yield entry["step"], layer, None
         for cut in self.cuts:
             for layer in cut["layers"]:
-                yield cut["step"] or 0, layer, layer["new_size"]
+                if layer["singular_values"]:  # a cut by another score measures none
+                    yield cut["step"] or 0, layer, layer["new_size"]
 
     def _layer_names(self) -> list[str]:
         if self.events:

@@ -96,8 +96,17 @@ class MambaAdapter(MixerAdapter[Any]):
 
     def keep(self, mixer: Any, kept: Sequence[Sequence[int]]) -> dict[str, ParameterChange]:
         """Parameters with the given states of each group and everything else unchanged."""
-        rows = torch.eye(self.state_size(mixer), dtype=torch.float64)[list(kept[0])]
-        return self._subset(mixer, kept[0], rows, rows)
+        rank, size, index = mixer.dt_proj.weight.shape[1], self.state_size(mixer), torch.tensor(list(kept[0]))
+        rows = {
+            "x_proj.weight": torch.cat([torch.arange(rank), rank + index, rank + size + index]),
+            **dict.fromkeys(("b_layernorm.weight", "c_layernorm.weight"), index),
+        }
+        columns = torch.eye(size, dtype=torch.float64)[:, index]
+        changes = {}
+        for name in self.parameter_shapes(mixer, size):
+            picked = Term(name, right=columns) if name == "A_log" else Term(name, rows=rows.get(name))
+            changes[name] = ParameterChange(picked(mixer.get_parameter(name).detach().cpu()), (picked,), rows=picked)
+        return changes
 
     def subset_changes(
         self, mixer: Any, measurement: SelectiveMeasurement, kept: Sequence[int], K: Tensor

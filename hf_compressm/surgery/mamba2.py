@@ -194,18 +194,12 @@ class CompreSSMMamba2Adapter(_Mamba2Adapter):
         read_in, read_out = torch.stack(ins), torch.stack(outs)
         if not (read_in.isfinite().all() and read_out.isfinite().all()):
             raise ReductionError("the reduced parameters are NaN or infinite")
-        residual = sum(residuals) / len(residuals)
-        if mixer.read_in is None:
-            # Nothing on record tells the gradient of a matrix that was not there.
-            return MixerReduction(
-                {"read_in": ParameterChange(read_in, ()), "read_out": ParameterChange(read_out, ())}, residual=residual
-            )
-        old_in, old_out = (p.detach().to("cpu", torch.float64) for p in (mixer.read_in, mixer.read_out))
-        changes = {
-            "read_in": ParameterChange(read_in @ old_in, (Term("read_in", left=read_out),)),
-            "read_out": ParameterChange(read_out @ old_out, (Term("read_out", left=read_in),)),
-        }
-        return MixerReduction(changes, residual=residual)
+        return MixerReduction(_basis_changes(mixer, read_in, read_out), residual=sum(residuals) / len(residuals))
+
+    def keep(self, mixer: Any, kept: Sequence[Sequence[int]]) -> dict[str, ParameterChange]:
+        """Parameters with the given states of each group and everything else unchanged."""
+        rows = torch.eye(self.state_size(mixer), dtype=torch.float64)[torch.tensor([list(chosen) for chosen in kept])]
+        return _basis_changes(mixer, rows, rows)
 
     def refitted(self, mixer: Any) -> dict[str, slice]:
         return dict.fromkeys(("read_in", "read_out"), slice(None))
@@ -237,6 +231,18 @@ def mamba2_signals(mixer: Any, hidden_states: Tensor, attention_mask: Tensor | N
 def _conv_states(mixer: Any) -> int:
     """Number of states that the convolution's channels amount to."""
     return (mixer.conv1d.weight.shape[0] - mixer.out_proj.weight.shape[1]) // (2 * mixer.n_groups)
+
+
+def _basis_changes(mixer: Any, read_in: Tensor, read_out: Tensor) -> dict[str, ParameterChange]:
+    """Parameters with L B and R C in place of the present B and C; L and R float64 (G, r, N)."""
+    if mixer.read_in is None:
+        # Nothing on record tells the gradient of a matrix that was not there.
+        return {"read_in": ParameterChange(read_in, ()), "read_out": ParameterChange(read_out, ())}
+    old_in, old_out = (p.detach().to("cpu", torch.float64) for p in (mixer.read_in, mixer.read_out))
+    return {
+        "read_in": ParameterChange(read_in @ old_in, (Term("read_in", left=read_out),)),
+        "read_out": ParameterChange(read_out @ old_out, (Term("read_out", left=read_in),)),
+    }
 
 
 def _basis(
