@@ -49,12 +49,12 @@ class RivalStatistics:
         mask = signals.u.new_ones(batch, length) if attention_mask is None else attention_mask[:, -length:]
         counted = mask.to(signals.u.device, torch.float32)[..., None]
         groups, size = signals.B.shape[2:]
-        state = signals.u.new_zeros(batch, groups, channels // groups, size)
+        state = signals.u.new_zeros(batch, groups, channels // groups, size, dtype=torch.float32)
         rates = signals.A.view(groups, channels // groups, -1)
         squares = []
         for t in range(length):
             step = signals.dt[:, t].view(batch, groups, -1, 1)
-            drive = step * signals.u[:, t].view(batch, groups, -1, 1)
+            drive = step * signals.u[:, t].float().view(batch, groups, -1, 1)
             state.mul_((step * rates).exp()).addcmul_(drive, signals.B[:, t, :, None].float())
             square = state.square() * counted[:, t, :, None, None]
             self.energy = self.energy + (square.sum(2) * signals.C[:, t].float().square()).sum(0).double()

@@ -181,3 +181,13 @@ def test_axes_and_numbers():
     assert [number(value) for value in (0, 0.25, 1234.5, 1e-5, 2.5e9, 54.333)] == [
         *("0", "0.25", "1,234", "1e-5", "2.5e9", "54.3"),
     ]
+
+
+def test_a_cut_by_a_score_that_measures_no_singular_values(tmp_path):
+    record = cut(10, 12, 6)
+    for layer in record["layers"]:
+        layer |= {"singular_values": [], "bound": None}
+    log = [{"compression/loss_before": 1.25, "compression/loss_after": 1.5, "step": 10}]
+    html = render_report(read_run(write_run(tmp_path / "run", history=[record], log=log, state_sizes=[6, 6])))
+    check_page(html)
+    assert "12 → 6" in text_of(html) and "+0.2500" in text_of(html)
