@@ -3,7 +3,7 @@
 import inspect
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -49,6 +49,15 @@ class Task:
     preprocess_logits_for_metrics: Callable[[Any, Any], Any] | None = None
     tokenizer: Any = None
     hub_dataset: str | None = None
+
+
+def label_fields(names: Sequence[str]) -> dict[str, Any]:
+    """Config fields of a classifier into classes of these names."""
+    return {
+        "num_labels": len(names),
+        "id2label": dict(enumerate(names)),
+        "label2id": {name: number for number, name in enumerate(names)},
+    }
 
 
 TaskBuilder = Callable[..., Task]
