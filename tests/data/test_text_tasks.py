@@ -49,13 +49,16 @@ def test_reviews_are_cut_to_the_greatest_length_and_padded(tmp_path):
         assert mask.tolist() == [1] * len(expected) + [0] * (20 - len(expected))
 
 
-PAIRS = [[1.0, "P1", "P2", 'a "quoted text', "NA"], [0.0, "1", "2", "caf\N{LATIN SMALL LETTER E WITH ACUTE}", "null b"]]
+PAIRS = [
+    [1.0, "P1", "P2", '"quoted text', "NA"],
+    [0.0, "1", "2", "caf\N{LATIN SMALL LETTER E WITH ACUTE}", "17"],
+]
 
 
 def write_aan(folder, rows=tuple(PAIRS), missing=None):
     folder.mkdir(parents=True, exist_ok=True)
     for split in ("train", "eval", "test"):
-        lines = ["\t".join([str(row[0]), *row[1:3], *(f"{split} {text}" for text in row[3:])]) for row in rows]
+        lines = ["\t".join(map(str, row)) for row in [*rows, [0.0, "3", "4", f"in {split}", "b"]]]
         if split != missing:
             (folder / f"new_aan_pairs.{split}.tsv").write_text("\n".join(lines) + "\n", encoding="utf-8")
     return folder
@@ -66,16 +69,16 @@ def test_pairs_are_two_texts_byte_by_byte(tmp_path):
     for split, name in (("train", "train"), ("validation", "eval"), ("test", "test")):
         data = getattr(task, split)
         found = [[text_of(ids) for ids in row["input_ids"]] for row in data]
-        assert found == [[f"{name} {text}" for text in row[3:]] for row in PAIRS]
-        assert data[:]["labels"].tolist() == [1, 0]
+        assert found == [*(row[3:] for row in PAIRS), [f"in {name}", "b"]]
+        assert data[:]["labels"].tolist() == [1, 0, 0]
     assert task.problem == "sequence_pair_classification"
 
 
 def test_a_batch_of_pairs_has_one_length(tmp_path):
-    task = load_task("aan", data_dir=write_aan(tmp_path), max_length=12)
+    task = load_task("aan", data_dir=write_aan(tmp_path), max_length=8)
     batch = task.collator([task.test[0], task.test[1]])
-    assert batch["input_ids"].shape == batch["attention_mask"].shape == (2, 2, 12)
-    assert batch["attention_mask"].sum(2).tolist() == [[12, 7], [10, 11]]
+    assert batch["input_ids"].shape == batch["attention_mask"].shape == (2, 2, 8)
+    assert batch["attention_mask"].sum(2).tolist() == [[8, 2], [5, 2]]
     assert batch["labels"].tolist() == [1, 0]
     assert torch.equal(batch["input_ids"][0, 1] == 0, batch["attention_mask"][0, 1] == 0)
 
@@ -97,7 +100,7 @@ def test_imdb_refuses(tmp_path):
         ([[1.0, "P1", "P2", "a"]], "new_aan_pairs.train.tsv has a row without text"),
         ([[1.0, "P1", "P2", "a", "b", "c"], [1.0, "P1", "P2", "a", "b"]], "columns label, id1, id2, text1, text2 betw"),
         ([["yes", "P1", "P2", "a", "b"]], "cannot be read as columns label.*yes"),
-        ([[0.5, "P1", "P2", "a", "b"]], r"new_aan_pairs.train.tsv: labels must lie in \[0, 1\], found \[-1, -1\]"),
+        ([[0.5, "P1", "P2", "a", "b"]], r"new_aan_pairs.train.tsv: labels must lie in \[0, 1\], found \[-1, 0\]"),
     ],
 )
 def test_malformed_pairs_are_refused(tmp_path, rows, message):
