@@ -33,7 +33,7 @@ from .surgery import (
 from .surgery.refit import STEPS
 from .training.distributed import plan_together, processes
 
-TASK_TYPES = {"causal_lm": "CAUSAL_LM", "sequence_classification": "SEQ_CLS"}
+TASK_TYPES = {"causal_lm": "CAUSAL_LM", "sequence_classification": "SEQ_CLS", "sequence_pair_classification": "SEQ_CLS"}
 UNCALLED = ("dt_proj", "conv1d")
 """Layers of mixers whose weights are used without calling the layer, so that LoRA around them would do nothing."""
 

@@ -8,7 +8,7 @@ import torch
 from transformers import AutoConfig, AutoTokenizer
 from transformers.utils import cached_file
 
-from ..models.heads import HEADS
+from ..models.heads import HEADS, model_classes
 
 TOKENIZER_FILES = ("tokenizer_config.json", "tokenizer.json")
 
@@ -24,9 +24,7 @@ def load_model(name: str, device: str = "auto") -> Any:
     config = AutoConfig.from_pretrained(name)
     architecture = (config.architectures or [""])[0]
     for auto in HEADS.values():
-        mapping: Any = auto._model_mapping
-        known = mapping.get(type(config), None)
-        if known is not None and known.__name__ == architecture:
+        if architecture in [known.__name__ for known in model_classes(auto, type(config))]:
             return auto.from_pretrained(name, dtype="auto").to(place).eval()
     raise ValueError(
         f"{name} was saved as {architecture or 'an unnamed architecture'}; supported are causal language models and "

@@ -16,6 +16,7 @@ from transformers import EvalPrediction, default_data_collator
 
 from ..data import Task, load_task, task_names
 from ..data.language import IGNORED
+from ..models.heads import CLASS_ENDINGS
 from ..surgery import needs_calibration
 from ..training.calibration import calibration_batches
 from .loading import TOKENIZER_FILES
@@ -117,7 +118,7 @@ def evaluate(
     Raises:
         ValueError: if the model's head is not the task's.
     """
-    head = {"causal_lm": "ForCausalLM", "sequence_classification": "ForSequenceClassification"}[task.problem]
+    head = CLASS_ENDINGS[task.problem]
     if not type(model).__name__.endswith(head):
         raise ValueError(f"{task.name!r} has labels for a model {head}, so {type(model).__name__} has no loss on it")
     found: list[tuple[float, int, np.ndarray, np.ndarray]] = []

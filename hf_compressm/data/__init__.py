@@ -1,9 +1,12 @@
 """The tasks that configs name, and their metrics. `load_task("digits")` is the way in."""
 
+from . import aan as aan
 from . import digits as digits
 from . import images as images
+from . import imdb as imdb
 from . import listops as listops
 from . import mqar as mqar
+from . import pathfinder as pathfinder
 from . import stdlib_bytes as stdlib_bytes
 from . import wikitext as wikitext
 from .metrics import Accuracy, Perplexity, classification_metrics

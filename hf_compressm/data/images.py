@@ -8,7 +8,7 @@ import numpy as np
 from datasets import Dataset, Image
 
 from .pixels import PIXEL_FEATURES, DecodePixels, pixel_task, stratified_split
-from .sources import load_from_folder, load_from_hub, require_columns
+from .sources import check_labels, load_from_folder, load_from_hub, require_columns
 from .task import Task, register_task
 
 SPLITS = ("train", "test")
@@ -103,10 +103,7 @@ def _encode(dataset: Dataset, source: ImageSource, where: str) -> Dataset:
         features=PIXEL_FEATURES,
         desc=f"Encoding {where}",
     )
-    labels, num_labels = _labels(encoded), len(source.label_names)
-    if len(labels) == 0 or labels.min() < 0 or labels.max() >= num_labels:
-        found = f"[{labels.min()}, {labels.max()}]" if len(labels) else "none"
-        raise ValueError(f"{where}: labels must lie in [0, {num_labels - 1}], found {found}")
+    check_labels(_labels(encoded), len(source.label_names), where)
     return encoded
 
 

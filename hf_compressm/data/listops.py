@@ -6,42 +6,42 @@ distribution, lengths and split sizes of Tay et al. 2020, "Long Range Arena", ar
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
-from typing import Any
 
 import numpy as np
-import torch
-from datasets import Dataset, Features, Sequence, Value
-from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
+from datasets import Dataset
 
+from .listops_files import FEATURES, read_listops
 from .metrics import classification_metrics
-from .task import Task, register_task
+from .padding import PAD, pad_right
+from .task import Task, label_fields, register_task
 
 OPERATORS = ("[MIN", "[MAX", "[MED", "[SM")
 TOKENS = ("<pad>", *"0123456789", *OPERATORS, "]")
 """The token of each id."""
-PAD, DIGIT, OPERATOR, END = 0, 1, 11, 15
-"""Ids: of padding, of the digit 0, of the first operator and of `]`."""
+DIGIT, OPERATOR, END = 1, 11, 15
+"""Ids: of the digit 0, of the first operator and of `]`."""
 
 OPERATOR_SHARE = 0.25
 """Probability that a node above the greatest depth is an operator and not a digit."""
+DEFAULT_TREES = (10, 10)
+"""Greatest depth and number of arguments in the Long Range Arena."""
 MOST_TREES, MOST_TOKENS = 2**14, 2**25
 """Expressions drawn at once, and their tokens if all were of the greatest length."""
 PATIENCE = 2**20
 """Expressions drawn in a row without a new one of the wanted length before giving up."""
 
-FEATURES = Features({"input_ids": Sequence(Value("uint8")), "labels": Value("int64")})
-
 
 @register_task("listops")
 def listops(
     *,
+    data_dir: str | os.PathLike[str] | None = None,
     seed: int = 0,
     min_length: int = 32,
     max_length: int = 128,
-    max_depth: int = 10,
-    max_args: int = 10,
+    max_depth: int = DEFAULT_TREES[0],
+    max_args: int = DEFAULT_TREES[1],
     num_train: int = 20000,
     num_validation: int = 1000,
     num_test: int = 1000,
@@ -60,14 +60,19 @@ def listops(
     `attention_mask`.
 
     Args:
-        seed: of the expressions, >= 0.
+        data_dir: a folder with the Long Range Arena's own basic_train.tsv, basic_val.tsv and basic_test.tsv, columns
+            Source and Target, or with one sub-folder that holds them. They are then read in place of generating: of
+            each, the first expressions of the wanted lengths, at most as many as are asked for. None generates.
+        seed: of the generated expressions, >= 0.
         min_length, max_length: tokens of a sequence, both included; operators and `]` count.
         max_depth: levels of a tree, >= 1, the root included.
         max_args: of an operator, >= 2.
         num_train, num_validation, num_test: numbers of sequences.
 
     Raises:
-        ValueError: if an option is out of its range, or the others leave too few expressions of such lengths.
+        FileNotFoundError: if `data_dir` is not a folder.
+        ValueError: if an option is out of its range, or the others leave too few expressions of such lengths; with
+            `data_dir`, if a file or column is missing, a token is unknown, or `max_depth` or `max_args` is given.
     """
     if not 1 <= min_length <= max_length:
         raise ValueError(f"1 <= min_length <= max_length must hold; got {min_length} and {max_length}")
@@ -76,31 +81,29 @@ def listops(
     counts = {"test": num_test, "validation": num_validation, "train": num_train}
     if min(counts.values()) < 1:
         raise ValueError(f"every split needs at least one sequence; got {counts}")
-    stream = _distinct(seed, (min_length, max_length), max_depth, max_args)
+    bounds = (min_length, max_length)
+    if data_dir is None:
+        stream = _distinct(seed, bounds, max_depth, max_args)
+        splits = {split: _dataset(stream, count) for split, count in counts.items()}
+    else:
+        if (max_depth, max_args) != DEFAULT_TREES:
+            raise ValueError("max_depth and max_args are the generator's; leave them out where data_dir is given")
+        splits = read_listops(data_dir, {token: id for id, token in enumerate(TOKENS) if id != PAD}, bounds, counts)
     return Task(
         name="listops",
-        **{split: _dataset(stream, count) for split, count in counts.items()},
+        **splits,
         model_kwargs={
             "vocab_size": len(TOKENS),
             "pad_token_id": PAD,
             "bos_token_id": None,
             "eos_token_id": None,
-            "num_labels": 10,
-            "id2label": {digit: str(digit) for digit in range(10)},
-            "label2id": {str(digit): digit for digit in range(10)},
+            **label_fields("0123456789"),
         },
         compute_metrics=classification_metrics,
         metric_for_best_model="accuracy",
         problem="sequence_classification",
         collator=pad_right,
     )
-
-
-def pad_right(items: list[dict[str, Any]]) -> dict[str, Tensor]:
-    """A batch of items: `input_ids` and `attention_mask`, int64 (B, longest L), and `labels`, int64 (B,)."""
-    input_ids = pad_sequence([item["input_ids"] for item in items], batch_first=True, padding_value=PAD)
-    labels = torch.stack([item["labels"] for item in items])
-    return {"input_ids": input_ids, "attention_mask": (input_ids != PAD).long(), "labels": labels}
 
 
 def _dataset(stream: Iterator[tuple[bytes, int]], count: int) -> Dataset:

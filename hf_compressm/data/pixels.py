@@ -9,7 +9,7 @@ import torch
 from datasets import Dataset, Features, Value
 
 from .metrics import classification_metrics
-from .task import Task
+from .task import Task, label_fields
 
 # One item is L * C bytes, row by row. As `binary`, a batch leaves Arrow as a few `bytes` objects; as a list
 # column it would leave as L * C Python integers per item. The names are those of the model's arguments,
@@ -99,12 +99,7 @@ def pixel_task(
         train=train.with_transform(decode),
         validation=validation.with_transform(decode),
         test=test.with_transform(decode),
-        model_kwargs={
-            "num_channels": len(decode.mean),
-            "num_labels": len(label_names),
-            "id2label": dict(enumerate(label_names)),
-            "label2id": {label: i for i, label in enumerate(label_names)},
-        },
+        model_kwargs={"num_channels": len(decode.mean), **label_fields(label_names)},
         compute_metrics=classification_metrics,
         metric_for_best_model="accuracy",
         problem="sequence_classification",

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import csv
 import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import datasets
-from datasets import Dataset, load_dataset
+import numpy as np
+from datasets import Dataset, Features, load_dataset
 
 READERS: dict[str, dict[str, Any]] = {
     ".parquet": {"path": "parquet"},
@@ -99,3 +101,76 @@ def require_columns(dataset: Dataset, columns: Sequence[str], where: str) -> Non
     """Raise ValueError, with the columns that there are, if one of `columns` is missing."""
     if missing := sorted(set(columns) - set(dataset.column_names)):
         raise ValueError(f"{where} has no column {missing}; its columns are {dataset.column_names}")
+
+
+def check_labels(labels: np.ndarray, num_labels: int, where: str) -> None:
+    """Raise ValueError, with the range that was found, unless there are labels and all lie in [0, num_labels)."""
+    if len(labels) == 0 or not (labels.min() >= 0 and labels.max() < num_labels):  # a missing one is NaN
+        found = f"[{labels.min()}, {labels.max()}]" if len(labels) else "none"
+        raise ValueError(f"{where}: labels must lie in [0, {num_labels - 1}], found {found}")
+
+
+def no_hub(name: str, data_dir: str | os.PathLike[str] | None, files: Sequence[str]) -> str | os.PathLike[str]:
+    """The folder that was given for a task of the Long Range Arena's release, which the hub does not have.
+
+    Raises:
+        ValueError: if none was given, with where to get what.
+    """
+    if data_dir is None:
+        raise ValueError(
+            f"task {name!r} needs --data_dir FOLDER with {', '.join(files)}, from lra_release.gz of "
+            "https://github.com/google-research/long-range-arena"
+        )
+    return data_dir
+
+
+def find_files(data_dir: str | os.PathLike[str], names: Sequence[str]) -> list[Path]:
+    """The files of these names in a folder, or in the one sub-folder that has them all.
+
+    Raises:
+        FileNotFoundError: if `data_dir` is not a folder.
+        ValueError: if no folder holds all of them, or several sub-folders do.
+    """
+    root = Path(data_dir).expanduser()
+    if not root.is_dir():
+        raise FileNotFoundError(f"data_dir is not a folder: {root}")
+    folders = [root, *sorted(path for path in root.iterdir() if path.is_dir())]
+    complete = [folder for folder in folders if all((folder / name).is_file() for name in names)]
+    if not complete:
+        missing = [name for name in names if not any((folder / name).is_file() for folder in folders)]
+        raise ValueError(f"data_dir needs {', '.join(names)} in {root} or one folder below; missing: {missing}")
+    if complete[0] != root and len(complete) > 1:
+        shown = ", ".join(folder.name for folder in complete)
+        raise ValueError(f"several folders in {root} hold a data set: {shown}; pass one of them as data_dir")
+    return [complete[0] / name for name in names]
+
+
+def read_tsv(file: Path, columns: Features, header: bool, encoding: str = "utf-8") -> Dataset:
+    """A file of values between tabs, in which quotes mean nothing and no word stands for a missing value.
+
+    Args:
+        file: the file.
+        columns: names and types, in the order of the file where it has no header.
+        header: whether the first line names the columns.
+        encoding: of the text.
+
+    Raises:
+        ValueError: if the file does not have these columns.
+    """
+    try:
+        return load_dataset(
+            "csv",
+            data_files={"train": str(file)},
+            split="train",
+            delimiter="\t",
+            column_names=None if header else list(columns),
+            features=columns,
+            quoting=csv.QUOTE_NONE,
+            keep_default_na=False,
+            lineterminator="\n",
+            encoding=encoding,
+        )
+    except Exception as error:  # the library's own error; what is wrong stands in its cause
+        raise ValueError(
+            f"{file} cannot be read as columns {', '.join(columns)} between tabs: {error.__cause__ or error}"
+        ) from error

@@ -3,7 +3,7 @@
 import inspect
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -43,12 +43,21 @@ class Task:
     model_kwargs: dict[str, Any]
     compute_metrics: Callable[[EvalPrediction], dict[str, float]]
     metric_for_best_model: str
-    problem: Literal["sequence_classification", "causal_lm"]
+    problem: Literal["sequence_classification", "sequence_pair_classification", "causal_lm"]
     collator: Callable[[list[dict[str, Any]]], dict[str, Any]] | None = None
     greater_is_better: bool = True
     preprocess_logits_for_metrics: Callable[[Any, Any], Any] | None = None
     tokenizer: Any = None
     hub_dataset: str | None = None
+
+
+def label_fields(names: Sequence[str]) -> dict[str, Any]:
+    """Config fields of a classifier into classes of these names."""
+    return {
+        "num_labels": len(names),
+        "id2label": dict(enumerate(names)),
+        "label2id": {name: number for number, name in enumerate(names)},
+    }
 
 
 TaskBuilder = Callable[..., Task]

@@ -9,7 +9,7 @@ import jinja2
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from transformers import Trainer
 
-from ..models.heads import HEADS
+from ..models.heads import CLASS_ENDINGS, HEADS
 from .environment import hardware_line
 from .record import RunRecord, read_run
 from .report import duration, templates
@@ -182,23 +182,26 @@ def _kind(run: RunRecord) -> str:
     return f"{run.config.get('model_type')} on {task.get('name')}"
 
 
-def _head(run: RunRecord) -> str | None:
-    """Name of the Auto class that loads the model; None if neither run nor config says."""
-    heads = {problem: auto.__name__ for problem, auto in HEADS.items()}
+def _problem(run: RunRecord) -> str | None:
+    """Which kind of head the model has; None if neither run nor config says."""
     problem = (run.facts.get("task") or {}).get("problem")
-    if problem in heads:
-        return heads[problem]
+    if problem in HEADS:
+        return problem
     names = tuple(str(name) for name in run.config.get("architectures") or [])
-    return next(
-        (head for head in heads.values() if any(n.endswith(head.removeprefix("AutoModel")) for n in names)), None
-    )
+    return next((kind for kind, ending in CLASS_ENDINGS.items() if any(n.endswith(ending) for n in names)), None)
+
+
+def _head(run: RunRecord) -> str | None:
+    """Name of the Auto class that loads the model."""
+    problem = _problem(run)
+    return None if problem is None else HEADS[problem].__name__
 
 
 def _pipeline(run: RunRecord) -> str | None:
-    head = _head(run)
-    if head == HEADS["causal_lm"].__name__:
+    problem = _problem(run)
+    if problem == "causal_lm":
         return "text-generation"
-    if head is None:
+    if problem != "sequence_classification":  # pipelines do not take pairs apart
         return None
     pixels = (run.facts.get("task") or {}).get("input") == "pixels"
     return "image-classification" if pixels else "text-classification"

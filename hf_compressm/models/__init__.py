@@ -19,6 +19,7 @@ from .mimo_ssm import (
     MimoSSMConfig,
     MimoSSMForCausalLM,
     MimoSSMForSequenceClassification,
+    MimoSSMForSequencePairClassification,
     MimoSSMModel,
     MimoSSMPreTrainedModel,
 )
@@ -36,6 +37,7 @@ __all__ = [
     "MimoSSMConfig",
     "MimoSSMForCausalLM",
     "MimoSSMForSequenceClassification",
+    "MimoSSMForSequencePairClassification",
     "MimoSSMModel",
     "MimoSSMPreTrainedModel",
     "from_stock",

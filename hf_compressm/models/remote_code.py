@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from .bundle import PACKAGE, Bundle, Reference
+from .heads import model_classes
 
 AUTO_CLASSES = (AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification)
 
@@ -62,7 +64,7 @@ class CarriesCode:
         config_class = type(self)
         if not config_class.__module__.startswith(f"{PACKAGE}.models."):
             return []
-        own = auto_map(config_class)
+        own = auto_map(config_class, getattr(self, "architectures", None) or ())
         names = {reference.rpartition(".")[2] for reference in own.values()}
         kept = {
             auto: reference
@@ -77,12 +79,18 @@ class CarriesCode:
         return list(written)
 
 
-def auto_map(config_class: type) -> dict[str, str]:
-    """Which class of the modelling code each of transformers' Auto classes takes, as `config.json` says it."""
+def auto_map(config_class: type, architectures: Sequence[str] = ()) -> dict[str, str]:
+    """Which class of the modelling code each of transformers' Auto classes takes, as `config.json` says it.
+
+    Args:
+        config_class: the config's.
+        architectures: names of model classes that are taken where an Auto class has several for this config.
+    """
     found = {"AutoConfig": f"{_stem(config_class)}.{config_class.__name__}"}
     for auto in AUTO_CLASSES:
-        mapping: Any = auto._model_mapping
-        if (model_class := mapping.get(config_class, None)) is not None:
+        classes = model_classes(auto, config_class)
+        named = [model_class for model_class in classes if model_class.__name__ in architectures]
+        for model_class in (named or classes)[:1]:
             found[auto.__name__] = f"{_stem(model_class)}.{model_class.__name__}"
     return found
 

@@ -225,3 +225,38 @@ def test_a_short_run(tmp_path, model_type):
     result = execute(parse_run([str(file)]))
     assert result.sizes_before == [12, 12] and sum(result.sizes_after) <= 10
     assert 0 <= result.metrics["test_accuracy"] <= 1 and 1 < result.metrics["train_loss"] < 5
+
+
+def write_release(folder, rows=("( [MAX 4 ( [MED 1 7 ] ) 0 ] )\t4", "7\t7", "[SM 1 2 3 ]\t6"), header="Source\tTarget"):
+    folder.mkdir(exist_ok=True)
+    for split in ("train", "val", "test"):
+        (folder / f"basic_{split}.tsv").write_text("\n".join([header, *rows]) + "\n")
+    return folder
+
+
+def test_the_files_of_the_release_are_read_in_place_of_generating(tmp_path):
+    data = load_task("listops", data_dir=write_release(tmp_path), min_length=2, max_length=9).train
+    assert texts(data) == ["[MAX 4 [MED 1 7 ] 0 ]", "[SM 1 2 3 ]"] and data["labels"][:].tolist() == [4, 6]
+    task = load_task("listops", data_dir=tmp_path, min_length=1, max_length=5, num_validation=1)
+    assert texts(task.validation) == ["7"] and texts(task.test) == ["7", "[SM 1 2 3 ]"]
+    batch = task.collator([task.test[0], task.test[1]])
+    assert batch["input_ids"].shape == (2, 5) and batch["input_ids"].dtype == torch.int64
+
+
+@pytest.mark.parametrize(
+    "changes, options, message",
+    [
+        ({}, {}, "basic_train.tsv has no expression of 32 to 128 tokens; widen"),
+        ({}, {"max_depth": 3}, "max_depth and max_args are the generator's; leave them out"),
+        (
+            {"rows": ["[MAX 1 12 ]\t2"]},
+            {"min_length": 1},
+            r"has the token '12'; known are 0 1 .*\[SM \]",
+        ),
+        ({"rows": ["[SM 9 1 2 ]\t12"]}, {"min_length": 1}, r"labels must lie in \[0, 9\], found \[12, 12\]"),
+        ({"header": "Text\tValue"}, {}, "cannot be read as columns Source, Target"),
+    ],
+)
+def test_other_files_are_refused(tmp_path, changes, options, message):
+    with pytest.raises(ValueError, match=message):
+        load_task("listops", data_dir=write_release(tmp_path, **changes), **options)

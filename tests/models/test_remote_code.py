@@ -12,6 +12,7 @@ from transformers.dynamic_module_utils import get_class_from_dynamic_module, get
 
 from hf_compressm import CompreSSMMamba2Config, CompreSSMMambaConfig, CompreSSMMambaForCausalLM, MimoSSMConfig
 from hf_compressm.models import bundle
+from hf_compressm.models.heads import new_model
 from hf_compressm.models.remote_code import modelling_code
 
 CONFIGS = {"mamba": CompreSSMMambaConfig, "mamba2": CompreSSMMamba2Config, "mimo": MimoSSMConfig}
@@ -77,6 +78,13 @@ def test_other_heads_and_continuous_inputs(kind, auto, tmp_path):
     expected, found = (model(input_values=values, return_dict=True)[0] for model in (ours, theirs))
     assert torch.allclose(found, expected, atol=1e-6)
     assert [name for name, _ in theirs.named_parameters()] == [name for name, _ in ours.named_parameters()]
+
+
+def test_the_classifier_of_pairs_travels_as_a_sequence_classifier(tmp_path):
+    ours = new_model("sequence_pair_classification", config("mimo")).eval()
+    theirs = travelled(ours, tmp_path / "model", AutoModelForSequenceClassification)
+    pairs = torch.randint(0, 50, (3, 2, 20))
+    assert torch.allclose(theirs(pairs).logits, ours(pairs).logits, atol=1e-6)
 
 
 @KINDS

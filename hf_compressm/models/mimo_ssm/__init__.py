@@ -1,5 +1,7 @@
 """MimoSSM: a stack of time-invariant MIMO state-space layers, registered with transformers' Auto classes."""
 
+from typing import Any
+
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from .configuration_mimo_ssm import MimoSSMConfig
@@ -7,13 +9,16 @@ from .modeling_mimo_ssm import (
     MimoSSMCache,
     MimoSSMForCausalLM,
     MimoSSMForSequenceClassification,
+    MimoSSMForSequencePairClassification,
     MimoSSMModel,
     MimoSSMPreTrainedModel,
 )
 
 AutoConfig.register(MimoSSMConfig.model_type, MimoSSMConfig, exist_ok=True)
 AutoModel.register(MimoSSMConfig, MimoSSMModel, exist_ok=True)
-AutoModelForSequenceClassification.register(MimoSSMConfig, MimoSSMForSequenceClassification, exist_ok=True)
+# Of several classes transformers takes the one that the config's `architectures` names, or else the first.
+CLASSIFIERS: Any = (MimoSSMForSequenceClassification, MimoSSMForSequencePairClassification)
+AutoModelForSequenceClassification.register(MimoSSMConfig, CLASSIFIERS, exist_ok=True)
 AutoModelForCausalLM.register(MimoSSMConfig, MimoSSMForCausalLM, exist_ok=True)
 
 __all__ = [
@@ -21,6 +26,7 @@ __all__ = [
     "MimoSSMConfig",
     "MimoSSMForCausalLM",
     "MimoSSMForSequenceClassification",
+    "MimoSSMForSequencePairClassification",
     "MimoSSMModel",
     "MimoSSMPreTrainedModel",
 ]

@@ -99,6 +99,8 @@ class MimoSSMConfig(CarriesCode, PreTrainedConfig):
             "tie_word_embeddings": tie_word_embeddings,
         }
         super().__init__(**common, **kwargs)
+        # Auto classes look into this list where they have several model classes for a config, as they have here.
+        self.architectures = self.architectures or []
 
     def check(self) -> None:
         """Raise ValueError if a value is out of its range. Models call it again: fields can be set."""

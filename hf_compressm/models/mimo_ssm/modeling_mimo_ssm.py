@@ -11,7 +11,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import Cache, GenerationMixin, PreTrainedModel
+from transformers import GenerationMixin, PreTrainedModel
 from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -23,119 +23,9 @@ from transformers.modeling_outputs import (
 
 from ...layers.linear import Linear
 from ...layers.lru import LRU
+from .batch_norm import MimoSSMBatchNorm
+from .cache import MimoSSMCache
 from .configuration_mimo_ssm import MimoSSMConfig
-
-
-class MimoSSMCache(Cache):
-    """The state of every layer after the tokens seen so far: (B, N) complex per layer, whatever their number.
-
-    The library's own cache for recurrent layers cannot serve: it counts no tokens, and it takes a state for
-    present only after a convolution has written its own.
-    """
-
-    def __init__(self, num_layers: int) -> None:
-        super().__init__(layers=[])
-        self.states: list[Tensor | None] = [None] * num_layers
-        self.seen_tokens = 0
-
-    def __len__(self) -> int:
-        return len(self.states)
-
-    def __repr__(self) -> str:
-        return f"{type(self).__name__}(layers={len(self)}, seen_tokens={self.seen_tokens})"
-
-    def get_seq_length(self, layer_idx: int = 0) -> int:
-        """Number of tokens that the states have seen, padding included."""
-        return self.seen_tokens
-
-    def get_max_length(self, layer_idx: int | None = None) -> int:
-        """-1: there is no maximum."""
-        return -1
-
-    get_max_cache_shape = get_max_length
-
-    def has_previous_state(self, layer_idx: int | None = None, state_idx: int | None = None) -> bool:
-        return self.seen_tokens > 0
-
-    @property
-    def is_initialized(self) -> bool:
-        return self.seen_tokens > 0
-
-    @property
-    def batch_size(self) -> int:
-        """Batch size B, or -1 before the first token."""
-        return -1 if self.states[0] is None else self.states[0].shape[0]
-
-    def reset(self) -> None:
-        """Forget everything."""
-        self.states = [None] * len(self.states)
-        self.seen_tokens = 0
-
-    def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Let row i go on from the state of row beam_idx[i]."""
-        self.batch_select_indices(beam_idx)
-
-    def batch_select_indices(self, indices: Tensor) -> None:
-        """Keep the given rows of the batch, in the given order."""
-        self.states = [
-            None if state is None else state.index_select(0, indices.to(state.device)) for state in self.states
-        ]
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        """Repeat every row of the batch."""
-        self.states = [None if state is None else state.repeat_interleave(repeats, dim=0) for state in self.states]
-
-    def crop(self, *args: Any, **kwargs: Any) -> None:
-        """Raise RuntimeError: a state does not remember the states before it."""
-        raise RuntimeError("a recurrent state cannot be rolled back; keep a copy.deepcopy of the cache instead")
-
-
-class MimoSSMBatchNorm(nn.Module):
-    """Batch normalisation over all real positions of a batch, with running statistics for evaluation.
-
-    y = (x - mean) / sqrt(var + eps) * weight + bias, statistics per feature and process, in float32 at least.
-    """
-
-    MOMENTUM = 0.1
-    running_mean: Tensor
-    running_var: Tensor
-
-    def __init__(self, hidden_size: int, eps: float) -> None:
-        super().__init__()
-        self.eps = eps
-        self.weight = nn.Parameter(torch.ones(hidden_size))
-        self.bias = nn.Parameter(torch.zeros(hidden_size))
-        self.register_buffer("running_mean", torch.zeros(hidden_size))
-        self.register_buffer("running_var", torch.ones(hidden_size))
-
-    def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
-        """x (B, L, H), any float dtype; mask (B, L) bool, True at real positions, or None if all are real."""
-        values = x.to(torch.promote_types(x.dtype, torch.float32))
-        mean, variance = self._statistics(values, mask) if self.training else (self.running_mean, self.running_var)
-        scale = self.weight.to(values.dtype) * torch.rsqrt(variance.to(values.dtype) + self.eps)
-        return torch.addcmul(self.bias - mean * scale, values, scale).to(x.dtype)
-
-    def _statistics(self, values: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
-        count: Tensor | int = values.shape[0] * values.shape[1]
-        if mask is None:
-            variance, mean = torch.var_mean(values, (0, 1), correction=0)
-            unbiased = variance * (count / max(count - 1, 1))
-        else:
-            count = mask.sum().clamp(min=1)
-            padded = ~mask[:, :, None]
-            mean = values.masked_fill(padded, 0).sum((0, 1)) / count
-            variance = (values - mean).masked_fill(padded, 0).square().sum((0, 1)) / count
-            unbiased = variance * (count / (count - 1).clamp(min=1))
-        if not _recomputing():
-            with torch.no_grad():
-                self.running_mean.lerp_(mean.to(self.running_mean.dtype), self.MOMENTUM)
-                self.running_var.lerp_(unbiased.to(self.running_var.dtype), self.MOMENTUM)
-        return mean, variance
-
-
-def _recomputing() -> bool:
-    """Whether this is gradient checkpointing's second forward, inside a backward: it must leave no trace."""
-    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 
 
 def _make_norm(config: MimoSSMConfig) -> nn.LayerNorm | MimoSSMBatchNorm:
@@ -399,13 +289,66 @@ class MimoSSMForSequenceClassification(MimoSSMPreTrainedModel):
         hidden_states = outputs.last_hidden_state
         mask = _mask_of_steps(attention_mask, hidden_states)
         logits = self.score(_pool(hidden_states, mask, self.config.pooling))
-        loss = None
-        if labels is not None:
-            loss = self.loss_function(labels=labels, pooled_logits=logits, config=self.config, **kwargs)
-            num_items = kwargs.get("num_items_in_batch")
-            if num_items is not None and self.config.problem_type != "single_label_classification":
-                # For these problems transformers' loss is the mean over this batch in any case.
-                loss = loss * (labels.numel() / num_items)
+        loss = None if labels is None else _classification_loss(self, logits, labels, kwargs)
+        output = SequenceClassifierOutput(loss=loss, logits=logits, hidden_states=outputs.hidden_states)
+        return _as_asked(output, return_dict, self.config)
+
+
+class MimoSSMForSequencePairClassification(MimoSSMPreTrainedModel):
+    """One MimoSSM reads two sequences, and a small network with one hidden layer classifies the pair.
+
+    It sees [x1, x2, x1 * x2, x1 - x2], where x1 and x2 are the pooled features of the two, as in the retrieval task of
+    the Long Range Arena (Tay et al. 2020, arXiv 2011.04006).
+    """
+
+    def __init__(self, config: MimoSSMConfig) -> None:
+        super().__init__(config)
+        num_labels: Any = config.num_labels
+        self.num_labels = num_labels
+        self.backbone = MimoSSMModel(config)
+        self.loss_type = "ForSequenceClassification"  # transformers goes by the class's name otherwise
+        self.dense = nn.Linear(4 * config.hidden_size, config.hidden_size)
+        self.act = ACT2FN[config.hidden_act]
+        self.score = nn.Linear(config.hidden_size, num_labels)
+        self.post_init()
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        input_values: Tensor | None = None,
+        labels: Tensor | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        **kwargs: Any,
+    ) -> SequenceClassifierOutput | tuple:
+        """Logits (B, num_labels) of pairs; inputs as for `MimoSSMModel`, with an axis of two after the first.
+
+        Args:
+            input_ids: (B, 2, L); or inputs_embeds (B, 2, L, H), or input_values (B, 2, L, num_channels).
+            attention_mask: (B, 2, L), nonzero at real positions.
+            labels: as for `MimoSSMForSequenceClassification`.
+            output_hidden_states: whether to return hidden states, of shape (2 B, L, H): the two of a pair in turn.
+            **kwargs: for the loss, as there.
+
+        Raises:
+            ValueError: if an input has another number than two on its second axis.
+        """
+        inputs = {
+            "input_ids": input_ids,
+            "attention_mask": attention_mask,
+            "inputs_embeds": inputs_embeds,
+            "input_values": input_values,
+        }
+        flat = {name: _one_by_one(name, value) for name, value in inputs.items() if value is not None}
+        outputs = self.backbone(**flat, use_cache=False, output_hidden_states=output_hidden_states, return_dict=True)
+        hidden_states = outputs.last_hidden_state
+        mask = _mask_of_steps(flat.get("attention_mask"), hidden_states)
+        first, second = _pool(hidden_states, mask, self.config.pooling).unflatten(0, (-1, 2)).unbind(1)
+        features = torch.cat([first, second, first * second, first - second], dim=-1)
+        logits = self.score(self.act(self.dense(features)))
+        loss = None if labels is None else _classification_loss(self, logits, labels, kwargs)
         output = SequenceClassifierOutput(loss=loss, logits=logits, hidden_states=outputs.hidden_states)
         return _as_asked(output, return_dict, self.config)
 
@@ -473,6 +416,23 @@ class MimoSSMForCausalLM(MimoSSMPreTrainedModel, GenerationMixin):
         return _as_asked(output, return_dict, self.config)
 
 
+def _one_by_one(name: str, pairs: Tensor) -> Tensor:
+    """(B, 2, ...) -> (2 B, ...): the two of a pair one after the other."""
+    if pairs.ndim < 3 or pairs.shape[1] != 2:
+        raise ValueError(f"{name} must hold pairs, with shape (B, 2, L) or (B, 2, L, ...); got {tuple(pairs.shape)}")
+    return pairs.flatten(0, 1)
+
+
+def _classification_loss(model: Any, logits: Tensor, labels: Tensor, settings: dict[str, Any]) -> Tensor:
+    """transformers' loss for the config's problem, as a mean over `num_items_in_batch` if the settings have it."""
+    loss = model.loss_function(labels=labels, pooled_logits=logits, config=model.config, **settings)
+    num_items = settings.get("num_items_in_batch")
+    if num_items is not None and model.config.problem_type != "single_label_classification":
+        # For these problems transformers' loss is the mean over this batch in any case.
+        loss = loss * (labels.numel() / num_items)
+    return loss
+
+
 def _mask_of_steps(attention_mask: Tensor | None, hidden_states: Tensor) -> Tensor | None:
     """(B, L) bool for the present steps from a mask that may reach back over cached ones."""
     if attention_mask is None:
@@ -510,6 +470,7 @@ __all__ = [
     "MimoSSMCache",
     "MimoSSMForCausalLM",
     "MimoSSMForSequenceClassification",
+    "MimoSSMForSequencePairClassification",
     "MimoSSMModel",
     "MimoSSMPreTrainedModel",
 ]

@@ -1,0 +1,33 @@
+"""Batches of sequences of different lengths. B batch, L the greatest length in it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+PAD = 0
+"""The id of padding, which no real token may have."""
+
+
+def pad_right(items: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
+    """A batch of items: `input_ids` and `attention_mask`, int64 (B, L), and `labels`, int64 (B,)."""
+    return _with_mask(_padded([item["input_ids"] for item in items]), items)
+
+
+def pad_pairs(items: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
+    """A batch of pairs: `input_ids` and `attention_mask`, int64 (B, 2, L), and `labels`, int64 (B,)."""
+    rows = [row for item in items for row in item["input_ids"]]
+    return _with_mask(_padded(rows).unflatten(0, (-1, 2)), items)
+
+
+def _padded(rows: list[Tensor]) -> Tensor:
+    return pad_sequence(rows, batch_first=True, padding_value=PAD)
+
+
+def _with_mask(input_ids: Tensor, items: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
+    labels = torch.stack([item["labels"] for item in items])
+    return {"input_ids": input_ids, "attention_mask": (input_ids != PAD).long(), "labels": labels}
