@@ -15,28 +15,13 @@ from pathlib import Path
 import pytest
 import typer
 from accelerate.commands.launch import launch_command_parser
+from documents import BLOCK, PAGES, ROOT, blocks, commands, commands_of
 from torch.distributed.run import get_args_parser
 
 from hf_compressm.cli import app
 from hf_compressm.evaluation import parse_evaluation
 from hf_compressm.finetuning import parse_finetune
 from hf_compressm.pretraining import parse_run
-
-ROOT = Path(__file__).resolve().parents[1]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
-
-
-def blocks(page: Path) -> list[tuple[str, str]]:
-    """Language and content of every block of code, in order."""
-    return BLOCK.findall(page.read_text())
-
-
-def commands(text: str) -> list[list[str]]:
-    """The commands of a block of shell, each as its words, without comments."""
-    lines = text.replace("\\\n", " ").splitlines()
-    parts = (re.split(r"\s&&\s", line) for line in lines)
-    return [words for line in parts for part in line if (words := shlex.split(part, comments=True))]
 
 
 def program(page: Path) -> str:
@@ -115,14 +100,6 @@ SCRIPTS = {
     "scripts/evaluate_model.py": parse_evaluation,
     "scripts/compress.py": lambda words: parsed_by_the_command(["compress", *words]),
 }
-INLINE = re.compile(r"`((?:\w+=\w+ )*(?:python|torchrun|accelerate launch|hf-compressm|scripts/\w+\.py) [^`]+)`")
-
-
-def commands_of(page: Path) -> list[list[str]]:
-    """Every command of a page, in blocks of shell and in running text, without those that only show the form."""
-    shell = [content for language, content in blocks(page) if language in ("bash", "sh", "shell", "console")]
-    running = INLINE.findall(BLOCK.sub("", page.read_text()))
-    return [words for text in [*shell, *running] for words in commands(text) if "[" not in "".join(words[1:3])]
 
 
 def parsed_by_the_command(words: list[str]) -> None:
