@@ -22,7 +22,8 @@ ALLOWED = {
     "compression": {"data", "models", "reduction", "surgery", "training"},
     "finetuning": {"compression", "data", "models", "pretraining", "reduction", "run_file", "surgery", "training"},
     "evaluation": {"compression", "models", "surgery"},
-    "cli": {"compression", "hub", "reduction", "surgery"},
+    "user_code": set(),
+    "cli": {"compression", "hub", "reduction", "surgery", "user_code"},
 }
 FOREIGN = {
     "reduction": {"torch", "scipy"},

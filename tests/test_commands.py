@@ -63,6 +63,9 @@ NOT_RUN = {
     "torchrun --nnodes 2": "needs several machines",
     "torchrun --nproc_per_node 2 scripts/pretrain.py": "tests/training/test_distributed.py runs it small",
     "hf-compressm report outputs/tutorial": "part of the program of docs/tutorial.md",
+    "hf-compressm inspect outputs/decay": "part of the program of docs/adapters.md",
+    "hf-compressm compress outputs/decay": "part of the program of docs/adapters.md",
+    "hf-compressm report outputs/decay": "part of the program of docs/adapters.md",
     "hf-compressm inspect outputs/tutorial": "part of the program of docs/tutorial.md",
     "hf-compressm compress outputs/mamba": "part of the program of docs/tutorial.md",
     "scripts/benchmarks/compare.py": "three training runs, each a process of its own; trains by what is run above",
@@ -145,7 +148,6 @@ STAND_INS = {
     "MODEL": "outputs/full",
     "RUN": "outputs/digits_mimo_ssm",
     "OTHER_RUN": "outputs/full",
-    "outputs/decay": "outputs/full",
     "TASK": "digits",
     "DIR": "out",
 }
