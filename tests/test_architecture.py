@@ -14,6 +14,9 @@ ALLOWED = {
     "models": {"layers", "ops"},
     "surgery": {"reduction", "models", "layers", "ops"},
     "baselines": {"layers", "surgery", "reduction", "training"},
+    "reproduction": {
+        *("baselines", "data", "hub", "models", "pretraining", "reduction", "run_file", "surgery", "training"),
+    },
     "training": {"surgery", "reduction"},
     "data": set(),
     "run_file": {"data", "training"},

@@ -2,14 +2,18 @@
 
 from .distillation import DistillationCallback
 from .hankel_norm import HankelNormCallback, hankel_nuclear_norm
-from .selection import METHODS, cut_to, gather_rival_statistics, rival_selection
+from .score_cut import RivalCutCallback, rival_cut
+from .selection import LTI_METHODS, METHODS, RivalStatistics, gather_rival_statistics, rival_selection
 
 __all__ = [
+    "LTI_METHODS",
     "METHODS",
     "DistillationCallback",
     "HankelNormCallback",
-    "cut_to",
+    "RivalCutCallback",
+    "RivalStatistics",
     "gather_rival_statistics",
     "hankel_nuclear_norm",
+    "rival_cut",
     "rival_selection",
 ]

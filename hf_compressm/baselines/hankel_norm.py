@@ -82,7 +82,7 @@ def _cholesky(P: Tensor) -> Tensor:
     raise ValueError("a Gramian is not positive semidefinite, or holds NaN or infinite values; the training diverged")
 
 
-def _systems(layers: list[LRU]) -> tuple[Tensor, Tensor, Tensor]:
+def layer_systems(layers: list[LRU]) -> tuple[Tensor, Tensor, Tensor]:
     """Systems of layers of one size, in float64 and stacked, with all poles brought above the real axis."""
     parts = {name: torch.stack([getattr(layer, name).double() for layer in layers]) for name in _PARAMETERS}
     poles = torch.exp(torch.complex(-parts["nu_log"].exp(), parts["theta_log"].exp()))
@@ -157,5 +157,5 @@ class HankelNormCallback(LossHookCallback):
         by_shape: dict[Any, list[LRU]] = {}
         for layer in self._layers:
             by_shape.setdefault(layer.B_re.shape, []).append(layer)
-        sums = [hankel_nuclear_norm(*_systems(layers)).sum() for layers in by_shape.values()]
+        sums = [hankel_nuclear_norm(*layer_systems(layers)).sum() for layers in by_shape.values()]
         return torch.stack(sums).sum()

@@ -1,23 +1,23 @@
-"""Published scores for the states of selective layers: keep those with the largest, with the read-out as it is.
+"""Published scores for states: keep those with the largest, with the read-out as it is.
 
-Scores made for time-invariant layers (LAST, AIRE, the mean-LTI surrogate) are applied to the mean system of a layer,
-whose time step, B and C are their means over tokens. Shapes: B batch, L length, I channels, G groups, J = I / G, N
-states.
+Scores made for time-invariant layers (LAST, AIRE, the mean-LTI surrogate) are applied to the modes of `LRU` layers, and
+to the mean system of a selective layer, whose time step, B and C are their means over tokens. Shapes: B batch, L
+length, I channels, G groups, J = I / G, N states.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ..layers.lru import LRU
+from ..reduction import DiagonalSystem
 from ..surgery import Signals, find_mixers, gather_statistics, selective_signals
-from ..surgery.adapters import write_sizes_to_config
-from ..surgery.resize import replace_parameters
 
 METHODS = ("first", "random", "ghost", "mean_lti", "last", "aire", "sparse_ssm")
+LTI_METHODS = ("first", "random", "last", "aire")
 
 
 class RivalStatistics:
@@ -60,13 +60,24 @@ class RivalStatistics:
         self.tokens += batch * length
 
 
-def gather_rival_statistics(model: nn.Module, batches: Any) -> dict[str, RivalStatistics]:
-    """Pass calibration batches of one common length through a model with selective layers; see `gather_statistics`."""
-    return gather_statistics(model, batches, make=lambda site: RivalStatistics())
+def gather_rival_statistics(model: nn.Module, batches: Any = None) -> dict[str, RivalStatistics | DiagonalSystem]:
+    """What the scores need of each mixer, by name: statistics over calibration batches, or an `LRU` layer's system.
+
+    Args:
+        model: a model with supported mixers.
+        batches: of one common length, for selective layers; see `gather_statistics`.
+    """
+    sites = find_mixers(model)
+    found: dict[str, RivalStatistics | DiagonalSystem] = {
+        site.name: DiagonalSystem(*site.mixer.system()) for site in sites if isinstance(site.mixer, LRU)
+    }
+    if len(found) < len(sites):
+        found |= gather_statistics(model, batches, make=lambda site: RivalStatistics())
+    return {site.name: found[site.name] for site in sites}
 
 
 def rival_selection(
-    method: str, statistics: RivalStatistics, order: int, generator: torch.Generator | None = None
+    method: str, statistics: RivalStatistics | DiagonalSystem, order: int, generator: torch.Generator | None = None
 ) -> list[list[int]]:
     """States of each group that a rival method keeps, ascending.
 
@@ -78,28 +89,38 @@ def rival_selection(
     - sparse_ssm: at every time step the r states with the largest sum of A_log^2 h^2 get a vote (SparseSSM, structured,
       arXiv 2506.09613).
 
-    Scores of channels are added up.
+    Scores of channels are added up. For `LRU` layers there are first, random, last and aire.
 
     Raises:
-        ValueError: on an unknown method, or "random" without a generator.
+        ValueError: on an unknown method, or one that the layer does not have; "random" without a generator; an order
+            that is not between 1 and the present number of states.
     """
-    groups, size = statistics.B.shape
+    lti = isinstance(statistics, DiagonalSystem)
+    allowed = LTI_METHODS if lti else METHODS
+    if method not in allowed:
+        raise ValueError(f"unknown method {method!r}; allowed for this layer are {', '.join(allowed)}")
+    groups, size = (1, statistics.order) if isinstance(statistics, DiagonalSystem) else statistics.B.shape
+    if not 1 <= order <= size:
+        raise ValueError(f"the order must lie between 1 and {size}, the present number of states; got {order}")
     if method == "first":
         return [list(range(order))] * groups
     if method == "random":
         if generator is None:
             raise ValueError("method 'random' needs a generator, so that a run can be repeated")
         return [sorted(torch.randperm(size, generator=generator)[:order].tolist()) for _ in range(groups)]
-    scores = _scores(method, statistics, order)
+    if isinstance(statistics, DiagonalSystem):
+        scores = _lti_scores(method, statistics)
+    else:
+        scores = _scores(method, statistics, order)
     return [sorted(row.topk(order).indices.tolist()) for row in scores]
 
 
-def cut_to(model: nn.Module, kept: Mapping[str, list[list[int]]]) -> None:
-    """Leave the given states of each mixer, by mixer name and group, with all else as it is."""
-    sites = find_mixers(model)
-    changes = {site.name: site.adapter.keep(site.mixer, kept[site.name]) for site in sites}  # type: ignore[attr-defined]
-    replace_parameters(sites, {name: {key: c.value for key, c in found.items()} for name, found in changes.items()})
-    write_sizes_to_config(model, sites)
+def _lti_scores(method: str, system: DiagonalSystem) -> Tensor:
+    """Scores (1, N) of modes."""
+    poles, B, C = system
+    gain = B.abs().square().sum(1) * C.abs().square().sum(0)
+    decay = (1 - poles.abs()).square() if method == "last" else 1 - poles.abs().square()
+    return (gain / decay)[None]
 
 
 def _scores(method: str, statistics: RivalStatistics, order: int) -> Tensor:
@@ -121,6 +142,4 @@ def _scores(method: str, statistics: RivalStatistics, order: int) -> Tensor:
         "last": gain.square() / (1 - poles).square(),
         "aire": gain.square() / (1 - poles.square()),
     }
-    if method not in scores:
-        raise ValueError(f"unknown method {method!r}; allowed are {', '.join(METHODS)}")
     return scores[method].sum(1)

@@ -21,6 +21,7 @@ from .interpolative import (
     empirical_singular_values,
     low_rank_basis,
     output_residual,
+    pivoted_states,
     read_out_correction,
     select_subset,
 )
@@ -32,13 +33,15 @@ from .ranks import (
     select_states,
     target_orders,
 )
-from .tracking import match_states, rank_stability
+from .tracking import match_directions, match_states, rank_stability
+from .weyl import SpectralMove, hankel_operator, spectral_move
 
 __all__ = [
     "Balancing",
     "DiagonalSystem",
     "Selection",
     "SizeConstraints",
+    "SpectralMove",
     "Truncation",
     "balance",
     "controllability_gramian",
@@ -48,16 +51,20 @@ __all__ = [
     "error_bound",
     "gramian_factor",
     "h2_norm",
+    "hankel_operator",
     "hankel_singular_values",
     "low_rank_basis",
+    "match_directions",
     "match_states",
     "numerical_rank",
     "observability_gramian",
     "output_residual",
+    "pivoted_states",
     "rank_stability",
     "read_out_correction",
     "select_states",
     "select_subset",
+    "spectral_move",
     "target_orders",
     "truncate",
     "upper_half_plane",

@@ -31,6 +31,38 @@ def empirical_singular_values(G: Tensor, W: Tensor) -> Tensor:
     return torch.nn.functional.pad(values, (0, len(G) - len(values)))
 
 
+def pivoted_states(G: Tensor, W: Tensor, order: int) -> list[int]:
+    """The states that `select_subset` chooses, without those that it has no reason to choose.
+
+    Args:
+        G, W: float64 (N, N), symmetric positive semidefinite.
+        order: largest number of states, 1 <= order <= N.
+
+    Returns:
+        At most `order` indices; states that nothing drives or that others predict exactly are left out.
+
+    Raises:
+        ValueError: if the order is out of range.
+    """
+    if not 1 <= order <= len(G):
+        raise ValueError(f"order must lie between 1 and the number of states {len(G)}; got {order}")
+    residual = G.clone()
+    floor = RIDGE * G.diagonal()
+    left = torch.ones(len(G), dtype=torch.bool, device=G.device)
+    chosen: list[int] = []
+    while len(chosen) < order:
+        power = residual.diagonal()
+        gain = ((W @ residual) * residual).sum(0) / torch.where(power > floor, power, 1)
+        gain = torch.where(left & (power > floor), gain, -1.0)
+        pivot = int(gain.argmax())
+        if gain[pivot] < 0:
+            break
+        chosen.append(pivot)
+        left[pivot] = False
+        residual = residual - torch.outer(residual[:, pivot], residual[pivot]) / power[pivot]
+    return chosen
+
+
 def select_subset(G: Tensor, W: Tensor, order: int) -> list[int]:
     """Choose states one by one so that the kept ones predict all others with the least error in the output.
 
@@ -47,24 +79,9 @@ def select_subset(G: Tensor, W: Tensor, order: int) -> list[int]:
 
     Source: pivoted Cholesky and interpolative decompositions: Halko, Martinsson and Tropp, SIAM Review 53 (2011).
     """
-    if not 1 <= order <= len(G):
-        raise ValueError(f"order must lie between 1 and the number of states {len(G)}; got {order}")
-    residual = G.clone()
-    floor = RIDGE * G.diagonal()
-    left = torch.ones(len(G), dtype=torch.bool, device=G.device)
-    chosen: list[int] = []
-    while len(chosen) < order:
-        power = residual.diagonal()
-        gain = ((W @ residual) * residual).sum(0) / torch.where(power > floor, power, 1)
-        gain = torch.where(left & (power > floor), gain, -1.0)
-        pivot = int(gain.argmax())
-        if gain[pivot] < 0:
-            remaining = [j for j in range(len(G)) if left[j]]
-            return chosen + remaining[: order - len(chosen)]
-        chosen.append(pivot)
-        left[pivot] = False
-        residual = residual - torch.outer(residual[:, pivot], residual[pivot]) / power[pivot]
-    return chosen
+    chosen = pivoted_states(G, W, order)
+    remaining = [j for j in range(len(G)) if j not in set(chosen)]
+    return chosen + remaining[: order - len(chosen)]
 
 
 def read_out_correction(G: Tensor, kept: list[int]) -> Tensor:

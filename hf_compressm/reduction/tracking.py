@@ -10,11 +10,7 @@ from .balanced import Balancing
 
 
 def match_states(earlier: Balancing, later: Balancing) -> Tensor:
-    """Which later balanced state continues each earlier one.
-
-    A state's identity is its direction, not its value: the overlap |left_later^H right_earlier| is 1 for a state
-    that has not turned and 0 for unrelated ones. The pairing that maximises the total overlap is a linear sum
-    assignment. Between steps of training the layer's own coordinates move little, so directions can be compared.
+    """Which later balanced state continues each earlier one; see `match_directions`.
 
     Returns:
         long (k_earlier,): index of the later state, or -1 for an earlier state left without a partner.
@@ -22,14 +18,35 @@ def match_states(earlier: Balancing, later: Balancing) -> Tensor:
     Raises:
         ValueError: if the layer's order has changed in between.
     """
-    if earlier.system.order != later.system.order:
+    return match_directions(earlier.right, earlier.left, later.right, later.left)
+
+
+def match_directions(earlier_right: Tensor, earlier_left: Tensor, later_right: Tensor, later_left: Tensor) -> Tensor:
+    """Which later coordinate of a layer's state continues each earlier one.
+
+    A coordinate's identity is its direction, not its singular value: the overlap
+    sqrt(|left_later^H right_earlier| |left_earlier^H right_later|) is 1 for one that has not turned and 0 for unrelated
+    ones, on whatever scale the coordinates are. The pairing that maximises the total overlap is a linear sum
+    assignment. Between steps of training the layer's own states move little, so directions can be compared.
+
+    Args:
+        earlier_right, earlier_left: (N, k_earlier), h = right z and z = left^H h, with left^H right = I.
+        later_right, later_left: (N, k_later), likewise.
+
+    Returns:
+        long (k_earlier,): index of the later coordinate, or -1 for an earlier one left without a partner.
+
+    Raises:
+        ValueError: if the number of states N has changed in between.
+    """
+    if len(earlier_right) != len(later_right):
         raise ValueError(
             f"states can be matched only while the layer keeps its order; it went from "
-            f"{earlier.system.order} to {later.system.order}"
+            f"{len(earlier_right)} to {len(later_right)} states"
         )
-    overlap = (later.left.mH @ earlier.right).abs().clamp(max=1)
-    rows, columns = linear_sum_assignment(overlap.mT.cpu().numpy(), maximize=True)
-    partner = torch.full((earlier.rank,), -1, dtype=torch.long)
+    squares = (later_left.mH @ earlier_right).abs().mT * (earlier_left.mH @ later_right).abs()
+    rows, columns = linear_sum_assignment(squares.sqrt().clamp(max=1).cpu().numpy(), maximize=True)
+    partner = torch.full((earlier_right.shape[1],), -1, dtype=torch.long)
     partner[torch.as_tensor(rows)] = torch.as_tensor(columns)
     return partner
 

@@ -13,7 +13,6 @@ from .suite import Job, Method, Suite, TaskSuite, make_job_run
 SMALL = {
     "max_steps": 2,
     "per_device_train_batch_size": 2,
-    "per_device_eval_batch_size": 2,
     "gradient_accumulation_steps": 1,
     "eval_strategy": "no",
     "save_strategy": "no",

@@ -23,7 +23,7 @@ from ..pretraining import CACHES, build_trainer, execute
 from ..run_file import Run
 from ..surgery import compress, state_sizes
 from ..surgery.refit import STEPS
-from ..training.calibration import calibration_batches
+from ..training.calibration import Batches, calibration_batches
 from .stability import RankRecorder
 from .suite import Job, make_job_run
 
@@ -132,7 +132,7 @@ def _load(job: Job, folder: str) -> nn.Module:
     return model
 
 
-def _calibration(job: Job, folder: Path) -> list[Any]:
+def _calibration(job: Job, folder: Path) -> Batches:
     run = make_job_run(job, folder)
     task = _task(run)
     loader = DataLoader(
@@ -145,10 +145,11 @@ def _calibration(job: Job, folder: Path) -> list[Any]:
 
 def _cut(job: Job, folder: Path, model: nn.Module, sizes: list[int]) -> float:
     """Cut a trained model to the mean of the given sizes; returns the seconds that it takes."""
-    batches, score = _calibration(job, folder), job.method.arguments.get("score", "hankel")
+    score = job.method.arguments.get("score", "hankel")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model.to(device).eval()
-    batches = [{key: value.to(device) for key, value in batch.items()} for batch in batches]
+    found = _calibration(job, folder)
+    batches: Batches = [{key: value.to(device) for key, value in batch.items()} for batch in found]
     began = time.perf_counter()
     if score == "hankel":
         steps = job.method.arguments.get("refit_steps", STEPS)

@@ -7,6 +7,7 @@ from statistics import fmean, median, stdev
 from typing import Any
 
 from ..hub.environment import hardware_line
+from .stability import stability_table
 from .suite import Suite, TaskSuite
 
 Records = Sequence[dict[str, Any]]
@@ -113,8 +114,6 @@ def _ablation(task: TaskSuite, records: Records) -> str:
 
 
 def _stability(records: Records) -> str:
-    from .stability import stability_table
-
     measured = [entry for record in records if "stability" in record for entry in record["stability"]]
     return f"Ranking of states, against that at the end:\n\n{stability_table(measured)}" if measured else ""
 

@@ -117,6 +117,17 @@ class LRUAdapter(MixerAdapter[LRU]):
         _check_realised(mixer, changes, truncation.system)
         return MixerReduction(changes, truncation.bound)
 
+    def keep(self, mixer: LRU, kept: Sequence[Sequence[int]]) -> dict[str, ParameterChange]:
+        """Parameters with the given modes of the one group and everything else unchanged."""
+        index = torch.tensor(list(kept[0]))
+        columns = torch.eye(mixer.state_size, dtype=torch.float64)[:, index]
+        changes = {}
+        for name in self.parameter_shapes(mixer, len(index)):
+            old = getattr(mixer, name).detach().cpu()
+            picked = Term(name, right=columns) if name in ("C_re", "C_im") else Term(name, rows=index)
+            changes[name] = ParameterChange(picked(old), (picked,))
+        return changes
+
     def write_config(self, config: Any, sizes: Sequence[int]) -> None:
         config.state_sizes = list(sizes)
 

@@ -20,7 +20,7 @@ import torch
 from selection import trained
 
 from hf_compressm import compress
-from hf_compressm.baselines import cut_to, gather_rival_statistics, rival_selection
+from hf_compressm.baselines import rival_cut
 from hf_compressm.compression import calibration, evaluate, load_data
 from hf_compressm.finetuning import heal, parse_finetune
 from hf_compressm.pretraining import parse_run
@@ -34,9 +34,7 @@ def cut(model, method: str, order: int, batches: list[dict], seed: int):
     if method in OWN:
         compress(reduced, batches, target=order, refit_steps=OWN[method])
     elif method != "full size":
-        generator = torch.Generator().manual_seed(seed)
-        found = gather_rival_statistics(model, batches)
-        cut_to(reduced, {name: rival_selection(method, s, order, generator) for name, s in found.items()})
+        rival_cut(reduced, method, order, batches, generator=torch.Generator().manual_seed(seed))
     return reduced
 
 

@@ -23,7 +23,7 @@ import torch
 from torch.utils.data import DataLoader, default_collate
 
 from hf_compressm import compress, to_stock
-from hf_compressm.baselines import METHODS, cut_to, gather_rival_statistics, rival_selection
+from hf_compressm.baselines import METHODS, gather_rival_statistics, rival_cut
 from hf_compressm.data import load_task
 from hf_compressm.pretraining import execute, parse_run
 
@@ -70,8 +70,7 @@ def rises(model, calibration: list[dict], test: list[dict], orders: list[int], s
             rows.append({"method": name, "order": order, "rise": loss - full, "s": time.perf_counter() - began})
         for method in METHODS:
             reduced = copy.deepcopy(plain)
-            kept = {name: rival_selection(method, s, order, generator) for name, s in found.items()}
-            cut_to(reduced, kept)
+            rival_cut(reduced, method, order, generator=generator, statistics=found)
             rows.append({"method": method, "order": order, "rise": loss_of(reduced, test) - full})
     return [row | {"seed": seed, "full": full} for row in rows]
 

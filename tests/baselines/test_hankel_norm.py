@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from transformers import MambaConfig, MambaForCausalLM, Trainer
 
 from hf_compressm.baselines import HankelNormCallback, hankel_nuclear_norm
-from hf_compressm.baselines.hankel_norm import _systems
+from hf_compressm.baselines.hankel_norm import layer_systems
 from hf_compressm.layers.lru import LRU
 from hf_compressm.reduction import DiagonalSystem, hankel_singular_values
 from hf_compressm.surgery import measure_model
@@ -69,7 +69,7 @@ def test_equal_singular_values_and_states_that_nothing_drives():
     assert all(tensor.grad.isfinite().all() for tensor in idle)
 
 
-def test_a_batch_is_many_systems():
+def test_a_batch_is_manylayer_systems():
     several = [system(seed) for seed in range(3)]
     found = hankel_nuclear_norm(*(torch.stack(parts) for parts in zip(*several, strict=True)))
     torch.testing.assert_close(found, torch.stack([hankel_nuclear_norm(*one) for one in several]))
@@ -91,7 +91,7 @@ def test_layers_are_seen_as_the_surgery_sees_them():
     model = small_model()
     layers = [module for module in model.modules() if isinstance(module, LRU)]
     expected = [measured.spectrum().sum() for measured in measure_model(model).values()]
-    found = hankel_nuclear_norm(*_systems(layers))
+    found = hankel_nuclear_norm(*layer_systems(layers))
     torch.testing.assert_close(found, torch.stack(expected), rtol=1e-6, atol=0)
 
 

@@ -9,6 +9,7 @@ from hf_compressm.reduction import (
     empirical_singular_values,
     low_rank_basis,
     output_residual,
+    pivoted_states,
     read_out_correction,
     select_subset,
 )
@@ -97,3 +98,14 @@ def test_orders_out_of_range_are_refused():
         for order in (0, 13):
             with pytest.raises(ValueError, match="between 1 and the number of states 12"):
                 function(G, W, order)
+
+
+def test_states_without_a_reason_to_be_chosen_are_not_ranked():
+    G, W = gramians(12, rank=3)
+    chosen = pivoted_states(G, W, 12)
+    assert 3 <= len(chosen) < 12 and select_subset(G, W, 12)[: len(chosen)] == chosen
+    assert pivoted_states(G, W, 2) == chosen[:2]
+    silent = torch.diag(torch.tensor([1.0, 0, 2, 0], dtype=torch.float64))
+    assert pivoted_states(silent, torch.eye(4, dtype=torch.float64), 4) == [2, 0]
+    with pytest.raises(ValueError, match="order"):
+        pivoted_states(G, W, 13)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from hf_compressm.reduction import DiagonalSystem, balance, match_states, rank_stability
+from hf_compressm.reduction import DiagonalSystem, balance, match_directions, match_states, rank_stability
 from hf_compressm.reduction.random_systems import random_system
 
 
@@ -25,6 +25,23 @@ def test_a_small_change_keeps_the_ranking():
     moved = system._replace(B=system.B * (1 + 1e-6 * torch.randn(24, 1)))
     partner = match_states(balance(system), balance(moved))
     assert partner.tolist() == list(range(24)) and rank_stability(partner, 24) == 1.0
+
+
+def test_shuffled_states_are_given_back():
+    found = balance(random_system("plain", 24, 4, 0.95, torch.Generator().manual_seed(0)))
+    order = torch.randperm(24, generator=torch.Generator().manual_seed(1))
+    partner = match_directions(found.right, found.left, found.right[:, order], found.left[:, order])
+    assert torch.equal(order[partner], torch.arange(24))
+
+
+@pytest.mark.parametrize("gain", [1e-4, 1e4])
+def test_matching_does_not_depend_on_the_read_outs_scale(gain):
+    generator = torch.Generator().manual_seed(0)
+    system = random_system("plain", 24, 4, 0.95, generator)
+    moved = system._replace(B=system.B * (1 + 0.3 * torch.randn(24, 1, generator=generator)))
+    expected = match_states(balance(system), balance(moved))
+    assert expected.tolist() != list(range(24))
+    assert torch.equal(match_states(balance(system), balance(moved._replace(C=gain * moved.C))), expected)
 
 
 def test_unrelated_systems_do_not_agree():
