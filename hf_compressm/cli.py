@@ -19,6 +19,7 @@ from .compression import (
 )
 from .compression import run as run_job
 from .hub import Exported, Form, export, push, tolerances_plot, write_card, write_report
+from .hub.upload import TIMEOUT
 from .reduction import SizeConstraints
 from .surgery import Energy, Fraction, Policy, Target
 from .surgery.refit import STEPS
@@ -234,6 +235,7 @@ def push_command(
     private: Annotated[bool, typer.Option("--private", help="Create a repository that only its owners see.")] = False,
     revision: Annotated[str | None, typer.Option(help="Branch, created if need be. Default: main.")] = None,
     message: Annotated[str | None, typer.Option(help="Of the commit. Default: Upload CLASS.")] = None,
+    timeout: Annotated[float, typer.Option(help="Seconds of silence after which the hub is given up.")] = TIMEOUT,
     as_json: AsJson = False,
 ) -> None:
     """Put a saved model on the Hugging Face hub, in one commit.
@@ -245,7 +247,7 @@ def push_command(
 
     Exit code 1: it cannot be done; standard error says why. Exit code 2: wrong usage.
     """
-    done = push(model, repo_id, to=to, private=private, revision=revision, message=message)
+    done = push(model, repo_id, to=to, private=private, revision=revision, message=message, timeout=timeout)
     _report(dataclasses.asdict(done), f"{_described(done)}\npushed to {done.url} as {done.commit[:8]}", as_json)
 
 

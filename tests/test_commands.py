@@ -13,11 +13,10 @@ import subprocess
 import sys
 from contextlib import contextmanager
 
-import huggingface_hub
 import pytest
 import torch
 from documents import PAGES, ROOT, blocks, commands, commands_of
-from hub.server import TOKEN, USER, Hub
+from hub.server import USER, Hub
 
 from hf_compressm import cli
 from hf_compressm.pretraining import execute, parse_run
@@ -164,10 +163,7 @@ def small(command: str) -> list[str]:
 def hub(monkeypatch):
     """A local hub in the place of the real one."""
     with Hub() as server:
-        monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", server.url)
-        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
-        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_DISABLE_XET", True)
-        monkeypatch.setenv("HF_TOKEN", TOKEN)
+        server.stand_in(monkeypatch)
         yield server
 
 
