@@ -19,9 +19,11 @@ from .compression import (
 )
 from .compression import run as run_job
 from .hub import Exported, Form, export, push, tolerances_plot, write_card, write_report
+from .hub.upload import TIMEOUT
 from .reduction import SizeConstraints
 from .surgery import Energy, Fraction, Policy, Target
 from .surgery.refit import STEPS
+from .user_code import import_user_module
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False)
 Model = Annotated[str, typer.Argument(help="Folder of a saved model, or its name on the hub.")]
@@ -39,6 +41,16 @@ BatchSize = Annotated[int, typer.Option(help="Sequences of a batch.")]
 Length = Annotated[int | None, typer.Option(help="Tokens of a sequence. Default: the task's own, or 512 for files.")]
 Seed = Annotated[int, typer.Option(help="Of a task's data and the order in which they are drawn.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as one JSON object.")]
+
+Imports = Annotated[
+    list[str],
+    typer.Option(
+        "--import",
+        metavar="MODULE",
+        help="Module, or path of a .py file, that registers a model and an adapter of your own; may be given several "
+        "times. Its code is run.",
+    ),
+]
 RunFolder = Annotated[Path, typer.Argument(help="Folder that a training run wrote.")]
 Device = Annotated[str, typer.Option(help="As torch names it; auto takes a GPU if there is one.")]
 
@@ -70,6 +82,7 @@ def inspect(
     length: Length = None,
     seed: Seed = 0,
     device: Device = "auto",
+    imports: Imports = [],  # noqa: B006
     plot: Annotated[Path | None, typer.Option(help="SVG file to write: the spectra, and what would be kept.")] = None,
     as_json: AsJson = False,
 ) -> None:
@@ -81,6 +94,7 @@ def inspect(
 
     Exit code 1: it cannot be done; standard error says why. Exit code 2: wrong usage.
     """
+    _import_all(imports)
     source = _source(data, task_options, data_dir, batches, batch_size, length, seed)
     found = inspect_model(model, tau, source, device)
     if plot is not None:
@@ -155,6 +169,7 @@ def compress_command(
     length: Length = None,
     seed: Seed = 0,
     device: Device = "auto",
+    imports: Imports = [],  # noqa: B006
     to_stock: Annotated[bool, typer.Option("--to-stock", help="Write a plain transformers model.")] = False,
     evaluate: Annotated[bool, typer.Option("--evaluate", help="Print the held-out loss before and after.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the model that the folder holds.")] = False,
@@ -167,6 +182,7 @@ def compress_command(
 
     Exit code 1: it cannot be done; standard error says why. Exit code 2: wrong usage.
     """
+    _import_all(imports)
     job = CompressionJob(
         model=model,
         output=output,
@@ -219,6 +235,7 @@ def push_command(
     private: Annotated[bool, typer.Option("--private", help="Create a repository that only its owners see.")] = False,
     revision: Annotated[str | None, typer.Option(help="Branch, created if need be. Default: main.")] = None,
     message: Annotated[str | None, typer.Option(help="Of the commit. Default: Upload CLASS.")] = None,
+    timeout: Annotated[float, typer.Option(help="Seconds of silence after which the hub is given up.")] = TIMEOUT,
     as_json: AsJson = False,
 ) -> None:
     """Put a saved model on the Hugging Face hub, in one commit.
@@ -230,8 +247,16 @@ def push_command(
 
     Exit code 1: it cannot be done; standard error says why. Exit code 2: wrong usage.
     """
-    done = push(model, repo_id, to=to, private=private, revision=revision, message=message)
+    done = push(model, repo_id, to=to, private=private, revision=revision, message=message, timeout=timeout)
     _report(dataclasses.asdict(done), f"{_described(done)}\npushed to {done.url} as {done.commit[:8]}", as_json)
+
+
+def _import_all(names: Sequence[str]) -> None:
+    for name in names:
+        try:
+            import_user_module(name)
+        except ValueError as error:
+            raise typer.BadParameter(str(error)) from error
 
 
 def _described(done: Exported) -> str:

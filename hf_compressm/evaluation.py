@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import json
-import platform
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-import transformers
 from accelerate import PartialState
 from transformers import HfArgumentParser
 from transformers.utils import cached_file
 
 from .compression import DataSource, evaluate, load_data, load_model, load_tokenizer
+from .hub import describe_environment
 from .models import use_fast_ops
 from .models.fast_ops import has_stock_mixers
 from .surgery import state_sizes
@@ -80,13 +78,8 @@ def execute(arguments: EvaluationArguments) -> dict[str, Any]:
         "state_sizes": state_sizes(model),
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "seconds": round(time.perf_counter() - began, 3),
-        "processes": state.num_processes,
         "device": state.device.type,
-        "versions": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-        },
+        **describe_environment(state.num_processes),
     }
     if arguments.output is not None and state.is_main_process:
         Path(arguments.output).write_text(json.dumps(result, indent=2) + "\n")

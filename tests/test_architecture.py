@@ -24,8 +24,9 @@ ALLOWED = {
     "pretraining": {"data", "hub", "surgery", "training", "models", "run_file"},
     "compression": {"data", "models", "reduction", "surgery", "training"},
     "finetuning": {"compression", "data", "models", "pretraining", "reduction", "run_file", "surgery", "training"},
-    "evaluation": {"compression", "models", "surgery"},
-    "cli": {"compression", "hub", "reduction", "surgery"},
+    "evaluation": {"compression", "hub", "models", "surgery"},
+    "user_code": set(),
+    "cli": {"compression", "hub", "reduction", "surgery", "user_code"},
 }
 FOREIGN = {
     "reduction": {"torch", "scipy"},

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import ast
+import json
 import os
 import re
 import runpy
@@ -15,6 +16,7 @@ from pathlib import Path
 import pytest
 import typer
 from accelerate.commands.launch import launch_command_parser
+from documents import BLOCK, PAGES, ROOT, blocks, commands, commands_of
 from torch.distributed.run import get_args_parser
 
 from hf_compressm.cli import app
@@ -22,54 +24,60 @@ from hf_compressm.evaluation import parse_evaluation
 from hf_compressm.finetuning import parse_finetune
 from hf_compressm.pretraining import parse_run
 
-ROOT = Path(__file__).resolve().parents[1]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 
-
-def blocks(page: Path) -> list[tuple[str, str]]:
-    """Language and content of every block of code, in order."""
-    return BLOCK.findall(page.read_text())
-
-
-def commands(text: str) -> list[list[str]]:
-    """The commands of a block of shell, each as its words, without comments."""
-    lines = text.replace("\\\n", " ").splitlines()
-    parts = (re.split(r"\s&&\s", line) for line in lines)
-    return [words for line in parts for part in line if (words := shlex.split(part, comments=True))]
-
-
-def program(page: Path) -> str:
-    """The page's Python, and its commands where they stand between, as one program."""
+def program(page: Path, shell: bool = True) -> str:
+    """The page's Python as one program, and its commands where they stand between."""
     lines = []
     for language, content in blocks(page):
         if language == "python":
             lines.append(content)
-        elif language == "bash":
+        elif language == "bash" and shell:
             for words in commands(content):
                 assert words[0] == "hf-compressm", words
                 lines.append(f"from hf_compressm.cli import app; app({words[1:]!r}, standalone_mode=False)")
     return "\n".join(lines)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("page", ["tutorial", "adapters"])
-def test_every_block_of_the_page_runs_in_order(page, tmp_path):
+def run_program(text: str, folder: Path) -> str:
+    """What it prints."""
     offline = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     done = subprocess.run(
-        [sys.executable, "-c", program(ROOT / "docs" / f"{page}.md")],
-        cwd=tmp_path,
+        [sys.executable, "-c", text],
+        cwd=folder,
         env=os.environ | offline,
         capture_output=True,
         text=True,
         timeout=300,
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    if page == "tutorial":
-        written = {path.relative_to(tmp_path / "outputs").as_posix() for path in tmp_path.rglob("outputs/**/*")}
-        assert {"tutorial/report.html", "spectra.svg", "mamba-shell/config.json", "mamba-own/config.json"} <= written
-        assert re.search(r"^\[CompreSSM\] Step 15: states \[64, 64\] .* -> .*, error bound <= .* per layer, .* s$",
-                         done.stdout, re.MULTILINE)  # fmt: skip
+    return done.stdout
+
+
+@pytest.mark.slow
+def test_the_tutorial_runs_in_order(tmp_path):
+    printed = run_program(program(ROOT / "docs/tutorial.md"), tmp_path)
+    written = {path.relative_to(tmp_path / "outputs").as_posix() for path in tmp_path.rglob("outputs/**/*")}
+    assert {"tutorial/report.html", "spectra.svg", "mamba-shell/config.json", "mamba-own/config.json"} <= written
+    assert re.search(r"^\[CompreSSM\] Step 15: states \[64, 64\] .* -> .*, error bound <= .* per layer, .* s$",
+                     printed, re.MULTILINE)  # fmt: skip
+
+
+@pytest.mark.slow
+def test_the_adapter_of_the_page_is_right_trains_and_serves_the_shell(tmp_path, monkeypatch, capsys):
+    page = ROOT / "docs/adapters.md"
+    run_program(program(page, shell=False), tmp_path)
+    above, below, _ = page.read_text().partition("## Is it right?")
+    assert below
+    (tmp_path / "decay.py").write_text("\n".join(content for _, content in BLOCK.findall(above)))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    shown = [words for language, content in blocks(page) if language == "bash" for words in commands(content)]
+    for words in shown:
+        assert words[0] == "hf-compressm"
+        app(words[1:], standalone_mode=False)
+    assert [words[1] for words in shown] == ["inspect", "compress", "report"]
+    assert json.loads((tmp_path / "outputs/decay-small/config.json").read_text())["state_sizes"] == [4, 4]
+    assert (tmp_path / "outputs/decay/report.html").exists() and "mixers.1" in capsys.readouterr().out
 
 
 def test_the_settings_that_are_recommended_exist():
@@ -115,14 +123,6 @@ SCRIPTS = {
     "scripts/evaluate_model.py": parse_evaluation,
     "scripts/compress.py": lambda words: parsed_by_the_command(["compress", *words]),
 }
-INLINE = re.compile(r"`((?:\w+=\w+ )*(?:python|torchrun|accelerate launch|hf-compressm|scripts/\w+\.py) [^`]+)`")
-
-
-def commands_of(page: Path) -> list[list[str]]:
-    """Every command of a page, in blocks of shell and in running text, without those that only show the form."""
-    shell = [content for language, content in blocks(page) if language in ("bash", "sh", "shell", "console")]
-    running = INLINE.findall(BLOCK.sub("", page.read_text()))
-    return [words for text in [*shell, *running] for words in commands(text) if "[" not in "".join(words[1:3])]
 
 
 def parsed_by_the_command(words: list[str]) -> None:

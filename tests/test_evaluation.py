@@ -48,5 +48,6 @@ def test_two_processes_count_nothing_twice(tmp_path):
     assert done.returncode == 0, done.stderr
     two = json.loads(done.stdout)
     one = execute(parse_evaluation([str(tmp_path), *OPTIONS]))
-    assert two["processes"] == 2 and one["processes"] == 1
+    assert two["hardware"]["processes"] == 2 and one["hardware"]["processes"] == 1
+    assert two["versions"] == one["versions"] and {"python", "torch", "hf-compressm"} <= one["versions"].keys()
     assert two["metrics"] == pytest.approx(one["metrics"], rel=1e-6)

@@ -76,11 +76,11 @@ def metric_figure(run: RunRecord, evaluation: str) -> Figure | None:
     chart.line(thin(trained, MOST_POINTS), 1, "training", style="dashed")
     chart.line(thin(evaluated, MOST_POINTS), 3, "evaluation", dots=len(evaluated) <= 60)
     _mark_cuts(chart, run)
-    by_step = {step: ["–", number(value, 4)] for step, value in evaluated}
+    by_step = {step: ["", number(value, 4)] for step, value in evaluated}
     for step, value in trained:
-        by_step[step] = [number(value, 4), by_step.get(step, ["–", "–"])[1]]
+        by_step[step] = [number(value, 4), by_step.get(step, ["", ""])[1]]
     rows = [[number(step), *by_step[step]] for step in thin(sorted(by_step), MOST_POINTS // 2)]
-    return Figure(chart, Table(f"{name.capitalize()} by step", ["Step", "Training", "Evaluation"], rows))
+    return Figure(chart, Table.filled(f"{name.capitalize()} by step", ["Step", "Training", "Evaluation"], rows))
 
 
 def speed_figure(run: RunRecord) -> Figure | None:

@@ -100,7 +100,7 @@ def _facts(run: RunRecord) -> list[tuple[str, str]]:
     facts = []
     if before := run.sizes_before():
         after = run.sizes_after()
-        change = f" → {_mean(after)} ({sum(after) / sum(before):.0%} kept)" if before != after else ""
+        change = f" → {_mean(after)} ({sum(after) / sum(before):.0%}\u00a0kept)" if before != after else ""
         facts.append(("States, mean per layer", _mean(before) + change))
     if run.cuts:
         undone = f", {len(run.undone)} undone" if run.undone else ""

@@ -39,7 +39,7 @@ def spectrum_figure(layer: Layer, index: int) -> Figure | None:
         chart.line(points, 1 if place < len(shown) - 1 else 2, label, style=f"t{age}" if age < 3 else "")
     rows = [_spectrum_row(spectrum) for spectrum in layer.spectra]
     columns = ["Step", "States", "Kept", "Sum", "Largest", "Smallest kept", "Largest removed", "Sum removed"]
-    return Figure(chart, Table(f"Measurements of layer {index}", columns, rows))
+    return Figure(chart, Table.filled(f"Measurements of layer {index}", columns, rows))
 
 
 def spectra_overview(run: RunRecord) -> Chart | None:
@@ -112,7 +112,7 @@ def _spectral_axis(spectra: Sequence[Spectrum]) -> Axis:
 def _spectrum_row(spectrum: Spectrum) -> list[str]:
     row = [number(spectrum.step), str(spectrum.states)]
     if spectrum.kept is None:
-        return [*row, "all", number(spectrum.total), number(spectrum.values[0]), number(spectrum.values[-1]), "–", "–"]
+        return [*row, "all", number(spectrum.total), number(spectrum.values[0]), number(spectrum.values[-1]), "", ""]
     kept, removed = spectrum.values[: spectrum.kept], spectrum.values[spectrum.kept :]
     row += [str(spectrum.kept), number(spectrum.total), number(spectrum.values[0]), number(kept[-1])]
-    return [*row, *([number(removed[0]), f"{sum(removed) / spectrum.total:.1%}"] if removed else ["–", "–"])]
+    return [*row, *([number(removed[0]), f"{sum(removed) / spectrum.total:.1%}"] if removed else ["", ""])]

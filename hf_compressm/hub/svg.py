@@ -143,7 +143,7 @@ class Chart:
         place = self._x(x)
         self._marks.append(f'<path class="{kind}" d="M{place:.1f} {TOP}V{TOP + PLOT_HEIGHT}"/>')
         if label is not None and all(label != text for _, text in self._legend):
-            self._legend.append((f'<path class="{kind}" d="M9 -10V2"/>', label))
+            self._legend.append((f'<path class="{kind}" d="M9 -11.5V3.5"/>', label))
 
     def bar(self, left: float, right: float, value: float, label: str = "", colour: int = 1) -> None:
         """A bar from x = left to right, from the bottom up to value, with a label under it."""

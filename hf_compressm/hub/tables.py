@@ -18,6 +18,12 @@ class Table:
     columns: list[str]
     rows: list[list[str]]
 
+    @classmethod
+    def filled(cls, caption: str, columns: list[str], rows: Sequence[Sequence[str]]) -> Table:
+        """Without the columns that are empty in all rows, and with a dash in each empty cell that is left."""
+        kept = [index for index in range(len(columns)) if index == 0 or any(row[index] for row in rows)]
+        return cls(caption, [columns[index] for index in kept], [[row[index] or "–" for index in kept] for row in rows])
+
 
 @dataclass(frozen=True)
 class Figure:
@@ -53,9 +59,7 @@ def cuts_table(run: RunRecord) -> Table:
         row += [_largest(layers, "bound"), _largest(layers, "residual"), *map(_text, (before, after))]
         row += ["" if change is None else f"{change:+.4f}", *map(_text, run.around(step, "eval_loss"))]
         rows.append([*row, number(undone["step"]) if undone else ""])
-    kept = [index for index in range(len(columns)) if index == 0 or any(row[index] for row in rows)]
-    rows = [[row[index] or "–" for index in kept] for row in rows]
-    return Table("Every cut: largest bound or residual of a layer, and losses", [columns[i] for i in kept], rows)
+    return Table.filled("Every cut: largest bound or residual of a layer, and losses", columns, rows)
 
 
 def layers_table(cut: dict[str, Any]) -> Table:
@@ -66,13 +70,13 @@ def layers_table(cut: dict[str, Any]) -> Table:
             str(layer["old_size"]),
             str(layer["new_size"]),
             _removed([layer]),
-            _text(layer.get("bound")) or "–",
-            _text(layer.get("residual")) or "–",
+            _text(layer.get("bound")),
+            _text(layer.get("residual")),
         ]
         for layer in cut["layers"]
     ]
     columns = ["Layer", "States before", "After", "Sum removed", "Error bound", "Residual"]
-    return Table(f"The cut at step {cut['step'] or 0}, layer by layer", columns, rows)
+    return Table.filled(f"The cut at step {cut['step'] or 0}, layer by layer", columns, rows)
 
 
 def _mean(layers: Sequence[dict[str, Any]], key: str) -> str:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
 
-from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, ModelInfo, get_token
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, ModelInfo, get_session, get_token
 from huggingface_hub.utils import validate_repo_id
 
 from .export import Exported, Form, load_checkpoint, write
@@ -29,6 +29,10 @@ OWNED = (
 )
 """What describes one model. Such a file of an earlier push that the new model lacks is deleted in the same commit:
 transformers would prefer one old weight file to new shards."""
+
+
+TIMEOUT = 120.0
+"""Seconds; huggingface_hub itself would wait for ever."""
 
 
 @dataclass(frozen=True)
@@ -57,6 +61,7 @@ def push(
     revision: str | None = None,
     message: str | None = None,
     token: str | None = None,
+    timeout: float = TIMEOUT,
 ) -> Pushed:
     """Put a saved model into a hub repository, created if need be, as one commit.
 
@@ -71,36 +76,41 @@ def push(
         revision: branch, created if need be; the main one if None.
         message: of the commit.
         token: with the right to write. By default that of `HF_TOKEN` or of `hf auth login`.
+        timeout: seconds, > 0, without a sign from the hub after which a request fails; requests that carry large files
+            are tried several times. A file may take as long as it keeps moving.
 
     Raises:
-        ValueError: as `export` does, on a malformed name, and if the repository is public but `private` is asked for.
+        ValueError: as `export` does, on a malformed name or timeout, and if the repository is public but `private` is
+            asked for.
         OSError: if there is no such model.
         PermissionError: without a token.
         RuntimeError: if the hub refuses or cannot be reached.
     """
     validate_repo_id(repo_id)
+    if not timeout > 0:
+        raise ValueError(f"timeout is in seconds, greater than 0; got {timeout:g}")
     token = token or get_token()
     if not token:
         raise PermissionError("no token to push with: log in with `hf auth login`, or set HF_TOKEN")
     loaded, api = load_checkpoint(model), HfApi(token=token)
     with tempfile.TemporaryDirectory(prefix="hf_compressm-") as scratch:
         exported = write(loaded, model, Path(scratch), to)
-        with _explained(repo_id, token):
-            present = _repository(api, repo_id, private, revision)
+        with _explained(repo_id, token, timeout):
+            present = _repository(api, repo_id, private, revision, timeout)
         if private and not present.private:
             raise ValueError(
                 f"{present.id} exists and is public; make it private in its settings, or leave --private out"
             )
-        with _explained(repo_id, token):
+        with _explained(repo_id, token, timeout):
             return _commit(api, Path(scratch), exported, present, revision, message)
 
 
-def _repository(api: HfApi, repo_id: str, private: bool, revision: str | None) -> ModelInfo:
+def _repository(api: HfApi, repo_id: str, private: bool, revision: str | None, timeout: float) -> ModelInfo:
     """The repository as it is, and new if there was none."""
     repo_id = api.create_repo(repo_id, private=private or None, exist_ok=True).repo_id
     if revision is not None:
         api.create_branch(repo_id, branch=revision, exist_ok=True)
-    return api.model_info(repo_id, revision=revision)
+    return api.model_info(repo_id, revision=revision, timeout=timeout)
 
 
 def _commit(
@@ -125,13 +135,16 @@ def _commit(
 
 
 @contextmanager
-def _explained(repo_id: str, token: str) -> Iterator[None]:
-    """Turn whatever stops an upload into one line that says what it means, without the token."""
+def _explained(repo_id: str, token: str, timeout: float) -> Iterator[None]:
+    """Turn whatever stops an upload, also silence, into one line that says what it means, without the token."""
     try:
-        yield
+        with _limited(timeout):
+            yield
     except Exception as error:
         # What kept a large file from arriving is only in the cause.
         told = [error, error.__cause__] if type(error) is RuntimeError and error.__cause__ else [error]
+        if any("Timeout" in type(part).__name__ for part in told):
+            told = [TimeoutError(f"the hub did not answer within {timeout:g} s")]
         reason = " ".join(": ".join(str(part) or type(part).__name__ for part in told).split())
         reason = reason.replace(token, "<token>").rstrip(".")
         status = getattr(getattr(error, "response", None), "status_code", 0)
@@ -142,3 +155,14 @@ def _explained(repo_id: str, token: str) -> Iterator[None]:
             f"the push to {repo_id} stopped: {reason}. The repository is as it was before, or complete if only the "
             "hub's last answer was lost; the same command again completes it."
         ) from None
+
+
+@contextmanager
+def _limited(timeout: float) -> Iterator[None]:
+    """Let the client that huggingface_hub shares give up after some seconds of silence."""
+    client = get_session()
+    before, client.timeout = client.timeout, timeout
+    try:
+        yield
+    finally:
+        client.timeout = before

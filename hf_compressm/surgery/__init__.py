@@ -12,6 +12,7 @@ from .adapters import (
     find_mixers,
     register_adapter,
     register_refusal,
+    register_subclass,
     state_sizes,
     supported_mixers,
 )
@@ -75,6 +76,7 @@ __all__ = [
     "original_sizes",
     "register_adapter",
     "register_refusal",
+    "register_subclass",
     "resize_mixers",
     "restore_mixer_state",
     "save_base_model",

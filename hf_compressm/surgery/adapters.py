@@ -181,8 +181,27 @@ def register_adapter(adapter: MixerAdapter) -> None:
     _ADAPTERS[_full_name(adapter.mixer_class)] = adapter
 
 
+def register_subclass(mixer_class: type[nn.Module]) -> None:
+    """Let the adapter of the nearest supported parent serve a mixer class that uses the parent's parameters as it does.
+
+    Raises:
+        ValueError: if no parent has an adapter.
+    """
+    parent = _served_parent(mixer_class)
+    if parent is None:
+        raise ValueError(
+            f"{_full_name(mixer_class)} is a subclass of none of the supported mixer classes: "
+            f"{', '.join(supported_mixers())}. Write an adapter for it, and pass it to register_adapter."
+        )
+    # The same instance, so that a config with one size per layer gets those of both classes in model order.
+    _ADAPTERS[_full_name(mixer_class)] = _ADAPTERS[parent]
+
+
 def register_refusal(mixer_class: type[nn.Module] | str, reason: str) -> None:
-    """Say why mixers of a class cannot be compressed, for the error that a model without other mixers gets."""
+    """Say why mixers of a class cannot be compressed, for the error that a model without other mixers gets.
+
+    In a model with other mixers they stay as they are.
+    """
     _REFUSED[_full_name(mixer_class)] = reason
 
 
@@ -195,10 +214,12 @@ def find_mixers(model: nn.Module) -> list[MixerSite]:
     """All compressible mixers of a model, in the order of `named_modules`.
 
     Raises:
-        ValueError: if there is none; the message says why, and lists what is supported and how to add to it.
+        ValueError: if there is none, or one of a class that no adapter serves but for a parent; the message says why,
+            and lists what is supported and how to add to it.
     """
     modules = [(name, module, _full_name(mixer_class(module))) for name, module in model.named_modules()]
     sites = [MixerSite(name, module, _ADAPTERS[cls]) for name, module, cls in modules if cls in _ADAPTERS]
+    _check_subclasses(model)
     if not sites:
         reasons = sorted({f" {cls.rpartition('.')[2]}: {_REFUSED[cls]}" for _, _, cls in modules if cls in _REFUSED})
         raise ValueError(
@@ -207,6 +228,24 @@ def find_mixers(model: nn.Module) -> list[MixerSite]:
             "pass an instance to hf_compressm.surgery.register_adapter."
         )
     return sites
+
+
+def _check_subclasses(model: nn.Module) -> None:
+    """A mixer that is only nearly a supported one would keep its size while the config speaks of all layers."""
+    for cls in dict.fromkeys(map(mixer_class, model.modules())):
+        parent = _served_parent(cls)
+        if parent is not None and not {*_ADAPTERS, *_REFUSED} & {_full_name(cls)}:
+            raise ValueError(
+                f"{type(model).__name__} has layers of the class {_full_name(cls)}, a subclass of {parent}. An adapter "
+                "serves exactly its class, since a subclass may compute something else. If this one uses its parent's "
+                f"parameters as the parent does, call hf_compressm.surgery.register_subclass({cls.__name__}); if not, "
+                "pass an adapter of its own to register_adapter, or the reason to leave it alone to register_refusal."
+            )
+
+
+def _served_parent(cls: type) -> str | None:
+    """The nearest base class that has an adapter."""
+    return next((name for name in map(_full_name, cls.__mro__[1:]) if name in _ADAPTERS), None)
 
 
 def _full_name(cls: type[nn.Module] | str) -> str:

@@ -1,4 +1,5 @@
-"""A small hub on 127.0.0.1, as far as `huggingface_hub` needs one to push and load models; it can cut connections.
+"""A small hub on 127.0.0.1, as far as `huggingface_hub` needs one to push and load models; it can cut connections, or
+keep silent.
 
 Files of more than a few bytes that are not text go through LFS, as on the hub, unless `lfs` is switched off: then
 everything is part of the commit. Commits are atomic, and refused if LFS objects that they name have not arrived.
@@ -16,6 +17,8 @@ import threading
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import unquote, urlsplit
+
+from huggingface_hub import constants
 
 TOKEN = "hf_SecretSecretSecretSecretSecret0000"
 USER = "someone"
@@ -61,6 +64,8 @@ class Hub(ThreadingHTTPServer):
         self.echo_token = False
         self.fault: dict | None = None
         self.cuts: list[str] = []
+        self.silent: str | None = None
+        self.closing = threading.Event()
         self.lock = threading.RLock()
 
     @property
@@ -72,8 +77,16 @@ class Hub(ThreadingHTTPServer):
         return self
 
     def __exit__(self, *_):
+        self.closing.set()
         self.shutdown()
         self.server_close()
+
+    def stand_in(self, monkeypatch):
+        """Take the real hub's place in this process."""
+        monkeypatch.setattr(constants, "ENDPOINT", self.url)
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+        monkeypatch.setenv("HF_TOKEN", TOKEN)
 
     def files(self, repo: str, revision: str = "main") -> dict[str, bytes]:
         """What a branch holds."""
@@ -105,6 +118,9 @@ class Handler(BaseHTTPRequestHandler):
             return self.control()
         fault, line = self.server.fault, f"{self.command} {path}"
         self.server.log.append(line)
+        if self.server.silent and re.fullmatch(STAGES[self.server.silent], line):
+            self.server.closing.wait()
+            return self.cut()
         # Once it has struck, a lasting fault takes everything down.
         hit = fault and ("struck" in fault or re.fullmatch(STAGES.get(fault["stage"], ""), line))
         moment = None

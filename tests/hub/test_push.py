@@ -5,10 +5,16 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
-from server import TOKEN, Hub
+from huggingface_hub import get_session
+from huggingface_hub.utils import _http
+from selective_models import own
+from server import STAGES, TOKEN, Hub
+
+from hf_compressm.hub import push
 
 TESTS = Path(__file__).resolve().parents[1]
 CODE = {"modeling_compressm_mamba.py", "configuration_compressm_mamba.py"}
@@ -130,6 +136,28 @@ def test_no_interrupted_upload_leaves_a_model_that_loads_wrongly(hub, shared):
     for (error, before, after, completed), cut in zip(found, hub.cuts, strict=True):
         assert before in ("absent", "old") and completed == "new", (cut, before, completed)
         assert after in ((before, "new") if error else ("new",)), (cut, before, after)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_hub_that_keeps_silent_is_given_up(stage, tmp_path, monkeypatch):
+    own("mamba").save_pretrained(tmp_path)
+    monkeypatch.setattr(_http, "time", SimpleNamespace(sleep=lambda _: None))  # between tries
+    with Hub() as silent:
+        silent.stand_in(monkeypatch)
+        silent.silent = stage
+        before = get_session().timeout
+        with pytest.raises(
+            RuntimeError, match=r"stopped: .*the hub did not answer within 0.2 s\. .* again completes it"
+        ):
+            push(str(tmp_path), "mine", timeout=0.2)
+        assert get_session().timeout == before
+        silent.silent = None
+        assert "config.json" in silent.files(push(str(tmp_path), "mine", timeout=5).repo_id)
+
+
+def test_a_timeout_that_is_none_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="greater than 0; got 0"):
+        push(str(tmp_path), "mine", timeout=0)
 
 
 @pytest.mark.multi_process

@@ -11,7 +11,9 @@ from typer.testing import CliRunner
 
 from hf_compressm import cli
 from hf_compressm.hub import read_run, render_report, write_report
+from hf_compressm.hub.figures import metric_figure
 from hf_compressm.hub.svg import THEME, Axis, number
+from hf_compressm.hub.tables import layers_table
 
 LIMIT = 1_500_000
 
@@ -191,3 +193,12 @@ def test_a_cut_by_a_score_that_measures_no_singular_values(tmp_path):
     html = render_report(read_run(write_run(tmp_path / "run", history=[record], log=log, state_sizes=[6, 6])))
     check_page(html)
     assert "12 → 6" in text_of(html) and "+0.2500" in text_of(html)
+
+
+def test_columns_that_nothing_filled_are_left_out(tmp_path):
+    log = [{"step": 10, "loss": 2.0}, {"step": 10, "eval_loss": 2.5, "eval_accuracy": 0.5}, {"step": 20, "loss": 1.0}]
+    run = read_run(write_run(tmp_path / "run", log=log, history=[cut(10, 16, 8)], step=20))
+    loss, accuracy = (metric_figure(run, name).table for name in ("eval_loss", "eval_accuracy"))
+    assert (loss.columns, loss.rows) == (["Step", "Training", "Evaluation"], [["10", "2", "2.5"], ["20", "1", "–"]])
+    assert (accuracy.columns, accuracy.rows) == (["Step", "Evaluation"], [["10", "0.5"]])
+    assert layers_table(run.cuts[0]).columns == ["Layer", "States before", "After", "Sum removed", "Error bound"]

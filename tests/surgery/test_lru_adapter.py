@@ -7,7 +7,14 @@ import torch
 
 from hf_compressm.layers.lru import LRU
 from hf_compressm.reduction.random_systems import KINDS, random_system
-from hf_compressm.surgery import ReductionError, find_mixers
+from hf_compressm.surgery import (
+    ReductionError,
+    adapters,
+    find_mixers,
+    register_refusal,
+    register_subclass,
+    state_sizes,
+)
 from hf_compressm.surgery.adapters import supported_mixers
 from hf_compressm.surgery.lru import LRUAdapter
 
@@ -148,3 +155,29 @@ def test_a_model_without_compressible_layers_is_refused_with_the_list_of_support
     with pytest.raises(ValueError, match="no layer that can be compressed.*LRU.*register_adapter"):
         find_mixers(torch.nn.Linear(2, 2))
     assert any(name.endswith(".LRU") for name in supported_mixers())
+
+
+def test_a_subclass_of_a_supported_mixer_is_named_until_it_is_registered(monkeypatch):
+    class Mine(LRU):
+        pass
+
+    monkeypatch.setattr(adapters, "_ADAPTERS", dict(adapters._ADAPTERS))
+    monkeypatch.setattr(adapters, "_REFUSED", dict(adapters._REFUSED))
+    model = torch.nn.ModuleList([LRU(4, 6), Mine(4, 8), LRU(4, 10)])
+    told = r"the class .*\.Mine, a subclass of hf_compressm.layers.lru.LRU.*register_subclass\(Mine\)"
+    with pytest.raises(ValueError, match=told):
+        find_mixers(model)
+    register_subclass(Mine)
+    assert state_sizes(model) == [6, 8, 10]
+    assert len({id(site.adapter) for site in find_mixers(model)}) == 1
+    with pytest.raises(ValueError, match="Linear is a subclass of none of the supported"):
+        register_subclass(torch.nn.Linear)
+
+
+def test_a_subclass_that_is_refused_is_left_alone(monkeypatch):
+    class Mine(LRU):
+        pass
+
+    monkeypatch.setattr(adapters, "_REFUSED", dict(adapters._REFUSED))
+    register_refusal(Mine, "it is for this test only.")
+    assert state_sizes(torch.nn.ModuleList([LRU(4, 6), Mine(4, 8)])) == [6]
