@@ -48,6 +48,8 @@ RUN = {
     "scripts/benchmarks/reduction.py": "--systems 4 --repeats 1",
     "scripts/benchmarks/moments.py": "--seeds 1 --before 3 --after 2",
     "scripts/benchmarks/selection.py": f"--seeds 0 --orders 2 --refit-steps 1 --batches 1 -- {MAMBA}",
+    "scripts/benchmarks/hankel_norm.py": "--shapes digits --batch 2 --repeats 1 --threads 1",
+    "scripts/reproduce.py configs/suites/paper.yaml": "--tasks smnist --methods full --output out",
     "scripts/benchmarks/healing.py": f"--share 0.001 --methods refitted -- --task_options '{BYTES}' --use_cpu true",
 }
 """Beginnings of commands, without `python` and variables before them, and the options that make each small."""
@@ -75,7 +77,7 @@ NOT_RUN = {
     "scripts/benchmarks/jax_lru.py": "needs JAX, which is not among the extras",
     "scripts/benchmarks/resume.py": "kills and restarts six runs",
     "scripts/benchmarks/statistics_pass.py": "two models at full size, and processes to measure their memory",
-    "scripts/reproduce.py": "trains for an hour; tests/reproduction/test_runner.py runs it small",
+    "scripts/reproduce.py configs/suites/cpu.yaml": "trains for an hour; tests/reproduction/test_runner.py runs it small",
 }
 """Beginnings of commands that no test here runs, and why. test_docs.py runs the programs of pages."""
 

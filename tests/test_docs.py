@@ -164,7 +164,7 @@ def check(words: list[str], monkeypatch) -> None:
         check(rest, monkeypatch)
     elif program in SCRIPTS:
         SCRIPTS[program](rest)
-    elif program.startswith("scripts/benchmarks/"):
+    elif program.startswith(("scripts/benchmarks/", "scripts/reproduce.py")):
         parsed_by_the_script(program, rest, monkeypatch)
     elif program == "hf-compressm":
         parsed_by_the_command(rest)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from statistics import fmean, median, stdev
+from statistics import fmean, stdev
 from typing import Any
 
 from ..hub.environment import hardware_line
@@ -19,8 +19,9 @@ REFERENCE = "full"
 def results_table(suite: Suite, records: Records) -> str:
     """One table for each task: mean ± standard deviation over seeds, states per layer, time relative to full size.
 
-    Times are medians over seeds of the ratio to the first `full` method with the same seed: `training` is the run
-    itself, `in all` adds the training of a teacher or of the model that was cut.
+    Times are those of the fastest seed, which other programs have disturbed least, and relative to the fastest of the
+    first `full` method: `training` is the run itself, `in all` adds the training of a teacher or of the model that was
+    cut.
     """
     sections = [f"# {suite.name}", suite.description.strip()]
     for task in suite.tasks:
@@ -41,13 +42,10 @@ def by_method(task: TaskSuite, records: Records) -> dict[str, Records]:
 
 
 def relative_time(rows: Records, records: Records, key: str) -> float | None:
-    """Median over seeds of a time, relative to that of the first full-size method with the same seed."""
-    full: dict[int, float] = {}
-    for record in records:
-        if record["kind"] == REFERENCE:
-            full.setdefault(record["seed"], record["seconds"])
-    ratios = [row[key] / full[row["seed"]] for row in rows if row["seed"] in full]
-    return median(ratios) if ratios else None
+    """A time of the fastest seed, relative to the fastest of the first full-size method; None without such a method."""
+    full = [record for record in records if record["kind"] == REFERENCE]
+    same = [record["seconds"] for record in full if record["method"] == full[0]["method"]]
+    return min(row[key] for row in rows) / min(same) if same else None
 
 
 def _task_table(task: TaskSuite, records: Records) -> str:
@@ -67,7 +65,7 @@ def _task_table(task: TaskSuite, records: Records) -> str:
             spread([_scaled(row) for row in rows], _digits(metric)),
             spread([row["loss"] for row in rows], 4),
             f"{fmean(fmean(row['sizes']) for row in rows):.1f}",
-            spread([row["seconds"] for row in rows], 1),
+            f"{min(row['seconds'] for row in rows):.1f}",
             *("" if value is None else f"{value:.2f}" for value in times),
             str(len(rows)),
         ]

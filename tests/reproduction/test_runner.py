@@ -128,5 +128,5 @@ def test_the_table(tmp_path):
         for job in jobs(suite)
     ]
     table = results_table(suite, records)
-    assert "| small | 55.00 ± 7.07 | 1.0000 ± 0.0000 | 6.0 | 5.0 ± 0.0 | 0.50 | 1.50 | 2 |" in table
+    assert "| small | 55.00 ± 7.07 | 1.0000 ± 0.0000 | 6.0 | 5.0 | 0.50 | 1.50 | 2 |" in table
     assert table.count("Measured on") == 1 and "torch 2" in table
