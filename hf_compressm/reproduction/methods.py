@@ -63,7 +63,8 @@ def run_job(job: Job, folder: Path, needed: Needed) -> dict[str, Any]:
     Returns:
         JSON-ready: names of task and method, `seed`, `fingerprint`; `score`, the task's own test metric under the name
         `metric`, and `loss`; `sizes`, states per layer; `seconds` of training, and `seconds_needed` with those of the
-        teacher or the model that was cut; `steps_per_second` at the end of training; `cuts`, the training loss right
+        teacher or the model that was cut; `resumed`, where these leave out what an interrupted run had done before;
+        `steps_per_second` at the end of training; `cuts`, the training loss right
         before and after each; `environment`.
     """
     found = _METHODS[job.method.kind](job, folder, needed)
@@ -96,6 +97,7 @@ def _train(
         if all(key in entry for key in CUT_LOSSES)
     ]
     record = {"seconds": result.metrics["train_runtime"], "cuts": cuts, "sizes": state_sizes(result.model)}
+    record["resumed"] = json.loads((folder / "run.json").read_text())["resumed"]
     if clock.seconds:
         record["steps_per_second"] = clock.steps_per_second()
     return result.model, record | _scores(_task(run), result.metrics)

@@ -42,10 +42,16 @@ def by_method(task: TaskSuite, records: Records) -> dict[str, Records]:
 
 
 def relative_time(rows: Records, records: Records, key: str) -> float | None:
-    """A time of the fastest seed, relative to the fastest of the first full-size method; None without such a method."""
+    """A time of the fastest seed, relative to the fastest of the first full-size method; None where it is not known."""
     full = [record for record in records if record["kind"] == REFERENCE]
-    same = [record["seconds"] for record in full if record["method"] == full[0]["method"]]
-    return min(row[key] for row in rows) / min(same) if same else None
+    time = fastest(rows, key)
+    reference = fastest([record for record in full if record["method"] == full[0]["method"]], "seconds")
+    return None if time is None or reference is None else time / reference
+
+
+def fastest(rows: Records, key: str = "seconds") -> float | None:
+    """Least time of a seed; runs that were interrupted and resumed do not count."""
+    return min((row[key] for row in rows if not row.get("resumed")), default=None)
 
 
 def _task_table(task: TaskSuite, records: Records) -> str:
@@ -59,14 +65,13 @@ def _task_table(task: TaskSuite, records: Records) -> str:
         "|---|---|---|---|---|---|---|---|",
     ]
     for name, rows in found.items():
-        times = [relative_time(rows, records, key) for key in ("seconds", "seconds_needed")]
+        times = [fastest(rows), *(relative_time(rows, records, key) for key in ("seconds", "seconds_needed"))]
         cells = [
             name,
             spread([_scaled(row) for row in rows], _digits(metric)),
             spread([row["loss"] for row in rows], 4),
             f"{fmean(fmean(row['sizes']) for row in rows):.1f}",
-            f"{min(row['seconds'] for row in rows):.1f}",
-            *("" if value is None else f"{value:.2f}" for value in times),
+            *("" if value is None else f"{value:.{digits}f}" for value, digits in zip(times, (1, 2, 2), strict=True)),
             str(len(rows)),
         ]
         lines.append(f"| {' | '.join(cells)} |")
