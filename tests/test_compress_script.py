@@ -234,7 +234,7 @@ REFUSALS = {
     "options that are no object": (["--data", "mqar", "--task-options", "[1]", *TARGET], 2, "takes a JSON object"),
     "options without a task": (["--task-options", "{}", *TARGET], 2, "belong to the task"),
     "no data": (TARGET, 1, "give --data a task"),
-    "unknown data": (["--data", "nothing", *TARGET], 1, "neither a file or folder nor a task; the tasks are digits"),
+    "unknown data": (["--data", "nothing", *TARGET], 1, "neither a file or folder nor a task; the tasks are aan"),
     "options of a file": (["--data", "TEXT", "--task-options", '{"seed": 1}', *TARGET], 1, "is a file or folder"),
     "unknown option": (["--data", "mqar", "--task-options", '{"x": 1}', *TARGET], 1, "does not take x"),
     "task for other inputs": (["--data", "digits", *TARGET], 1, "for models with num_channels 1; this one has None"),
