@@ -48,7 +48,7 @@ RUN = {
     "scripts/benchmarks/reduction.py": "--systems 4 --repeats 1",
     "scripts/benchmarks/moments.py": "--seeds 1 --before 3 --after 2",
     "scripts/benchmarks/selection.py": f"--seeds 0 --orders 2 --refit-steps 1 --batches 1 -- {MAMBA}",
-    "scripts/benchmarks/hankel_norm.py": "--shapes digits --batch 2 --repeats 1 --threads 1",
+    "scripts/benchmarks/hankel_norm.py": "--shapes digits --batch 2 --repeats 1 --threads 1 --device cpu",
     "scripts/reproduce.py configs/suites/paper.yaml": "--dry-run --tasks smnist --methods full --output out",
     "scripts/benchmarks/healing.py": f"--share 0.001 --methods refitted -- --task_options '{BYTES}' --use_cpu true",
 }

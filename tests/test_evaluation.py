@@ -42,7 +42,7 @@ def test_a_classifier_on_another_split_and_on_a_task_of_another_kind(tmp_path):
 def test_two_processes_count_nothing_twice(tmp_path):
     make(OWN, "mamba", vocab_size=256).save_pretrained(tmp_path)
     script = [str(ROOT / "scripts" / "evaluate_model.py"), str(tmp_path), *OPTIONS]
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29631"]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     done = subprocess.run([*launch, *script], capture_output=True, text=True, timeout=300, env=environment)
     assert done.returncode == 0, done.stderr
