@@ -13,6 +13,7 @@ from .tables import by_method, relative_time
 MARKERS = {
     "full": "*",
     "compressed": "o",
+    "control": "x",
     "scratch": "s",
     "distillation": "^",
     "hankel_norm": "v",
@@ -42,12 +43,16 @@ def _plot(task: TaskSuite, records: Sequence[dict[str, Any]], path: Path) -> Pat
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(1, 2, figsize=(10, 4), sharey=True, layout="constrained")
-    found = by_method(task, records)
-    kinds = [kind for kind in MARKERS if any(rows[0]["kind"] == kind for rows in found.values())]
+    found: dict[str, list[Any]] = {}
+    for name, rows in by_method(task, records).items():
+        # Other states kept on purpose would look like a failure of the method.
+        control = task.methods[name].options.get("selection", "largest") != "largest"
+        found.setdefault("control" if control else rows[0]["kind"], []).append(rows)
+    kinds = [kind for kind in MARKERS if kind in found]
     percent = 100 if records[0]["metric"] == "accuracy" else 1
     for kind in kinds:
         points = []
-        for rows in (rows for rows in found.values() if rows[0]["kind"] == kind):
+        for rows in found[kind]:
             scores = [percent * row["score"] for row in rows]
             time = relative_time(rows, records, "seconds_needed")
             points.append(
