@@ -62,12 +62,14 @@ class RunResult:
     """What a run produced.
 
     Attributes:
+        task: what it was trained and tested on.
         model: the trained model.
         metrics: Trainer's training metrics, and test metrics with the prefix `test_`.
         sizes_before, sizes_after: state sizes per layer.
         speed: segments of training between cuts, with their steps per second; see `SpeedSegment`.
     """
 
+    task: Task
     model: nn.Module
     metrics: dict[str, float]
     sizes_before: list[int]
@@ -158,6 +160,7 @@ def execute(run: Run, callbacks: Sequence[TrainerCallback] = ()) -> RunResult:
     tested = trainer.evaluate(task.test, ignore_keys=CACHES, metric_key_prefix="test")
     trainer.save_metrics("test", tested)
     result = RunResult(
+        task=task,
         model=model,
         metrics=trained.metrics | tested,
         sizes_before=original_sizes(model),

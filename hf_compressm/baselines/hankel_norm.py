@@ -70,16 +70,21 @@ class _SumOfSingularValues(torch.autograd.Function):
 
 
 def _cholesky(P: Tensor) -> Tensor:
-    """A factor L with L L^H = P up to `JITTER`, in the scale of P's own diagonal."""
+    """A factor L with L L^H = P up to `JITTER`, in the scale of P's own diagonal.
+
+    By Cholesky's method, or where rounding has made an eigenvalue more negative than the jitter, by the slower `eigh`.
+    """
     scale = P.diagonal(dim1=-2, dim2=-1).real.clamp(min=0).sqrt()
     inverse = torch.where(scale > 0, 1 / torch.where(scale > 0, scale, 1), 0)
     eye = torch.eye(P.shape[-1], dtype=P.dtype, device=P.device)
     scaled = P * inverse[..., :, None] * inverse[..., None, :]
-    for jitter in (JITTER, 1e3 * JITTER, 1e6 * JITTER):
-        factor, failed = torch.linalg.cholesky_ex(scaled + jitter * eye)
-        if not failed.any():
-            return scale[..., :, None] * factor
-    raise ValueError("a Gramian is not positive semidefinite, or holds NaN or infinite values; the training diverged")
+    if not torch.view_as_real(scaled).isfinite().all():
+        raise ValueError("a Gramian holds NaN or infinite values; the training diverged")
+    factor, failed = torch.linalg.cholesky_ex(scaled + JITTER * eye)
+    if failed.any():
+        values, vectors = torch.linalg.eigh(scaled)
+        factor = vectors * values.clamp(min=0).sqrt()[..., None, :]
+    return scale[..., :, None] * factor
 
 
 def layer_systems(layers: list[LRU]) -> tuple[Tensor, Tensor, Tensor]:
@@ -145,7 +150,8 @@ class HankelNormCallback(LossHookCallback):
         if inputs.get("num_items_in_batch") is not None:
             factor = self._share
         else:
-            factor = float(getattr(running_trainer(), "current_gradient_accumulation_steps", 1))
+            trainer: Any = running_trainer()
+            factor = float(trainer.current_gradient_accumulation_steps)
         return output.loss + (self.weight * factor * norm).to(output.loss.dtype)
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:

@@ -11,15 +11,14 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.data import DataLoader
-from transformers import AutoConfig, TrainerCallback, default_data_collator
+from transformers import AutoConfig, TrainerCallback
 
 from ..baselines import DistillationCallback, HankelNormCallback, RivalCutCallback, rival_cut
 from ..data import Task, load_task
 from ..hub import describe_environment
 from ..models.fast_ops import has_stock_mixers, use_fast_ops
 from ..models.heads import HEADS
-from ..pretraining import CACHES, build_trainer, execute
+from ..pretraining import CACHES, RunResult, build_trainer, execute
 from ..run_file import Run
 from ..surgery import compress, state_sizes
 from ..surgery.refit import STEPS
@@ -86,10 +85,9 @@ def _train(
     folder: Path,
     model: Mapping[str, Any] | None = None,
     callbacks: Sequence[TrainerCallback] = (),
-) -> tuple[nn.Module, dict[str, Any]]:
-    run = make_job_run(job, folder, model)
+) -> tuple[RunResult, dict[str, Any]]:
     clock = StepClock()
-    result = execute(run, [*callbacks, clock])
+    result = execute(make_job_run(job, folder, model), [*callbacks, clock])
     log = json.loads((folder / "trainer_state.json").read_text())["log_history"]
     cuts = [
         {"step": entry["step"]} | {key.split("/")[1]: entry[key] for key in CUT_LOSSES}
@@ -100,13 +98,12 @@ def _train(
     record["resumed"] = json.loads((folder / "run.json").read_text())["resumed"]
     if clock.seconds:
         record["steps_per_second"] = clock.steps_per_second()
-    return result.model, record | _scores(_task(run), result.metrics)
+    return result, record | _scores(result.task, result.metrics)
 
 
 def _task(run: Run) -> Task:
-    return load_task(
-        run.arguments.task or "", data_dir=run.arguments.data_dir, seed=run.training.seed, **run.task_options
-    )
+    name, data_dir = run.arguments.task or "", run.arguments.data_dir
+    return load_task(name, data_dir=data_dir, seed=run.training.seed, **run.task_options)
 
 
 def _scores(task: Task, metrics: Mapping[str, float]) -> dict[str, Any]:
@@ -118,48 +115,29 @@ def _scores(task: Task, metrics: Mapping[str, float]) -> dict[str, Any]:
     }
 
 
-def _evaluate(job: Job, folder: Path, model: nn.Module) -> dict[str, Any]:
-    """Scores of a model as it is."""
-    run = make_job_run(job, folder)
-    task = _task(run)
-    trainer, _ = build_trainer(run, task, model)
-    return _scores(task, trainer.evaluate(task.test, ignore_keys=CACHES, metric_key_prefix="test"))
-
-
-def _load(job: Job, folder: str) -> nn.Module:
-    run = make_job_run(job, folder)
-    model = HEADS[_task(run).problem].from_pretrained(folder)
+def _load(run: Run, task: Task, folder: str) -> nn.Module:
+    model = HEADS[task.problem].from_pretrained(folder)
     if run.arguments.fast_ops and has_stock_mixers(model):
         use_fast_ops(model)
     return model
 
 
-def _calibration(job: Job, folder: Path) -> Batches:
-    run = make_job_run(job, folder)
-    task = _task(run)
-    loader = DataLoader(
-        task.train,
-        batch_size=run.training.per_device_train_batch_size,
-        collate_fn=task.collator or default_data_collator,
-    )
-    return calibration_batches(loader, run.compression.calibration_batches, CALIBRATION_SEED, 0, 1)
-
-
-def _cut(job: Job, folder: Path, model: nn.Module, sizes: list[int]) -> float:
-    """Cut a trained model to the mean of the given sizes; returns the seconds that it takes."""
-    score = job.method.arguments.get("score", "hankel")
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model.to(device).eval()
-    found = _calibration(job, folder)
-    batches: Batches = [{key: value.to(device) for key, value in batch.items()} for batch in found]
+def _cut_and_test(job: Job, run: Run, task: Task, model: nn.Module, sizes: list[int]) -> dict[str, Any]:
+    """Cut a trained model to the mean of the given sizes: its scores, sizes and the seconds that the cut took."""
+    trainer, _ = build_trainer(run, task, model)  # also brings the model to the device
+    loader, score = trainer.get_train_dataloader(), job.method.arguments.get("score", "hankel")
+    found = calibration_batches(loader, run.compression.calibration_batches, CALIBRATION_SEED)
+    batches: Batches = [{key: value.to(run.training.device) for key, value in batch.items()} for batch in found]
+    model.eval()
     began = time.perf_counter()
     if score == "hankel":
         steps = job.method.arguments.get("refit_steps", STEPS)
         compress(model, batches, target=fmean(sizes), refit_steps=steps)
     else:
-        generator = torch.Generator().manual_seed(job.seed)
-        rival_cut(model, score, round(fmean(sizes)), batches, generator=generator)
-    return time.perf_counter() - began
+        rival_cut(model, score, round(fmean(sizes)), batches, generator=torch.Generator().manual_seed(job.seed))
+    seconds = time.perf_counter() - began
+    tested = trainer.evaluate(task.test, ignore_keys=CACHES, metric_key_prefix="test")
+    return {"seconds": seconds, "sizes": state_sizes(model), **_scores(task, tested)}
 
 
 def _full(job: Job, folder: Path, needed: Needed) -> dict[str, Any]:
@@ -180,17 +158,19 @@ def _sizes(job: Job, needed: Needed) -> dict[str, Any]:
 
 def _distillation(job: Job, folder: Path, needed: Needed) -> dict[str, Any]:
     settings = {key: job.method.arguments[key] for key in ("alpha", "temperature") if key in job.method.arguments}
-    teacher = DistillationCallback(_load(job, needed["teacher"]["folder"]), **settings)
-    return _train(job, folder, _sizes(job, needed), [teacher])[1]
+    run = make_job_run(job, folder)
+    teacher = _load(run, _task(run), needed["teacher"]["folder"])
+    return _train(job, folder, _sizes(job, needed), [DistillationCallback(teacher, **settings)])[1]
 
 
 def _hankel_norm(job: Job, folder: Path, needed: Needed) -> dict[str, Any]:
-    model, record = _train(job, folder, callbacks=[HankelNormCallback(job.method.arguments["weight"])])
+    result, record = _train(job, folder, callbacks=[HankelNormCallback(job.method.arguments["weight"])])
     if "sizes_of" not in needed:
         return record
-    record["before_cut"] = {key: record[key] for key in ("score", "loss", "sizes")}
-    record["seconds"] += _cut(job, folder, model, needed["sizes_of"]["sizes"])
-    return record | _evaluate(job, folder, model) | {"sizes": state_sizes(model)}
+    sizes = needed["sizes_of"]["sizes"]
+    cut = _cut_and_test(job, make_job_run(job, folder), result.task, result.model, sizes)
+    before = {key: record[key] for key in ("score", "loss", "sizes")}
+    return record | cut | {"seconds": record["seconds"] + cut["seconds"], "before_cut": before}
 
 
 def _score(job: Job, folder: Path, needed: Needed) -> dict[str, Any]:
@@ -200,9 +180,10 @@ def _score(job: Job, folder: Path, needed: Needed) -> dict[str, Any]:
 
 
 def _after_training(job: Job, folder: Path, needed: Needed) -> dict[str, Any]:
-    model = _load(job, needed["of"]["folder"])
-    seconds = _cut(job, folder, model, needed["sizes_of"]["sizes"])
-    return {"seconds": seconds, "sizes": state_sizes(model), "cuts": [], **_evaluate(job, folder, model)}
+    run = make_job_run(job, folder)
+    task = _task(run)
+    model = _load(run, task, needed["of"]["folder"])
+    return {"cuts": []} | _cut_and_test(job, run, task, model, needed["sizes_of"]["sizes"])
 
 
 def _rank_stability(job: Job, folder: Path, needed: Needed) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from statistics import fmean, stdev
 from typing import Any
 
 from .suite import Suite, TaskSuite
-from .tables import by_method, relative_time
+from .tables import by_method, relative_time, scaled
 
 MARKERS = {
     "full": "*",
@@ -49,11 +49,10 @@ def _plot(task: TaskSuite, records: Sequence[dict[str, Any]], path: Path) -> Pat
         control = task.methods[name].options.get("selection", "largest") != "largest"
         found.setdefault("control" if control else rows[0]["kind"], []).append(rows)
     kinds = [kind for kind in MARKERS if kind in found]
-    percent = 100 if records[0]["metric"] == "accuracy" else 1
     for kind in kinds:
         points = []
         for rows in found[kind]:
-            scores = [percent * row["score"] for row in rows]
+            scores = [scaled(row) for row in rows]
             time = relative_time(rows, records, "seconds_needed")
             points.append(
                 (
@@ -79,7 +78,7 @@ def _plot(task: TaskSuite, records: Sequence[dict[str, Any]], path: Path) -> Pat
     axes[0].set(
         xscale="log",
         xlabel="states per layer",
-        ylabel=f"test {records[0]['metric'].replace('_', ' ')}{', %' if percent > 1 else ''}",
+        ylabel=f"test {records[0]['metric'].replace('_', ' ')}{', %' if records[0]['metric'] == 'accuracy' else ''}",
         title=task.name,
     )
     axes[1].set(xlabel="training time, teacher and cut model included / full size", title=task.name)

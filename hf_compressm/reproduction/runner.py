@@ -25,7 +25,7 @@ from .worker import LOG, RECORD, work
 
 logger = logging.get_logger(__name__)
 
-JOB = "job.json"
+JOB = "fingerprint.txt"
 LAST_LINES = 15
 
 Key = tuple[str, str, int]
@@ -54,6 +54,7 @@ def read_records(path: Path) -> list[dict[str, Any]]:
             key_of(record)
         except (json.JSONDecodeError, TypeError, KeyError) as error:
             if number == len(lines):
+                logger.warning(f"{path}: the last line was cut short; that run is done again")
                 break
             raise ValueError(f"{path}, line {number}, is not a record of a run: {error!r}; remove it") from error
         records.append(record)

@@ -68,7 +68,7 @@ def _task_table(task: TaskSuite, records: Records) -> str:
         times = [fastest(rows), *(relative_time(rows, records, key) for key in ("seconds", "seconds_needed"))]
         cells = [
             name,
-            spread([_scaled(row) for row in rows], _digits(metric)),
+            spread([scaled(row) for row in rows], _digits(metric)),
             spread([row["loss"] for row in rows], 4),
             f"{fmean(fmean(row['sizes']) for row in rows):.1f}",
             *("" if value is None else f"{value:.{digits}f}" for value, digits in zip(times, (1, 2, 2), strict=True)),
@@ -78,7 +78,8 @@ def _task_table(task: TaskSuite, records: Records) -> str:
     return "\n".join(lines)
 
 
-def _scaled(record: dict[str, Any]) -> float:
+def scaled(record: dict[str, Any]) -> float:
+    """The score of a run, accuracies in percent."""
     return 100 * record["score"] if record["metric"] == "accuracy" else record["score"]
 
 

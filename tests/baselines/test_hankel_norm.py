@@ -8,9 +8,14 @@ from hypothesis import strategies as st
 from transformers import MambaConfig, MambaForCausalLM, Trainer
 
 from hf_compressm.baselines import HankelNormCallback, hankel_nuclear_norm
-from hf_compressm.baselines.hankel_norm import layer_systems
+from hf_compressm.baselines.hankel_norm import _SumOfSingularValues, layer_systems
 from hf_compressm.layers.lru import LRU
-from hf_compressm.reduction import DiagonalSystem, hankel_singular_values
+from hf_compressm.reduction import (
+    DiagonalSystem,
+    controllability_gramian,
+    hankel_singular_values,
+    observability_gramian,
+)
 from hf_compressm.surgery import measure_model
 
 
@@ -69,10 +74,21 @@ def test_equal_singular_values_and_states_that_nothing_drives():
     assert all(tensor.grad.isfinite().all() for tensor in idle)
 
 
-def test_a_batch_is_manylayer_systems():
+def test_a_batch_is_many_systems():
     several = [system(seed) for seed in range(3)]
     found = hankel_nuclear_norm(*(torch.stack(parts) for parts in zip(*several, strict=True)))
     torch.testing.assert_close(found, torch.stack([hankel_nuclear_norm(*one) for one in several]))
+
+
+def test_a_gramian_that_rounding_has_made_indefinite():
+    poles, B, C = system(0, N=8, H=2)
+    P, Q = controllability_gramian(poles, B), observability_gramian(poles, C)
+    values, vectors = torch.linalg.eigh(P)
+    P = P - (values[0] + 1e-10 * values[-1]) * vectors[:, :1] @ vectors[:, :1].mH
+    assert torch.linalg.cholesky_ex(P).info > 0
+    expected = torch.linalg.eigvals(P @ Q).real.clamp(min=0).sqrt().sum()
+    # The eigenvalue that was pushed below zero is worth up to its root.
+    torch.testing.assert_close(_SumOfSingularValues.apply(P, Q), expected, rtol=1e-4, atol=0)
 
 
 def test_bad_systems_are_refused():
