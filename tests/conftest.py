@@ -5,6 +5,8 @@ import os
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+if "PYTEST_XDIST_WORKER" in os.environ:  # test processes share the cores; tests of threads set their own number
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch

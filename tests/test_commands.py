@@ -69,7 +69,6 @@ NOT_RUN = {
     "hf-compressm report outputs/decay": "part of the program of docs/adapters.md",
     "hf-compressm inspect outputs/tutorial": "part of the program of docs/tutorial.md",
     "hf-compressm compress outputs/mamba": "part of the program of docs/tutorial.md",
-    "scripts/benchmarks/compare.py": "three training runs, each a process of its own; trains by what is run above",
     "scripts/benchmarks/cut_cost.py": "several processes; tests/training/test_cut_cost.py runs it small",
     "scripts/benchmarks/ddp.py": "several processes for each setting; takes minutes at any size",
     "scripts/benchmarks/faults.py": "kills and restarts dozens of runs",
@@ -78,6 +77,7 @@ NOT_RUN = {
     "scripts/benchmarks/resume.py": "kills and restarts six runs",
     "scripts/benchmarks/statistics_pass.py": "two models at full size, and processes to measure their memory",
     "scripts/reproduce.py configs/suites/cpu.yaml": "trains for an hour; tests/reproduction runs a small one",
+    "scripts/reproduce.py configs/suites/language.yaml": "trains for 20 minutes; tests/reproduction runs a small one",
 }
 """Beginnings of commands that no test here runs, and why. test_docs.py runs the programs of pages."""
 
