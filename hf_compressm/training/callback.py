@@ -8,17 +8,13 @@ from typing import Any
 
 import torch
 from torch import nn
-from tqdm.auto import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, IntervalStrategy
 from transformers.utils import logging
 
 from ..surgery import (
-    CompressionPlan,
     ReductionError,
-    Snapshot,
-    append_history,
     apply_plan,
     check_parameters,
     find_mixers,
@@ -47,6 +43,8 @@ from .distributed import (
     verify_replicas,
 )
 from .records import CutLoss, keep_spectra
+from .reporting import mean_size, report_attempt, report_undo
+from .rollback import Rollback
 from .stability import StabilityTracker
 from .timing import StepTimer, Stopwatch
 from .trainer_log import log_to_trackers, resumed_checkpoint, running_trainer
@@ -90,8 +88,7 @@ class CompreSSMCallback(TrainerCallback, ExportableState):
         self._loader: ResizeOnLoad | None = None
         self._attempts: list[int] = []
         self._tracker: StabilityTracker | None = None
-        self._snapshot: Snapshot | None = None
-        self._judging: dict[str, Any] | None = None
+        self._rollback = Rollback(self.config)
 
     # The Trainer saves this with every checkpoint and hands it back in `state.stateful_callbacks`.
     def state(self) -> dict[str, Any]:
@@ -99,7 +96,7 @@ class CompreSSMCallback(TrainerCallback, ExportableState):
         records = [] if self._model is None else history(self._model)
         return {
             "args": dataclasses.asdict(self.config),
-            "attributes": {"saved": {"history": records, "judging": self._judging}},
+            "attributes": {"saved": {"history": records, "judging": self._rollback.pending}},
         }
 
     def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
@@ -141,8 +138,11 @@ class CompreSSMCallback(TrainerCallback, ExportableState):
         **kwargs: Any,
     ):
         # Not in on_evaluate: the checkpoint of that step must hold the model that its metric was measured on.
-        if self._judging and self._judging["undo"]:
-            self._undo(state, model, optimizer)
+        if self._rollback.due:
+            self.timer.close_segment(state.global_step, mean_size(state_sizes(model)))
+            record = self._rollback.undo(state.global_step, model, optimizer)
+            _follow(model, optimizer, Stopwatch())
+            report_undo(state, record)
         self.timer.begin_step()
 
     # After the optimizer step gradients are gone, and logging, evaluation and saving of this step are still to come:
@@ -168,18 +168,7 @@ class CompreSSMCallback(TrainerCallback, ExportableState):
         metrics: dict[str, float],
         **kwargs: Any,
     ):
-        # An evaluation in the cut's own step would judge a model that had no chance to recover.
-        if self._judging is None or self._judging["undo"] or state.global_step == self._judging["step"]:
-            return
-        value = decided_by_rank_0(lambda: metrics.get(self.config.rollback_metric))
-        if value is None:  # an evaluation of other data, or with another prefix
-            return
-        loss = self._judging["reference"] - value
-        worsening = loss if self.config.greater_is_better else -loss
-        if worsening <= self.config.rollback_tolerance:
-            self._judging = self._snapshot = None
-        else:
-            self._judging |= {"undo": True, "value": value}
+        self._rollback.judge(state.global_step, metrics)
 
     def on_save(
         self,
@@ -192,8 +181,8 @@ class CompreSSMCallback(TrainerCallback, ExportableState):
         tensors: dict[str, Any] = {}
         if has_tuners(model):  # the Trainer saves adapters only, and cuts change the weights that these are around
             tensors["mixers"] = mixer_state(model)
-        if self._snapshot is not None:
-            tensors["snapshot"] = vars(self._snapshot)
+        if self._rollback.snapshot is not None:
+            tensors["snapshot"] = vars(self._rollback.snapshot)
         if self._tracker is not None:
             tensors["tracker"] = self._tracker.state_dict()
         if tensors and state.is_world_process_zero:
@@ -215,7 +204,7 @@ class CompreSSMCallback(TrainerCallback, ExportableState):
     ):
         if args.load_best_model_at_end and state.best_model_checkpoint and has_tuners(model):
             self._load_mixers(model, load_callback_state([state.best_model_checkpoint]))
-        self.timer.close_segment(state.global_step, _mean(state_sizes(model)))
+        self.timer.close_segment(state.global_step, mean_size(state_sizes(model)))
         if self.config.trigger == "stability" and not history(model):
             logger.warning(
                 "The ranking of Hankel singular values never settled within the window, so nothing was cut. Lower "
@@ -248,23 +237,16 @@ class CompreSSMCallback(TrainerCallback, ExportableState):
         self, args: TrainingArguments, state: TrainerState, model: nn.Module, optimizer: Any, exported: Any
     ) -> None:
         """Take history and pending work from the checkpoint, and check the history against the weights."""
-        records, self._judging = read_exported(exported)
-        needs_tensors = self._judging is not None or self.config.trigger == "stability" or has_tuners(model)
+        records, judging = read_exported(exported)
+        needs_tensors = judging is not None or self.config.trigger == "stability" or has_tuners(model)
         tensors = load_callback_state(_resumed_folders(args, state)) if needs_tensors else None
         if has_tuners(model):
             self._load_mixers(model, tensors, optimizer)
         check_history(records, state_sizes(model))
         if records:
             set_history(model, records)
-        self._snapshot, tracker = pending_work(tensors or {}, model, STATE_NAME)
-        if self._judging is not None and self._snapshot is None:
-            logger.warning(
-                f"The cut at step {self._judging['step']} was still to be judged, but the checkpoint lacks the "
-                "copy of the model from before it. The cut stays."
-            )
-            self._judging = None
-        if self._judging is None:
-            self._snapshot = None
+        snapshot, tracker = pending_work(tensors or {}, model, STATE_NAME)
+        self._rollback.resume(judging, snapshot)
         if tracker is not None:
             tracker.threshold = self.config.stability_threshold
             self._tracker = tracker
@@ -272,9 +254,9 @@ class CompreSSMCallback(TrainerCallback, ExportableState):
     def _check_settings(self, args: TrainingArguments, model: nn.Module) -> None:
         config, sizes = self.config, state_sizes(model)
         target = config.target_state_size
-        if target is not None and not history(model) and target >= _mean(sizes):
+        if target is not None and not history(model) and target >= mean_size(sizes):
             raise ValueError(
-                f"target_state_size is {target:g}, but the model has only {_mean(sizes):g} states per layer "
+                f"target_state_size is {target:g}, but the model has only {mean_size(sizes):g} states per layer "
                 f"({sizes}). Choose a smaller target, or a larger model."
             )
         if config.uniform and len(set(sizes)) > 1:
@@ -288,7 +270,7 @@ class CompreSSMCallback(TrainerCallback, ExportableState):
             )
 
     def _may_cut(self, model: nn.Module) -> bool:
-        if self._judging is not None:
+        if self._rollback.pending is not None:
             return False
         records = history(model)
         if any(record["event"] == "undo" for record in records):
@@ -331,11 +313,11 @@ class CompreSSMCallback(TrainerCallback, ExportableState):
             return
         if not plan.cuts:
             keep_spectra({layer.name: layer.singular_values for layer in plan.layers})
-            self._report(state, plan, watch, {})
+            report_attempt(state, plan, watch, {}, config.min_change)
             return
         if config.rollback:
-            self._keep_for_rollback(state, model, optimizer)
-        self.timer.close_segment(step, _mean([layer.old_size for layer in plan.layers]))
+            self._rollback.keep(state, model, optimizer)
+        self.timer.close_segment(step, mean_size([layer.old_size for layer in plan.layers]))
         with watch("loss"):
             loss = CutLoss(batches, train_dataloader, config.calibration_batches, seed, args.process_index)
             loss.measure("compression/loss_before", model)
@@ -346,7 +328,7 @@ class CompreSSMCallback(TrainerCallback, ExportableState):
             loss.measure("compression/loss_after", model)
         if self.timer.segments:
             loss.values["compression/steps_per_second_before"] = self.timer.segments[-1].steps_per_second
-        self._report(state, plan, watch, loss.values)
+        report_attempt(state, plan, watch, loss.values, config.min_change)
 
     def _settled(self, model: nn.Module, batches: Batches | None) -> bool:
         statistics = gather_together(model, batches)
@@ -363,90 +345,6 @@ class CompreSSMCallback(TrainerCallback, ExportableState):
             log_to_trackers({"compression/rank_stability": score})
         return self._tracker.streak >= self.config.stability_patience
 
-    def _keep_for_rollback(self, state: TrainerState, model: nn.Module, optimizer: Any) -> None:
-        metric = self.config.rollback_metric
-        seen = [entry[metric] for entry in state.log_history if metric in entry]
-        reported = sorted({key for entry in state.log_history for key in entry if key.startswith("eval_")})
-        if not seen and reported:
-            raise ValueError(
-                f"rollback_metric is {metric!r}, which the evaluation does not report; it reports {', '.join(reported)}"
-            )
-        if not seen:
-            logger.warning(
-                f"Step {state.global_step}: no {metric} was reported before this cut, so it cannot be judged and will "
-                "not be undone. Set eval_on_start=True, or evaluate before the first attempt."
-            )
-            return
-        self._snapshot = Snapshot.take(model, optimizer)
-        self._judging = {"step": state.global_step, "reference": seen[-1], "undo": False}
-
-    def _undo(self, state: TrainerState, model: nn.Module, optimizer: Any) -> None:
-        assert self._snapshot is not None and self._judging is not None
-        judged, before = self._judging, state_sizes(model)
-        self.timer.close_segment(state.global_step, _mean(before))
-        records = history(model)
-        self._snapshot.restore(model, optimizer)
-        _follow(model, optimizer, Stopwatch())
-        set_history(model, records)
-        names = [site.name for site in find_mixers(model)]
-        append_history(
-            model,
-            {
-                "event": "undo",
-                "step": state.global_step,
-                "cut_step": judged["step"],
-                "metric": self.config.rollback_metric,
-                "before_cut": judged["reference"],
-                "after_cut": judged["value"],
-                "layers": [
-                    {"name": name, "old_size": old, "new_size": new}
-                    for name, old, new in zip(names, before, state_sizes(model), strict=True)
-                ],
-            },
-        )
-        self._judging = self._snapshot = None
-        line = (
-            f"Step {state.global_step}: undid the cut of step {judged['step']}: {self.config.rollback_metric} "
-            f"went from {judged['reference']:.4g} to {judged['value']:.4g}. States {_sizes(before)} -> "
-            f"{_sizes(state_sizes(model))}; no further cuts."
-        )
-        log_to_trackers({"compression/mean_state_size": _mean(state_sizes(model)), "compression/undone": 1}, event=line)
-        _say(state, line)
-
-    def _report(self, state: TrainerState, plan: CompressionPlan, watch: Stopwatch, measured: dict[str, float]) -> None:
-        old, new = [layer.old_size for layer in plan.layers], [layer.new_size for layer in plan.layers]
-        seconds = sum(watch.seconds.values())
-        logs = {"compression/mean_state_size": _mean(new), "compression/seconds": seconds}
-        logs |= {f"compression/seconds_{part}": spent for part, spent in watch.seconds.items()} | measured
-        for index, layer in enumerate(plan.layers):
-            values, prefix = layer.singular_values, f"compression/layer_{index}"
-            logs |= {
-                f"{prefix}/state_size_before": layer.old_size,
-                f"{prefix}/state_size": layer.new_size,
-                f"{prefix}/singular_value_sum": float(values.sum()),
-                f"{prefix}/singular_value_largest": float(values[0]),
-                f"{prefix}/singular_value_smallest_kept": float(values[layer.new_size - 1]),
-            }
-            if layer.reduction is not None:
-                logs[f"{prefix}/singular_value_largest_removed"] = float(values[layer.new_size])
-                if layer.reduction.bound is not None:
-                    logs[f"{prefix}/error_bound"] = layer.reduction.bound
-                if layer.reduction.residual is not None:
-                    logs[f"{prefix}/residual"] = layer.reduction.residual
-        if plan.cuts:
-            bounds = [
-                layer.reduction.bound for layer in plan.layers if layer.reduction and layer.reduction.bound is not None
-            ]
-            bound = f", error bound <= {max(bounds):.3g} per layer" if bounds else ""
-            line = f"Step {state.global_step}: states {_sizes(old)} -> {_sizes(new)}{bound}, {seconds:.2f} s"
-        else:
-            line = (
-                f"Step {state.global_step}: nothing to cut at {_sizes(old)} states: no layer would lose "
-                f"{self.config.min_change:.0%} of them, {seconds:.2f} s"
-            )
-        log_to_trackers(logs, event=line if plan.cuts else None)
-        _say(state, line)
-
 
 def _follow(model: nn.Module, optimizer: Any, watch: Stopwatch) -> None:
     """Let what trains the model on several processes know of new parameters, and check that all ranks have the same."""
@@ -462,17 +360,3 @@ def _resumed_folders(args: TrainingArguments, state: TrainerState) -> list[Any]:
     """Folders in which the checkpoint that was resumed from may lie; the Trainer does not tell which it was."""
     given = [folder for folder in (resumed_checkpoint(), args.resume_from_checkpoint) if isinstance(folder, str)]
     return [*given, Path(str(args.output_dir)) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"]
-
-
-def _mean(sizes: list[int]) -> float:
-    return sum(sizes) / len(sizes)
-
-
-def _sizes(sizes: list[int]) -> str:
-    return str(sizes[0]) if len(sizes) == 1 else f"{sizes} (mean {_mean(sizes):.1f})"
-
-
-def _say(state: TrainerState, line: str) -> None:
-    """One line on the screen that does not break the progress bar."""
-    if state.is_world_process_zero:
-        tqdm.write(f"[CompreSSM] {line}")

@@ -1,0 +1,85 @@
+"""What is logged and printed of an attempt and of an undone cut."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from tqdm.auto import tqdm
+from transformers import TrainerState
+
+from ..surgery import CompressionPlan
+from .timing import Stopwatch
+from .trainer_log import log_to_trackers
+
+
+def report_attempt(
+    state: TrainerState, plan: CompressionPlan, watch: Stopwatch, measured: Mapping[str, float], min_change: float
+) -> None:
+    """Log sizes, singular values, bounds and seconds of an attempt, and print a line.
+
+    Args:
+        plan: what was cut, or that nothing was.
+        watch: seconds by part of the work.
+        measured: further values by name, such as the losses around the cut.
+        min_change: share of its states that a layer must lose at least, for the line that says why nothing was cut.
+    """
+    old, new = [layer.old_size for layer in plan.layers], [layer.new_size for layer in plan.layers]
+    seconds = sum(watch.seconds.values())
+    logs: dict[str, Any] = {"compression/mean_state_size": mean_size(new), "compression/seconds": seconds}
+    logs |= {f"compression/seconds_{part}": spent for part, spent in watch.seconds.items()} | dict(measured)
+    for index, layer in enumerate(plan.layers):
+        values, prefix = layer.singular_values, f"compression/layer_{index}"
+        logs |= {
+            f"{prefix}/state_size_before": layer.old_size,
+            f"{prefix}/state_size": layer.new_size,
+            f"{prefix}/singular_value_sum": float(values.sum()),
+            f"{prefix}/singular_value_largest": float(values[0]),
+            f"{prefix}/singular_value_smallest_kept": float(values[layer.new_size - 1]),
+        }
+        if layer.reduction is not None:
+            logs[f"{prefix}/singular_value_largest_removed"] = float(values[layer.new_size])
+            if layer.reduction.bound is not None:
+                logs[f"{prefix}/error_bound"] = layer.reduction.bound
+            if layer.reduction.residual is not None:
+                logs[f"{prefix}/residual"] = layer.reduction.residual
+    if plan.cuts:
+        bounds = [
+            layer.reduction.bound for layer in plan.layers if layer.reduction and layer.reduction.bound is not None
+        ]
+        bound = f", error bound <= {max(bounds):.3g} per layer" if bounds else ""
+        line = f"Step {state.global_step}: states {_sizes(old)} -> {_sizes(new)}{bound}, {seconds:.2f} s"
+    else:
+        line = (
+            f"Step {state.global_step}: nothing to cut at {_sizes(old)} states: no layer would lose "
+            f"{min_change:.0%} of them, {seconds:.2f} s"
+        )
+    log_to_trackers(logs, event=line if plan.cuts else None)
+    _say(state, line)
+
+
+def report_undo(state: TrainerState, record: Mapping[str, Any]) -> None:
+    """Log and print that a cut was undone; `record` is its entry in the compression history."""
+    old, new = ([layer[key] for layer in record["layers"]] for key in ("old_size", "new_size"))
+    line = (
+        f"Step {state.global_step}: undid the cut of step {record['cut_step']}: {record['metric']} "
+        f"went from {record['before_cut']:.4g} to {record['after_cut']:.4g}. States {_sizes(old)} -> "
+        f"{_sizes(new)}; no further cuts."
+    )
+    log_to_trackers({"compression/mean_state_size": mean_size(new), "compression/undone": 1}, event=line)
+    _say(state, line)
+
+
+def mean_size(sizes: Sequence[int]) -> float:
+    """Mean number of states per layer."""
+    return sum(sizes) / len(sizes)
+
+
+def _sizes(sizes: Sequence[int]) -> str:
+    return str(sizes[0]) if len(sizes) == 1 else f"{list(sizes)} (mean {mean_size(sizes):.1f})"
+
+
+def _say(state: TrainerState, line: str) -> None:
+    """One line on the screen that does not break the progress bar."""
+    if state.is_world_process_zero:
+        tqdm.write(f"[CompreSSM] {line}")
