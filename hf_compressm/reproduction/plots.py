@@ -49,14 +49,15 @@ def _plot(task: TaskSuite, records: Sequence[dict[str, Any]], path: Path) -> Pat
         control = task.methods[name].options.get("selection", "largest") != "largest"
         found.setdefault("control" if control else rows[0]["kind"], []).append(rows)
     kinds = [kind for kind in MARKERS if kind in found]
-    for kind in kinds:
+    for place, kind in enumerate(kinds):
         points = []
+        beside = 1.03 ** (place - (len(kinds) - 1) / 2)  # rivals have the very same sizes
         for rows in found[kind]:
             scores = [scaled(row) for row in rows]
             time = relative_time(rows, records, "seconds_needed")
             points.append(
                 (
-                    fmean(fmean(row["sizes"]) for row in rows),
+                    beside * fmean(fmean(row["sizes"]) for row in rows),
                     time,
                     fmean(scores),
                     stdev(scores) if len(scores) > 1 else 0.0,
@@ -71,13 +72,17 @@ def _plot(task: TaskSuite, records: Sequence[dict[str, Any]], path: Path) -> Pat
                 [p[3] for p in shown],
                 linestyle="none",
                 marker=MARKERS[kind],
+                color=f"C{list(MARKERS).index(kind)}",
                 label=kind.replace("_", " "),
                 capsize=2,
                 alpha=0.8,
             )
+    axes[0].set_xscale("log", base=2)
+    axes[0].xaxis.set_major_formatter("{x:g}")
+    if records[0]["metric"] == "accuracy":
+        axes[0].set_ylim(top=min(axes[0].get_ylim()[1], 102))
     axes[0].set(
-        xscale="log",
-        xlabel="states per layer",
+        xlabel="states per layer (methods of one size side by side)",
         ylabel=f"test {records[0]['metric'].replace('_', ' ')}{', %' if records[0]['metric'] == 'accuracy' else ''}",
         title=task.name,
     )
