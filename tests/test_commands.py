@@ -76,7 +76,7 @@ NOT_RUN = {
     "scripts/benchmarks/jax_lru.py": "needs JAX, which is not among the extras",
     "scripts/benchmarks/resume.py": "kills and restarts six runs",
     "scripts/benchmarks/statistics_pass.py": "two models at full size, and processes to measure their memory",
-    "scripts/reproduce.py configs/suites/cpu.yaml": "trains for an hour and a half; tests/reproduction runs a small one",
+    "scripts/reproduce.py configs/suites/cpu.yaml": "trains for 85 minutes; tests/reproduction runs a small one",
     "scripts/reproduce.py configs/suites/language.yaml": "trains for half an hour; tests/reproduction runs a small one",
 }
 """Beginnings of commands that no test here runs, and why. test_docs.py runs the programs of pages."""
