@@ -16,7 +16,6 @@ from torch.nn import functional as F
 from transformers.integrations import accelerate
 
 from ..layers.mamba import convolve, real_positions, recurrent_state, remembered
-from ..ops.linear import linear
 from ..ops.selective_scan import selective_scan, selective_state_update
 from ..ops.ssd_scan import ssd_scan, ssd_state_update
 
@@ -131,10 +130,10 @@ def _mamba_forward(
     """Mamba, and FalconMamba and Jamba, which normalise dt, B and C."""
     _refuse_packed(kwargs)
     state = recurrent_state(cache_params, self.layer_idx)
-    u, gate = _project(self.in_proj, real_positions(hidden_states, attention_mask)).chunk(2, dim=-1)
+    u, gate = self.in_proj(real_positions(hidden_states, attention_mask)).chunk(2, dim=-1)
     u = real_positions(_convolve(self, u, cache_params), attention_mask)
     size = self.A_log.shape[1]
-    step, B, C = _project(self.x_proj, u).split([self.dt_proj.weight.shape[1], size, size], dim=-1)
+    step, B, C = self.x_proj(u).split([self.dt_proj.weight.shape[1], size, size], dim=-1)
     if hasattr(self, "dt_layernorm"):
         step, B, C = self.dt_layernorm(step), self.b_layernorm(B), self.c_layernorm(C)
     delta, bias = _time_steps(self, step)
@@ -147,7 +146,7 @@ def _mamba_forward(
     else:
         y, final = selective_scan(u, delta, A, B, C, z=gate, initial_state=state, return_final_state=True, **options)
         cache_params.update_recurrent_state(final, self.layer_idx)
-    return _project(self.out_proj, y.to(hidden_states.dtype))
+    return self.out_proj(y.to(hidden_states.dtype))
 
 
 def _mamba2_forward(
@@ -162,9 +161,9 @@ def _mamba2_forward(
     state = recurrent_state(cache_params, self.layer_idx)
     hidden = real_positions(hidden_states, attention_mask)
     if hasattr(self, "mup_vector"):
-        projected = _project(self.in_proj, hidden * self.ssm_in_multiplier) * self.mup_vector
+        projected = self.in_proj(hidden * self.ssm_in_multiplier) * self.mup_vector
     else:
-        projected = _project(self.in_proj, hidden)
+        projected = self.in_proj(hidden)
     heads, convolved = len(self.A_log), len(self.conv1d.weight)
     channels = projected.shape[-1] - convolved - heads
     block = (convolved - channels) // 2
@@ -190,15 +189,7 @@ def _mamba2_forward(
         cache_params.update_recurrent_state(final, self.layer_idx)
     y = y.flatten(2)
     y = self.norm(y, gate) if getattr(self, "mamba_rms_norm", True) else y * F.silu(gate)
-    return _project(self.out_proj, y.to(hidden_states.dtype))
-
-
-def _project(module: nn.Module, x: Tensor) -> Tensor:
-    """The module's output; of a plain linear layer without hooks, by this package's matrix product."""
-    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
-    if type(module) is nn.Linear and "forward" not in vars(module) and not any(hooks):
-        return linear(x, module.weight, module.bias)
-    return module(x)
+    return self.out_proj(y.to(hidden_states.dtype))
 
 
 def _convolve(mixer: Any, channels: Tensor, cache_params: Any) -> Tensor:
@@ -218,7 +209,7 @@ def _time_steps(mixer: Any, step: Tensor) -> tuple[Tensor, Tensor | None]:
     bias = None if projection.bias is None else projection.bias.float()
     if hasattr(mixer.config, "_is_quantized"):
         return projection(step) - projection.bias, bias
-    return linear(step, projection.weight), bias
+    return F.linear(step, projection.weight), bias
 
 
 def _refuse_packed(kwargs: dict[str, Any]) -> None:

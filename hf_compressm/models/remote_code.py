@@ -16,7 +16,7 @@ from .heads import model_classes
 
 AUTO_CLASSES = (AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification)
 
-_OPS = {"causal_conv": "causal_conv", "selective_scan": "selective_scan", "ssd_scan": "ssd_scan", "linear": "linear"}
+_OPS = {"causal_conv": "causal_conv", "selective_scan": "selective_scan", "ssd_scan": "ssd_scan"}
 _OPS |= {"diag_system": "diag_scan"}
 _STAND_INS: dict[Reference, Reference] = {
     (f"{PACKAGE}.ops.{module}", name): (f"{PACKAGE}.models.stand_ins", name) for name, module in _OPS.items()

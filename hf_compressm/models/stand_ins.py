@@ -18,7 +18,6 @@ from ..ops.ssd_scan.naive import naive_ssd_scan
 from ..ops.ssd_scan.step import time_steps
 
 causal_conv = naive_causal_conv
-linear = F.linear
 
 
 def selective_scan(*tensors: Any, return_final_state: bool = False, **options: Any) -> Any:

@@ -2,11 +2,10 @@
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch.library import opcheck
 
 from hf_compressm.layers import LRU
-from hf_compressm.ops import linear, threads
+from hf_compressm.ops import threads
 from hf_compressm.ops.diag_scan import cpu_system, diag_system, system
 
 SIZES = [(1, 1, 1, 1), (2, 12, 3, 3), (3, 63, 5, 2), (5, 11, 70, 3), (1, 31, 12, 7)]
@@ -143,33 +142,3 @@ def test_errors():
     ]:
         with pytest.raises(ValueError, match=message):
             diag_system(*arguments)
-
-
-@pytest.mark.parametrize("biased", [True, False])
-def test_linear_in_single_precision(biased):
-    x, weight = torch.randn(3, 7, 5, requires_grad=True), torch.randn(4, 5, requires_grad=True)
-    bias = torch.randn(4, requires_grad=True) if biased else None
-    tensors = [t for t in (x, weight, bias) if t is not None]
-    moved = x.transpose(0, 1)[:, :, :5]
-    mine, expected = linear.linear(moved, weight, bias), F.linear(moved, weight, bias)
-    torch.testing.assert_close(mine, expected, rtol=1e-5, atol=1e-5)
-    w = torch.randn_like(expected)
-    for a, b in zip(torch.autograd.grad(mine, tensors, w), torch.autograd.grad(expected, tensors, w), strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
-    opcheck(torch.ops.hf_compressm.linear.default, (x, weight, bias))
-
-
-def test_products_of_any_strides():
-    a, b = torch.randn(6, 8), torch.randn(8, 10)
-    odd = [
-        (a[:, ::2], b[::2]),
-        (a[::2], b[:, ::3]),
-        (a[:1].expand(5, 8), b),
-        (a, b[:, :1].expand(8, 3)),
-        (a[:, :1], b[:1]),
-    ]
-    for x, y in odd:
-        torch.testing.assert_close(linear.product(x, y), (x.double() @ y.double()).float(), rtol=1e-5, atol=1e-5)
-        torch.testing.assert_close(
-            linear.product(y.t(), x.t()), (x.double() @ y.double()).float().t(), rtol=1e-5, atol=1e-5
-        )

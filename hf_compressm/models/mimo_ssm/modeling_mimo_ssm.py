@@ -21,7 +21,6 @@ from transformers.modeling_outputs import (
     SequenceClassifierOutput,
 )
 
-from ...layers.linear import Linear
 from ...layers.lru import LRU
 from .batch_norm import MimoSSMBatchNorm
 from .cache import MimoSSMCache
@@ -49,7 +48,7 @@ class MimoSSMBlock(GradientCheckpointingLayer):
             config.hidden_size, config.state_sizes[layer_idx], config.r_min, config.r_max, config.max_phase
         )
         self.act = ACT2FN[config.hidden_act]
-        self.out_proj = Linear(config.hidden_size, 2 * config.hidden_size)
+        self.out_proj = nn.Linear(config.hidden_size, 2 * config.hidden_size)
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, hidden_states: Tensor, mask: Tensor | None, state: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..linear import product
 from ..threads import map_calls
 from .cpu import diag_scan_bwd_kernel, diag_scan_fwd_kernel, initial_pairs, real_pairs, run
 
@@ -40,7 +39,7 @@ def system_forward(
             states = _states(rows, B, poles, carry[group])
             if keep == "states":
                 kept[group, span] = states
-            out = product(states.flatten(2).flatten(0, 1).to(u.dtype), C.t()).addcmul_(rows, D)
+            out = (states.flatten(2).flatten(0, 1).to(u.dtype) @ C.t()).addcmul_(rows, D)
             y[group, span] = out.view_as(y[group, span])
 
     for _ in map_calls(work, groups):
@@ -77,13 +76,13 @@ def system_backward(
             else:
                 before = kept[k, group]
                 states = _states(rows, B, poles, before.clone())
-            adjoint = product(grad, C).to(poles.dtype).view_as(states)
+            adjoint = (grad @ C).to(poles.dtype).view_as(states)
             run(diag_scan_bwd_kernel, poles, states, before, adjoint, carry[group], adjoint, dlam[group])
             adjoint = adjoint.flatten(2).flatten(0, 1).to(u.dtype)
-            sums[0] += product(rows.t(), adjoint).t()
-            sums[1] += product(grad.t(), states.flatten(2).flatten(0, 1).to(u.dtype))
+            sums[0].addmm_(adjoint.t(), rows)
+            sums[1].addmm_(grad.t(), states.flatten(2).flatten(0, 1).to(u.dtype))
             sums[2] += (grad * rows).sum(0)
-            du[group, span] = product(adjoint, B).addcmul_(grad, D).view_as(du[group, span])
+            du[group, span] = (adjoint @ B).addcmul_(grad, D).view_as(du[group, span])
         return sums
 
     dB, dC, dD = torch.zeros_like(B), torch.zeros_like(C), torch.zeros_like(D)
@@ -109,6 +108,6 @@ def _rows(x: Tensor, group: slice, span: slice) -> Tensor:
 
 def _states(rows: Tensor, B: Tensor, poles: Tensor, carry: Tensor) -> Tensor:
     """States (b, t, N, 2) of a tile from its rows of u and the states before it, `carry`, which becomes the last."""
-    states = product(rows, B.t()).to(poles.dtype).view(len(carry), -1, *poles.shape)
+    states = (rows @ B.t()).to(poles.dtype).view(len(carry), -1, *poles.shape)
     run(diag_scan_fwd_kernel, poles, states, carry, states)
     return states
