@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -47,12 +46,10 @@ class CompressionPlan:
     Attributes:
         layers: one entry per mixer, in model order.
         policy: JSON-ready description of how the orders were chosen.
-        seconds: time that measuring and reducing took.
     """
 
     layers: list[LayerPlan]
     policy: dict[str, Any]
-    seconds: float
 
     @property
     def cuts(self) -> bool:
@@ -60,12 +57,11 @@ class CompressionPlan:
         return any(layer.reduction is not None for layer in self.layers)
 
     def record(self, step: int | None) -> dict[str, Any]:
-        """JSON-ready record of the cut, as it stands in `config.compression_history`."""
+        """JSON-ready record of the cut, as it stands in `config.compression_history`; no times, so equal runs agree."""
         return {
             "event": "cut",
             "step": step,
             **self.policy,
-            "seconds": round(self.seconds, 4),
             "layers": [
                 {
                     "name": layer.name,
@@ -134,7 +130,6 @@ def make_plan(
         ReductionError: if a layer cannot be measured or reduced; the message names it.
     """
     policy, constraints = policy or Energy(), constraints or SizeConstraints()
-    began = time.perf_counter()
     sites = find_mixers(model)
     for site in sites:
         check_adapters(model, site)
@@ -160,7 +155,7 @@ def make_plan(
                 raise ReductionError(f"{site.name}: {error}") from error
         layers.append(LayerPlan(site.name, size, order, spectrum, reduction))
     described = describe_policy(policy) | {"selection": selection}
-    return CompressionPlan(layers, described, time.perf_counter() - began)
+    return CompressionPlan(layers, described)
 
 
 def apply_plan(model: nn.Module, optimizer: Any, plan: CompressionPlan, step: int | None = None) -> dict[str, Any]:

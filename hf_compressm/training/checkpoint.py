@@ -12,7 +12,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers import TrainerState, TrainingArguments
+from transformers import Trainer, TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..surgery import check_fixed_tensors, resize_mixers, sizes_in_state_dict, unwrap_optimizer
@@ -21,37 +21,58 @@ from .trainer_log import running_trainer
 STATE_NAME = "compression_state.safetensors"
 
 
-class ResizeOnLoad:
-    """A load hook that gives a model's mixers the sizes of the checkpoint being loaded, smaller or larger.
+def attach_resizing(model: nn.Module) -> None:
+    """Let `model.load_state_dict` give mixers the sizes of what is loaded, smaller or larger, until `detach_resizing`.
 
     It makes `resume_from_checkpoint` work with a model built at its original size, and `load_best_model_at_end` with
-    a best checkpoint from before a cut, sharded or not.
-
-    Attributes:
-        optimizer: optimizer that must learn of replaced parameters, if there is one already.
+    a best checkpoint from before a cut, sharded or not. The hook holds nothing, so the model can be copied and pickled.
     """
+    if not _attached(model):
+        model.register_load_state_dict_pre_hook(_resize)
 
-    def __init__(self, model: nn.Module, optimizer: Any = None):
-        self.optimizer = optimizer
-        self._handle = model.register_load_state_dict_pre_hook(self._resize)
 
-    def remove(self) -> None:
-        """Detach from the model."""
-        self._handle.remove()
+def detach_resizing(model: nn.Module) -> None:
+    """Undo `attach_resizing`, whoever called it, and for a model that is a copy of another."""
+    for key in _attached(model):
+        del model._load_state_dict_pre_hooks[key]
 
-    def _resize(self, module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
-        try:
-            check_fixed_tensors(module, state_dict, prefix)
-        except ValueError as error:
-            raise ValueError(f"the weights are of another model: {error}. Build it as it was trained.") from error
-        sizes = sizes_in_state_dict(module, state_dict, prefix)
-        resize_mixers(module, sizes, None if self.optimizer is None else unwrap_optimizer(self.optimizer))
+
+def resize_every_load(trainer: Trainer) -> None:
+    """Attach the hook before each `resume_from_checkpoint` of this Trainer: there is no event between the making of a
+    model by `model_init`, or an earlier `train`, and the loading."""
+    if not isinstance(trainer._load_from_checkpoint, _LoadResized):
+        trainer._load_from_checkpoint = _LoadResized(trainer)  # type: ignore[method-assign]
+
+
+class _LoadResized:
+    def __init__(self, trainer: Trainer):
+        self.trainer, self.load = trainer, trainer._load_from_checkpoint
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        model: Any = self.trainer.model
+        attach_resizing(model)
+        return self.load(*args, **kwargs)
+
+
+def _attached(model: nn.Module) -> list[int]:
+    return [key for key, hook in model._load_state_dict_pre_hooks.items() if getattr(hook, "hook", None) is _resize]
+
+
+def _resize(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
+    try:
+        check_fixed_tensors(module, state_dict, prefix)
+    except ValueError as error:
+        raise ValueError(f"the weights are of another model: {error}. Build it as it was trained.") from error
+    trainer = running_trainer()
+    optimizer = trainer.optimizer if trainer is not None and trainer.model is module else None
+    sizes = sizes_in_state_dict(module, state_dict, prefix)
+    resize_mixers(module, sizes, None if optimizer is None else unwrap_optimizer(optimizer))
 
 
 def checkpoint_folder(args: TrainingArguments, state: TrainerState) -> Path:
     """Where the running Trainer writes the checkpoint of the present step."""
     trainer = running_trainer()
-    run = args.output_dir if trainer is None else trainer._get_output_dir(trial=None)
+    run = args.output_dir if trainer is None else trainer._get_output_dir(trial=getattr(trainer, "_trial", None))
     return Path(str(run)) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
+from types import FrameType
 from typing import Any
 
 from transformers import PrinterCallback, ProgressCallback, Trainer
@@ -12,18 +13,18 @@ from transformers.integrations import TensorBoardCallback
 
 def running_trainer() -> Trainer | None:
     """The Trainer whose event is being handled, found on the call stack; None outside of a Trainer."""
-    return next((names["self"] for names in _trainer_frames()), None)
+    return next((names["self"] for names in trainer_frames()), None)
 
 
 def resumed_checkpoint() -> str | None:
     """The checkpoint that the running Trainer was told to go on from, or found itself; None if there is none."""
-    found = (names.get("resume_from_checkpoint") for names in _trainer_frames())
+    found = (names.get("resume_from_checkpoint") for names in trainer_frames())
     return next((folder for folder in found if isinstance(folder, str)), None)
 
 
-def _trainer_frames() -> Iterator[dict[str, Any]]:
-    """Local names of the methods of a Trainer on the call stack, innermost first."""
-    frame = sys._getframe(1)
+def trainer_frames(frame: FrameType | None = None) -> Iterator[dict[str, Any]]:
+    """Local names of the methods of a Trainer on the call stack, innermost first; from `frame`, or the caller's on."""
+    frame = frame or sys._getframe(1)
     while frame is not None:
         if isinstance(frame.f_locals.get("self"), Trainer):
             yield frame.f_locals

@@ -1,0 +1,265 @@
+"""One training with `CompreSSMCallback`: its attempts, the cut that may be undone, the ranking's record, its timer."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import TrainerState, TrainingArguments
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, IntervalStrategy
+from transformers.utils import logging
+
+from ..surgery import (
+    ReductionError,
+    apply_plan,
+    find_mixers,
+    has_tuners,
+    history,
+    measure_mixers,
+    mixer_state,
+    needs_calibration,
+    original_sizes,
+    restore_mixer_state,
+    set_history,
+    state_sizes,
+)
+from .calibration import Batches, calibration_batches
+from .checkpoint import STATE_NAME, checkpoint_folder, load_callback_state, save_callback_state
+from .config import CompressionConfig
+from .distributed import (
+    decided_by_rank_0,
+    find_ddp,
+    gather_together,
+    plan_together,
+    processes,
+    raise_recompile_limit,
+    rebuild_reducer,
+    verify_replicas,
+)
+from .records import CutLoss, keep_spectra
+from .reporting import mean_size, report_attempt, report_undo
+from .rollback import Rollback
+from .stability import StabilityTracker
+from .timing import StepTimer, Stopwatch
+from .trainer_log import log_to_trackers, resumed_checkpoint, running_trainer
+from .verification import check_history, pending_work, read_exported
+
+logger = logging.get_logger(__name__)
+
+
+class CompressionRun:
+    """What one training needs beyond the model, its config and the number of steps; the callback only forwards to it.
+
+    Made when training starts, fresh or resumed, and dropped when it ends.
+
+    Args:
+        config: the callback's settings.
+        args, state, model, optimizer: of the training.
+        exported: what the callback exported into the checkpoint, if training is resumed.
+
+    Raises:
+        ValueError: a window that holds no step, settings that do not fit the model or the arguments, a checkpoint that
+            is inconsistent.
+    """
+
+    def __init__(
+        self,
+        config: CompressionConfig,
+        args: TrainingArguments,
+        state: TrainerState,
+        model: nn.Module,
+        optimizer: Any = None,
+        exported: Any = None,
+    ):
+        self.config, self.timer, self.rollback = config, StepTimer(), Rollback(config)
+        self.tracker = StabilityTracker(config.stability_threshold) if config.trigger == "stability" else None
+        if exported is not None:
+            self._resume(args, state, model, optimizer, exported)
+        self._attempts = config.attempt_steps(state.max_steps)
+        self._check_settings(args, model)
+        if args.torch_compile:
+            raise_recompile_limit(len(self._attempts))
+
+    def begin_step(self, state: TrainerState, model: nn.Module, optimizer: Any) -> None:
+        """Undo a cut that was found to hurt, before the step's first forward pass."""
+        # Not in on_evaluate: the checkpoint of that step must hold the model that its metric was measured on.
+        if self.rollback.due:
+            self.timer.close_segment(state.global_step, mean_size(state_sizes(model)))
+            record = self.rollback.undo(state.global_step, model, optimizer)
+            _follow(model, optimizer, Stopwatch())
+            report_undo(state, record)
+        self.timer.begin_step()
+
+    def end_step(
+        self, args: TrainingArguments, state: TrainerState, model: nn.Module, optimizer: Any, train_dataloader: Any
+    ) -> None:
+        """Cut, or measure, if an attempt is due after this optimizer step."""
+        self.timer.end_step()
+        if state.global_step in self._attempts and self._may_cut(model):
+            self._attempt(args, state, model, optimizer, train_dataloader)
+
+    def save(self, args: TrainingArguments, state: TrainerState, model: nn.Module) -> None:
+        """Write into the checkpoint of this step what its other files lack."""
+        tensors: dict[str, Any] = {}
+        if has_tuners(model):  # the Trainer saves adapters only, and cuts change the weights that these are around
+            tensors["mixers"] = mixer_state(model)
+        if self.rollback.snapshot is not None:
+            tensors["snapshot"] = vars(self.rollback.snapshot)
+        if self.tracker is not None:
+            tensors["tracker"] = self.tracker.state_dict()
+        if tensors and state.is_world_process_zero:
+            save_callback_state(checkpoint_folder(args, state), tensors)
+
+    def finish(self, args: TrainingArguments, state: TrainerState, model: nn.Module) -> None:
+        """Call when training has ended, and the best model is loaded if that was asked for."""
+        if args.load_best_model_at_end and state.best_model_checkpoint and has_tuners(model):
+            self._load_mixers(model, load_callback_state([state.best_model_checkpoint]))
+        self.timer.close_segment(state.global_step, mean_size(state_sizes(model)))
+        if self.config.trigger == "stability" and not history(model):
+            logger.warning(
+                "The ranking of Hankel singular values never settled within the window, so nothing was cut. Lower "
+                f"stability_threshold ({self.config.stability_threshold}) or widen the window."
+            )
+
+    def _load_mixers(self, model: nn.Module, tensors: dict[str, Any] | None, optimizer: Any = None) -> None:
+        """Bring back the weights beneath the adapters that a checkpoint of adapters belongs to."""
+        if tensors is not None and "mixers" in tensors:
+            restore_mixer_state(model, tensors["mixers"], optimizer)
+        elif any(
+            not parameter.isfinite().all() for site in find_mixers(model) for parameter in site.mixer.parameters()
+        ):
+            raise ValueError(
+                "the checkpoint holds adapters for other state sizes than the model has, but not the weights that they "
+                "belong to, since it was written without this callback. Build the model from the base that they were "
+                "saved with (save_base_model)."
+            )
+
+    def _resume(
+        self, args: TrainingArguments, state: TrainerState, model: nn.Module, optimizer: Any, exported: Any
+    ) -> None:
+        """Take history and pending work from the checkpoint, and check the history against the weights."""
+        records, judging = read_exported(exported)
+        needs_tensors = judging is not None or self.config.trigger == "stability" or has_tuners(model)
+        tensors = load_callback_state(_resumed_folders(args, state)) if needs_tensors else None
+        if has_tuners(model):
+            self._load_mixers(model, tensors, optimizer)
+        check_history(records, state_sizes(model))
+        if records:
+            set_history(model, records)
+        snapshot, tracker = pending_work(tensors or {}, model, STATE_NAME)
+        self.rollback.resume(judging, snapshot)
+        if tracker is not None:
+            tracker.threshold = self.config.stability_threshold
+            self.tracker = tracker
+
+    def _check_settings(self, args: TrainingArguments, model: nn.Module) -> None:
+        config, sizes = self.config, state_sizes(model)
+        target = config.target_state_size
+        if target is not None and not history(model) and target >= mean_size(sizes):
+            raise ValueError(
+                f"target_state_size is {target:g}, but the model has only {mean_size(sizes):g} states per layer "
+                f"({sizes}). Choose a smaller target, or a larger model."
+            )
+        if config.uniform and len(set(sizes)) > 1:
+            raise ValueError(f"uniform=True needs layers of one common size; the model has {sizes}")
+        if config.min_state_size > min(sizes) and not history(model):
+            raise ValueError(f"min_state_size is {config.min_state_size}, but a layer has only {min(sizes)} states")
+        if config.rollback and args.eval_strategy == IntervalStrategy.NO:
+            raise ValueError(
+                "rollback=True judges a cut by the next evaluation, but eval_strategy is 'no'. Set eval_strategy to "
+                "'steps' or 'epoch', and eval_on_start=True if the first cut comes before the first evaluation."
+            )
+
+    def _may_cut(self, model: nn.Module) -> bool:
+        if self.rollback.pending is not None:
+            return False
+        records = history(model)
+        if any(record["event"] == "undo" for record in records):
+            return False
+        return not (self.config.trigger == "stability" and records)
+
+    def _attempt(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        model: nn.Module,
+        optimizer: Any,
+        train_dataloader: Any,
+    ) -> None:
+        step, config = state.global_step, self.config
+        seed = config.selection_seed * 1_000_003 + step
+        batches, watch = None, Stopwatch()
+        if needs_calibration(model):
+            with watch("statistics"):
+                batches = calibration_batches(
+                    train_dataloader, config.calibration_batches, seed, args.process_index, processes()
+                )
+        try:
+            if self.tracker is not None and not self._settled(model, batches):
+                return
+            left = 1 if self.tracker else sum(attempt >= step for attempt in self._attempts)
+            plan = plan_together(
+                model,
+                batches,
+                config.refit_steps,
+                watch,
+                policy=config.order_policy(),
+                constraints=config.constraints(),
+                selection=config.selection,
+                generator=torch.Generator().manual_seed(seed),
+                attempts_left=left,
+            )
+        except ReductionError as error:
+            logger.warning(f"Step {step}: no cut, and training goes on at the present size: {error}")
+            return
+        if not plan.cuts:
+            keep_spectra({layer.name: layer.singular_values for layer in plan.layers})
+            report_attempt(state, plan, watch, {}, config.min_change)
+            return
+        if config.rollback:
+            self.rollback.keep(state, model, optimizer)
+        self.timer.close_segment(step, mean_size([layer.old_size for layer in plan.layers]))
+        with watch("loss"):
+            loss = CutLoss(batches, train_dataloader, config.calibration_batches, seed, args.process_index)
+            loss.measure("compression/loss_before", model)
+        with watch("surgery"):
+            apply_plan(model, optimizer, plan, step)
+        _follow(model, optimizer, watch)
+        with watch("loss"):
+            loss.measure("compression/loss_after", model)
+        if self.timer.segments:
+            loss.values["compression/steps_per_second_before"] = self.timer.segments[-1].steps_per_second
+        report_attempt(state, plan, watch, loss.values, config.min_change)
+
+    def _settled(self, model: nn.Module, batches: Batches | None) -> bool:
+        statistics = gather_together(model, batches)
+        return decided_by_rank_0(lambda: self._track(model, statistics))
+
+    def _track(self, model: nn.Module, statistics: dict[str, Any]) -> bool:
+        assert self.tracker is not None
+        measured = measure_mixers(model, statistics)
+        names, spectra = list(measured), [m.spectrum() for m in measured.values()]
+        orders = self.config.order_policy().orders(spectra, original_sizes(model), self.config.constraints())
+        score = self.tracker.update(measured, dict(zip(names, orders, strict=True)))
+        keep_spectra(dict(zip(names, spectra, strict=True)))
+        if score is not None:
+            log_to_trackers({"compression/rank_stability": score})
+        return self.tracker.streak >= self.config.stability_patience
+
+
+def _follow(model: nn.Module, optimizer: Any, watch: Stopwatch) -> None:
+    """Let what trains the model on several processes know of new parameters, and check that all ranks have the same."""
+    ddp = find_ddp(running_trainer(), model)
+    if ddp is not None:
+        with watch("rebuild"):
+            rebuild_reducer(ddp)
+        with watch("verification"):
+            verify_replicas(model, optimizer)
+
+
+def _resumed_folders(args: TrainingArguments, state: TrainerState) -> list[Any]:
+    """Folders in which the checkpoint that was resumed from may lie; the Trainer does not tell which it was."""
+    given = [folder for folder in (resumed_checkpoint(), args.resume_from_checkpoint) if isinstance(folder, str)]
+    return [*given, Path(str(args.output_dir)) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"]
