@@ -1,18 +1,15 @@
 """One callback, several trainings: each is as if it had a callback of its own."""
 
-import copy
 import json
-import pickle
 from pathlib import Path
 
 import pytest
 import torch
 from helpers import arguments, small_data, small_model
 from safetensors.torch import load_file
-from transformers import Trainer, TrainerCallback
+from transformers import Trainer
 
-from hf_compressm import CompreSSMCallback, state_sizes
-from hf_compressm.surgery import history
+from hf_compressm import CompreSSMCallback
 from hf_compressm.training.checkpoint import STATE_NAME
 
 STEPS = 8
@@ -32,7 +29,6 @@ MODES = {
     "rollback due at the end": ({"cut_steps": [5], **HALF, **HURTS}, EVALUATED | {"eval_steps": 4}),
     "rollback not judged at the end": ({"cut_steps": [8], **HALF, **HURTS}, EVALUATED),
 }
-DUE = MODES["rollback due at the end"]
 
 
 def make_trainer(folder, callback, seed=0, callbacks=(), model=None, **settings):
