@@ -35,7 +35,7 @@ from .training.distributed import plan_together, processes
 
 TASK_TYPES = {"causal_lm": "CAUSAL_LM", "sequence_classification": "SEQ_CLS", "sequence_pair_classification": "SEQ_CLS"}
 UNCALLED = ("dt_proj", "conv1d")
-"""Layers of mixers whose weights are used without calling the layer, so that LoRA around them would do nothing."""
+"""Layers of mixers whose weights transformers uses without calling the layer, so that LoRA around them does nothing."""
 
 
 @dataclass
@@ -177,21 +177,23 @@ def add_lora(model: nn.Module, task: Task, settings: Mapping[str, Any]) -> Any:
 
     Raises:
         ImportError: without peft.
-        ValueError: if a layer is targeted that its mixer uses without calling it.
+        ValueError: if a layer is targeted that transformers' own mixers use without calling it: there the saved adapter
+            would do nothing.
     """
     try:
         from peft import LoraConfig, get_peft_model
     except ImportError as error:
         raise ImportError("healing with LoRA needs peft: pip install 'hf-compressm[peft]'") from error
     defaults: dict[str, Any] = {"r": 16, "lora_alpha": 32, "task_type": TASK_TYPES[task.problem]}
-    defaults |= {} if "target_modules" in settings else {"target_modules": default_targets(model)}
+    suited = default_targets(model)
+    defaults |= {} if "target_modules" in settings else {"target_modules": suited}
     adapted = get_peft_model(model, LoraConfig(**(defaults | dict(settings))))
     for site in find_mixers(adapted):
-        for name in UNCALLED:
+        for name in UNCALLED if has_stock_mixers(site.mixer) else ():
             if hasattr(getattr(site.mixer, name, None), "lora_A"):
                 raise ValueError(
-                    f"{site.name} uses the weight of {name} without calling the layer, so LoRA around it would never "
-                    f"be trained. Take {name} out of target_modules; suited are {', '.join(default_targets(model))}."
+                    f"transformers uses the weight of {name} in {site.name} without calling the layer, so LoRA around "
+                    f"it would do nothing there. Take {name} out of target_modules; suited are {', '.join(suited)}."
                 )
     return adapted
 

@@ -10,9 +10,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from ..ops.causal_conv import causal_conv
 from ..ops.selective_scan import selective_scan, selective_state_update
+from .plain import innermost, is_plain
 
 
 def real_positions(hidden_states: Tensor, attention_mask: Tensor | None) -> Tensor:
@@ -27,8 +29,29 @@ def convolve(channels: Tensor, convolution: nn.Conv1d, cache: Any, layer_idx: in
 
     The number of channels is that of the weight, whatever the module's attributes say.
     """
-    length, weight = channels.shape[1], convolution.weight.squeeze(1)
-    return causal_conv(remembered(channels, convolution, cache, layer_idx), weight, convolution.bias)[:, -length:]
+    signal, length = remembered(channels, convolution, cache, layer_idx), channels.shape[1]
+    if is_plain(convolution, nn.Conv1d):
+        return causal_conv(signal, convolution.weight.squeeze(1), convolution.bias)[:, -length:]
+    return F.silu(called_convolution(signal, convolution))[:, -length:]
+
+
+def called_convolution(signal: Tensor, convolution: nn.Module) -> Tensor:
+    """The module's causal convolution of (B, L, I), with whatever is around it; in the dtype of the signal."""
+    inner = innermost(convolution)
+    missing = inner.kernel_size[0] - 1 - inner.padding[0]
+    padded = F.pad(signal.transpose(1, 2), (missing, 0)).to(inner.weight.dtype)
+    return convolution(padded)[..., : signal.shape[1]].transpose(1, 2).to(signal.dtype)
+
+
+def time_steps(projection: nn.Module, step: Tensor) -> tuple[Tensor, Tensor | None]:
+    """The projection (B, L, I) of (B, L, R), and the bias (I,) that the scan is to add in float32, if any is left.
+
+    What is around a layer, such as an adapter, may act on its bias too: such a layer is called, and adds it itself.
+    """
+    if not is_plain(projection, nn.Linear):
+        return projection(step), None
+    weight, bias = projection.weight, projection.bias
+    return F.linear(step, weight), None if bias is None else bias.float()
 
 
 def remembered(channels: Tensor, convolution: nn.Conv1d, cache: Any, layer_idx: int) -> Tensor:
@@ -116,11 +139,11 @@ class CompreSSMMambaMixer(nn.Module):
         projected = self.in_proj(real_positions(hidden_states, attention_mask))
         u, gate = projected.chunk(2, dim=-1)
         u = real_positions(convolve(u, self.conv1d, cache_params, self.layer_idx), attention_mask)
-        rank, size = self.dt_proj.weight.shape[1], self.state_size
-        step, B, C = self.x_proj(u).split([rank, size, size], dim=-1)
-        delta = step @ self.dt_proj.weight.T
+        projected, size = self.x_proj(u), self.state_size
+        step, B, C = projected.split([projected.shape[-1] - 2 * size, size, size], dim=-1)
+        delta, bias = time_steps(self.dt_proj, step)
         A = -self.A_log.float().exp()
-        options: dict[str, Any] = {"D": self.D.float(), "delta_bias": self.dt_proj.bias.float(), "delta_softplus": True}
+        options: dict[str, Any] = {"D": self.D.float(), "delta_bias": bias, "delta_softplus": True}
         if state is not None and u.shape[1] == 1:
             y = selective_state_update(state, u[:, 0], delta[:, 0], A, B[:, 0], C[:, 0], z=gate[:, 0], **options)[
                 :, None

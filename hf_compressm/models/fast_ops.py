@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.integrations import accelerate
 
-from ..layers.mamba import convolve, real_positions, recurrent_state, remembered
+from ..layers.mamba import called_convolution, convolve, real_positions, recurrent_state, remembered, time_steps
 from ..ops.selective_scan import selective_scan, selective_state_update
 from ..ops.ssd_scan import ssd_scan, ssd_state_update
 
@@ -30,6 +30,9 @@ def use_fast_ops(model: nn.Module, enable: bool = True) -> list[str]:
     does not do: several tokens behind a cache go on from the cached state in Mamba, FalconMamba and Jamba too, and a
     single token behind a cache has its time step clamped to the config's limits as all others have. The choice is kept
     by copies and pickles of the model, and not saved in checkpoints. Calling it again changes nothing.
+
+    An adapter or hook on `dt_proj` or `conv1d` takes effect, as it does once merged; transformers' own code passes it
+    over.
 
     Args:
         model: any model with such mixers: Mamba, FalconMamba, Jamba, Mamba-2, Bamba, Zamba2, Nemotron-H, Falcon-H1,
@@ -61,6 +64,14 @@ def use_fast_ops(model: nn.Module, enable: bool = True) -> list[str]:
         stock = mixer_class(mixer)
         mixer.__class__ = _fast_class(_path(stock)) if enable else stock
     return list(found)
+
+
+def passed_over(mixer: nn.Module) -> list[str]:
+    """Names of the layers in a mixer whose weights transformers' own code takes without calling them.
+
+    None for a mixer that runs by this package's ops, or is this package's own.
+    """
+    return _FORWARDS[_path(type(mixer))][0] if _path(type(mixer)) in _FORWARDS else []
 
 
 def has_stock_mixers(model: nn.Module) -> bool:
@@ -133,10 +144,11 @@ def _mamba_forward(
     u, gate = self.in_proj(real_positions(hidden_states, attention_mask)).chunk(2, dim=-1)
     u = real_positions(_convolve(self, u, cache_params), attention_mask)
     size = self.A_log.shape[1]
-    step, B, C = self.x_proj(u).split([self.dt_proj.weight.shape[1], size, size], dim=-1)
+    projected = self.x_proj(u)
+    step, B, C = projected.split([projected.shape[-1] - 2 * size, size, size], dim=-1)
     if hasattr(self, "dt_layernorm"):
         step, B, C = self.dt_layernorm(step), self.b_layernorm(B), self.c_layernorm(C)
-    delta, bias = _time_steps(self, step)
+    delta, bias = time_steps(self.dt_proj, step)
     A = -self.A_log.float().exp()
     options: dict[str, Any] = {"D": self.D.float(), "delta_bias": bias, "delta_softplus": True}
     if state is not None and u.shape[1] == 1:
@@ -196,20 +208,8 @@ def _convolve(mixer: Any, channels: Tensor, cache_params: Any) -> Tensor:
     convolution, length = mixer.conv1d, channels.shape[1]
     if mixer.activation in ("silu", "swish"):
         return convolve(channels, convolution, cache_params, mixer.layer_idx)
-    signal = remembered(channels, convolution, cache_params, mixer.layer_idx).transpose(1, 2)
-    weight = convolution.weight
-    padded = F.pad(signal, (weight.shape[-1] - 1, 0)).to(weight.dtype)
-    convolved = F.conv1d(padded, weight, convolution.bias, groups=len(weight))[..., -length:]
-    return mixer.act(convolved).transpose(1, 2).to(channels.dtype)
-
-
-def _time_steps(mixer: Any, step: Tensor) -> tuple[Tensor, Tensor | None]:
-    """The projection of the time step without its bias, and the bias."""
-    projection = mixer.dt_proj
-    bias = None if projection.bias is None else projection.bias.float()
-    if hasattr(mixer.config, "_is_quantized"):
-        return projection(step) - projection.bias, bias
-    return F.linear(step, projection.weight), bias
+    signal = remembered(channels, convolution, cache_params, mixer.layer_idx)
+    return mixer.act(called_convolution(signal, convolution))[:, -length:]
 
 
 def _refuse_packed(kwargs: dict[str, Any]) -> None:

@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from transformers import initialization as init
 from transformers.modeling_outputs import SequenceClassifierOutput
 
+from ..layers.plain import innermost
+
 POOLINGS = ("mean", "last")
 
 
@@ -47,11 +49,13 @@ def embedded(embeddings: nn.Module, input_values: Tensor | None, inputs_embeds: 
     """
     if input_values is None:
         return inputs_embeds
-    if inputs_embeds is not None or not isinstance(embeddings, nn.Linear):
+    inner = innermost(embeddings)
+    if inputs_embeds is not None or isinstance(inner, nn.Embedding):
         raise ValueError(
             "input_values are for models with config.num_channels, in place of input_ids and inputs_embeds"
         )
-    return embeddings(input_values.to(embeddings.weight.dtype))
+    weight = inner.weight  # of integers if it is quantised
+    return embeddings(input_values.to(weight.dtype) if weight.is_floating_point() else input_values)
 
 
 def pooled(hidden_states: Tensor, attention_mask: Tensor | None, pooling: str) -> Tensor:

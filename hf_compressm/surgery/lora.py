@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..models.fast_ops import passed_over
 from .adapters import MixerReduction, MixerSite
 from .changes import ParameterChange, Term
 from .tuners import followers, is_copy_wrapper, is_lora_linear, is_tuner, lora_layers
@@ -35,11 +36,18 @@ _ADVICE = (
 
 
 def check_adapters(model: nn.Module, site: MixerSite) -> None:
-    """Raise if what PEFT did to a mixer cannot follow a cut.
+    """Raise if what PEFT did to a mixer cannot follow a cut, or does nothing.
 
     Raises:
         ValueError: naming the layer, the method and the reason.
     """
+    for name in passed_over(site.mixer):
+        if is_tuner(getattr(site.mixer, name)):
+            raise ValueError(
+                f"{site.name}.{name} has an adapter on it without effect: transformers' own code takes the weight of "
+                f"{name} without calling the layer. Take {name} out of target_modules, or call "
+                "hf_compressm.use_fast_ops(model), which calls it."
+            )
     shapes = site.adapter.parameter_shapes(site.mixer, site.state_size)
     parts = site.name.split(".")
     for depth in range(len(parts)):

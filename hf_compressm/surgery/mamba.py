@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..layers.mamba import convolve, real_positions
+from ..layers.mamba import convolve, real_positions, time_steps
+from ..layers.plain import innermost
 from ..reduction import Selection, output_residual, read_out_correction
 from .adapters import MixerAdapter, MixerReduction, ReductionError, register_adapter
 from .changes import ParameterChange, Term
@@ -50,7 +51,7 @@ class MambaAdapter(MixerAdapter[Any]):
         return mixer.A_log.shape[1]
 
     def parameter_shapes(self, mixer: Any, order: int) -> dict[str, torch.Size]:
-        channels, rank = mixer.A_log.shape[0], mixer.dt_proj.weight.shape[1]
+        channels, rank = mixer.A_log.shape[0], _rank(mixer)
         shapes = {
             "A_log": torch.Size([channels, order]),
             "x_proj.weight": torch.Size([rank + 2 * order, channels]),
@@ -65,7 +66,7 @@ class MambaAdapter(MixerAdapter[Any]):
         if len(shapes.get("A_log", ())) == 2:
             return shapes["A_log"][1]
         if len(shapes.get("x_proj.weight", ())) == 2:  # all that a checkpoint of adapters tells
-            return (shapes["x_proj.weight"][0] - mixer.dt_proj.weight.shape[1]) // 2
+            return (shapes["x_proj.weight"][0] - _rank(mixer)) // 2
         return None
 
     def statistics(self, mixer: Any) -> SelectiveStatistics:
@@ -96,7 +97,7 @@ class MambaAdapter(MixerAdapter[Any]):
 
     def keep(self, mixer: Any, kept: Sequence[Sequence[int]]) -> dict[str, ParameterChange]:
         """Parameters with the given states of each group and everything else unchanged."""
-        rank, size, index = mixer.dt_proj.weight.shape[1], self.state_size(mixer), torch.tensor(list(kept[0]))
+        rank, size, index = _rank(mixer), self.state_size(mixer), torch.tensor(list(kept[0]))
         rows = {
             "x_proj.weight": torch.cat([torch.arange(rank), rank + index, rank + size + index]),
             **dict.fromkeys(("b_layernorm.weight", "c_layernorm.weight"), index),
@@ -146,7 +147,7 @@ class MambaAdapter(MixerAdapter[Any]):
 
     def _subset(self, mixer: Any, kept: Sequence[int], K: Tensor, shares: Tensor) -> dict[str, ParameterChange]:
         """The kept states with the read-out K C_t; gradients of the decays fold by `shares`, float64 (r, N)."""
-        rank, size = mixer.dt_proj.weight.shape[1], self.state_size(mixer)
+        rank, size = _rank(mixer), self.state_size(mixer)
         index = torch.tensor(kept)
         select = torch.eye(size, dtype=torch.float64)[index]
         projection = mixer.x_proj.weight.detach().to("cpu", torch.float64)
@@ -161,13 +162,13 @@ class MambaAdapter(MixerAdapter[Any]):
         }
 
     def refitted(self, mixer: Any) -> dict[str, slice]:
-        rows = {"A_log": slice(None), "x_proj.weight": slice(mixer.dt_proj.weight.shape[1], None)}
+        rows = {"A_log": slice(None), "x_proj.weight": slice(_rank(mixer), None)}
         if _learned_norms(mixer):
             rows |= dict.fromkeys(("b_layernorm.weight", "c_layernorm.weight"), slice(None))
         return rows
 
     def resized(self, mixer: Any, order: int) -> None:
-        rank = mixer.dt_proj.weight.shape[1]
+        rank = _rank(mixer)
         mixer.x_proj.out_features = rank + 2 * order
         if hasattr(mixer, "ssm_state_size"):
             mixer.ssm_state_size = order
@@ -187,12 +188,17 @@ def mamba_signals(mixer: Any, hidden_states: Tensor, attention_mask: Tensor | No
     projected = mixer.in_proj(real_positions(hidden_states, attention_mask))
     u = convolve(projected.chunk(2, dim=-1)[0], mixer.conv1d, None, 0)
     u = real_positions(u, attention_mask)
-    size, rank = mixer.A_log.shape[1], mixer.dt_proj.weight.shape[1]
-    step, B, C = mixer.x_proj(u).split([rank, size, size], dim=-1)
+    size, projected = mixer.A_log.shape[1], mixer.x_proj(u)
+    step, B, C = projected.split([projected.shape[-1] - 2 * size, size, size], dim=-1)
     if _norms(mixer):
         step, B, C = mixer.dt_layernorm(step), mixer.b_layernorm(B), mixer.c_layernorm(C)
-    dt = F.softplus((step @ mixer.dt_proj.weight.T).float() + mixer.dt_proj.bias.float())
+    delta, bias = time_steps(mixer.dt_proj, step)
+    dt = F.softplus(delta.float() if bias is None else delta.float() + bias)
     return Signals(u, dt, -mixer.A_log.float().exp(), B[:, :, None], C[:, :, None])
+
+
+def _rank(mixer: Any) -> int:
+    return innermost(mixer.dt_proj).in_features  # a quantised weight may have another shape
 
 
 def _norms(mixer: Any) -> bool:

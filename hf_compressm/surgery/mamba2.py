@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..layers.mamba import convolve, real_positions
+from ..layers.plain import innermost
 from ..reduction import Selection, low_rank_basis, output_residual
 from .adapters import MixerAdapter, MixerReduction, ReductionError, register_adapter
 from .changes import ParameterChange, Term
@@ -64,7 +65,7 @@ class StockMamba2Adapter(_Mamba2Adapter):
         return _conv_states(mixer)
 
     def parameter_shapes(self, mixer: Any, order: int) -> dict[str, torch.Size]:
-        channels, heads = mixer.out_proj.weight.shape[1], mixer.A_log.shape[0]
+        channels, heads = _channels(mixer), mixer.A_log.shape[0]
         convolved = channels + 2 * mixer.n_groups * order
         rows, features = channels + convolved + heads, mixer.in_proj.weight.shape[1]
         shapes = {
@@ -77,7 +78,7 @@ class StockMamba2Adapter(_Mamba2Adapter):
         return {name: shape for name, shape in shapes.items() if name.removesuffix(".bias") not in absent}
 
     def order_of(self, mixer: Any, shapes: Mapping[str, torch.Size]) -> int | None:
-        channels = mixer.out_proj.weight.shape[1]
+        channels = _channels(mixer)
         if len(shapes.get("conv1d.weight", ())) == 3:
             return (shapes["conv1d.weight"][0] - channels) // (2 * mixer.n_groups)
         if len(shapes.get("in_proj.weight", ())) == 2:  # all that a checkpoint of adapters tells
@@ -124,7 +125,7 @@ class StockMamba2Adapter(_Mamba2Adapter):
 
     def keep(self, mixer: Any, kept: Sequence[Sequence[int]]) -> dict[str, ParameterChange]:
         """Parameters with the given states of each group and everything else unchanged."""
-        channels, size = mixer.out_proj.weight.shape[1], _conv_states(mixer)
+        channels, size = _channels(mixer), _conv_states(mixer)
         states = torch.tensor([group * size + index for group, chosen in enumerate(kept) for index in chosen])
         block = mixer.n_groups * size
         u = torch.arange(channels)
@@ -140,7 +141,7 @@ class StockMamba2Adapter(_Mamba2Adapter):
         return changes
 
     def refitted(self, mixer: Any) -> dict[str, slice]:
-        channels, block = mixer.out_proj.weight.shape[1], 2 * mixer.n_groups * _conv_states(mixer)
+        channels, block = _channels(mixer), 2 * mixer.n_groups * _conv_states(mixer)
         rows = {"in_proj": slice(2 * channels, 2 * channels + block), "conv1d": slice(channels, None)}
         return {name: rows[name.partition(".")[0]] for name in self.parameter_shapes(mixer, _conv_states(mixer))}
 
@@ -213,7 +214,7 @@ def mamba2_signals(mixer: Any, hidden_states: Tensor, attention_mask: Tensor | N
     hidden_states = real_positions(hidden_states, attention_mask)
     projected = mixer.in_proj(hidden_states * getattr(mixer, "ssm_in_multiplier", 1.0))
     projected = projected * getattr(mixer, "mup_vector", 1.0)
-    channels, heads, groups = mixer.out_proj.weight.shape[1], mixer.A_log.shape[0], mixer.n_groups
+    channels, heads, groups = _channels(mixer), mixer.A_log.shape[0], mixer.n_groups
     convolved = len(mixer.conv1d.weight)
     _, convolved, step = projected.split([channels, convolved, heads], dim=-1)
     convolved = real_positions(convolve(convolved, mixer.conv1d, None, 0), attention_mask)
@@ -228,9 +229,13 @@ def mamba2_signals(mixer: Any, hidden_states: Tensor, attention_mask: Tensor | N
     return Signals(u, dt.repeat_interleave(per_head, dim=-1), A, B, C)
 
 
+def _channels(mixer: Any) -> int:
+    return innermost(mixer.out_proj).in_features  # a quantised weight may have another shape
+
+
 def _conv_states(mixer: Any) -> int:
     """Number of states that the convolution's channels amount to."""
-    return (mixer.conv1d.weight.shape[0] - mixer.out_proj.weight.shape[1]) // (2 * mixer.n_groups)
+    return (mixer.conv1d.weight.shape[0] - _channels(mixer)) // (2 * mixer.n_groups)
 
 
 def _basis_changes(mixer: Any, read_in: Tensor, read_out: Tensor) -> dict[str, ParameterChange]:
@@ -259,7 +264,7 @@ def _basis(
 
 def _resize_multipliers(mixer: Any, order: int) -> None:
     """Falcon-H1 multiplies the projections by one factor per part; the parts of B and C change their length."""
-    old, channels = mixer.mup_vector, mixer.out_proj.weight.shape[1]
+    old, channels = mixer.mup_vector, _channels(mixer)
     block = (old.shape[-1] - 2 * channels - mixer.A_log.shape[0]) // 2
     lengths = [channels, channels, mixer.n_groups * order, mixer.n_groups * order, mixer.A_log.shape[0]]
     starts = [0, channels, 2 * channels, 2 * channels + block, 2 * channels + 2 * block]

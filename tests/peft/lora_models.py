@@ -49,3 +49,7 @@ def adapted(kind: str, seed: int = 0, **settings):
 @torch.no_grad()
 def logits(model):
     return model(input_ids=BATCHES[0]["input_ids"], use_cache=False).logits
+
+
+def close(a, b, tolerance=1e-5):
+    return float((a - b).detach().abs().max()) <= tolerance * float(b.abs().max())

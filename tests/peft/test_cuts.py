@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from lora_models import BATCHES, KINDS, METHODS, adapted, config, logits, stir
+from lora_models import BATCHES, KINDS, METHODS, adapted, close, config, logits, stir
 from peft import get_peft_model
 
 from hf_compressm import MimoSSMConfig, MimoSSMForSequenceClassification, compress, state_sizes
@@ -14,10 +14,6 @@ def merged_first(model, **settings):
     plain = copy.deepcopy(model).merge_and_unload()
     compress(plain, BATCHES, target=4, **settings)
     return plain
-
-
-def close(a, b, tolerance=1e-5):
-    return float((a - b).detach().abs().max()) <= tolerance * float(b.abs().max())
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -102,8 +102,17 @@ def test_default_targets_all_get_gradients(table, kind, targets):
 
 def test_what_lora_would_not_reach_is_refused():
     task = type("Task", (), {"problem": "causal_lm"})
-    with pytest.raises(ValueError, match="weight of dt_proj without calling.*in_proj, out_proj, x_proj"):
-        add_lora(make(OWN, "mamba"), task, {"target_modules": ["dt_proj"]})
+    with pytest.raises(ValueError, match="weight of dt_proj in .*without calling.*suited are in_proj, x_proj"):
+        add_lora(make(STOCK, "mamba"), task, {"target_modules": ["dt_proj"]})
+
+
+def test_own_mixers_call_every_layer():
+    task = type("Task", (), {"problem": "causal_lm"})
+    model = add_lora(make(OWN, "mamba"), task, {"target_modules": ["dt_proj"], "init_lora_weights": False})
+    ids = torch.randint(0, 50, (1, 9))
+    model(input_ids=ids, labels=ids).loss.backward()
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    assert trained and all(parameter.grad.abs().sum() > 0 for parameter in trained)
 
 
 @pytest.mark.parametrize(

@@ -22,6 +22,7 @@ from transformers.modeling_outputs import (
 )
 
 from ...layers.lru import LRU
+from ...layers.plain import innermost
 from .batch_norm import MimoSSMBatchNorm
 from .cache import MimoSSMCache
 from .configuration_mimo_ssm import MimoSSMConfig
@@ -33,7 +34,7 @@ def _make_norm(config: MimoSSMConfig) -> nn.LayerNorm | MimoSSMBatchNorm:
 
 
 def _normalise(norm: nn.LayerNorm | MimoSSMBatchNorm, x: Tensor, mask: Tensor | None) -> Tensor:
-    return norm(x, mask) if isinstance(norm, MimoSSMBatchNorm) else norm(x)
+    return norm(x, mask) if isinstance(innermost(norm), MimoSSMBatchNorm) else norm(x)
 
 
 class MimoSSMBlock(GradientCheckpointingLayer):
@@ -242,7 +243,8 @@ class MimoSSMModel(MimoSSMPreTrainedModel):
                 raise ValueError("this model reads input_ids, since its config has vocab_size; got input_values")
             if input_values.ndim != 3 or input_values.shape[2] != channels:
                 raise ValueError(f"input_values must have shape (B, L, {channels}), got {tuple(input_values.shape)}")
-            return self.embeddings(input_values.to(self.embeddings.weight.dtype))
+            weight = innermost(self.embeddings).weight  # of integers if it is quantised
+            return self.embeddings(input_values.to(weight.dtype) if weight.is_floating_point() else input_values)
         return given[0]
 
 
