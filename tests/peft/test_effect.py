@@ -1,4 +1,4 @@
-"""Adapters, hooks and parametrisations take effect on every layer of a mixer, also where its weight is used directly."""
+"""Adapters, hooks and parametrisations take effect on every layer of a mixer, whoever uses its weight."""
 
 import copy
 
