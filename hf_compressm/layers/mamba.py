@@ -43,7 +43,7 @@ def called_convolution(signal: Tensor, convolution: nn.Module) -> Tensor:
     return convolution(padded)[..., : signal.shape[1]].transpose(1, 2).to(signal.dtype)
 
 
-def time_steps(projection: nn.Module, step: Tensor) -> tuple[Tensor, Tensor | None]:
+def time_steps(projection: Any, step: Tensor) -> tuple[Tensor, Tensor | None]:
     """The projection (B, L, I) of (B, L, R), and the bias (I,) that the scan is to add in float32, if any is left.
 
     What is around a layer, such as an adapter, may act on its bias too: such a layer is called, and adds it itself.
