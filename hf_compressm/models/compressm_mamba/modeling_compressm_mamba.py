@@ -18,9 +18,10 @@ from transformers.models.mamba.modeling_mamba import (
 )
 
 from ...layers.mamba import CompreSSMMambaMixer
+from ..classification import SequenceClassification
+from ..known_by_name import KnownCausalLM
+from ..loading import SizesFromConfig
 from ..selective import (
-    SequenceClassification,
-    SizesFromConfig,
     embedded,
     initialise_convolution_and_output,
     make_embeddings,
@@ -80,13 +81,33 @@ class CompreSSMMambaModel(CompreSSMMambaPreTrainedModel, MambaModel):
             self.main_input_name = "input_values"
         self.post_init()
 
-    def forward(self, *args: Any, input_values: Tensor | None = None, **kwargs: Any) -> Any:
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        cache_params: Any = None,
+        use_cache: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        attention_mask: Tensor | None = None,
+        input_values: Tensor | None = None,
+        **kwargs: Any,
+    ) -> Any:
         """As transformers' `MambaModel`; also takes `input_values` (B, L, num_channels)."""
-        embeds = embedded(self.embeddings, input_values, kwargs.pop("inputs_embeds", None))
-        return MambaModel.forward(self, *args, inputs_embeds=embeds, **kwargs)
+        return MambaModel.forward(
+            self,
+            input_ids=input_ids,
+            inputs_embeds=embedded(self.embeddings, input_values, inputs_embeds),
+            cache_params=cache_params,
+            use_cache=use_cache,
+            output_hidden_states=output_hidden_states,
+            return_dict=return_dict,
+            attention_mask=attention_mask,
+            **kwargs,
+        )
 
 
-class CompreSSMMambaForCausalLM(CompreSSMMambaPreTrainedModel, MambaForCausalLM, GenerationMixin):
+class CompreSSMMambaForCausalLM(KnownCausalLM, CompreSSMMambaPreTrainedModel, MambaForCausalLM, GenerationMixin):
     """A Mamba that predicts the next token; forward and `generate` as transformers' `MambaForCausalLM`."""
 
     _tied_weights_keys = {"lm_head.weight": "backbone.embeddings.weight"}
@@ -103,15 +124,7 @@ class CompreSSMMambaForCausalLM(CompreSSMMambaPreTrainedModel, MambaForCausalLM,
 class CompreSSMMambaForSequenceClassification(SequenceClassification, CompreSSMMambaPreTrainedModel):
     """A Mamba with a linear classifier of whole sequences."""
 
-    def __init__(self, config: CompreSSMMambaConfig):
-        CompreSSMMambaPreTrainedModel.__init__(self, config)
-        num_labels: Any = config.num_labels
-        self.num_labels = num_labels
-        self.backbone = CompreSSMMambaModel(config)
-        self.score = nn.Linear(config.hidden_size, num_labels, bias=False)
-        if config.num_channels is not None:
-            self.main_input_name = "input_values"
-        self.post_init()
+    backbone_class = CompreSSMMambaModel
 
 
 __all__ = [

@@ -18,9 +18,10 @@ from transformers.models.mamba2.modeling_mamba2 import (
 )
 
 from ...layers.mamba2 import CompreSSMMamba2Mixer
+from ..classification import SequenceClassification
+from ..known_by_name import KnownCausalLM
+from ..loading import SizesFromConfig
 from ..selective import (
-    SequenceClassification,
-    SizesFromConfig,
     embedded,
     initialise_convolution_and_output,
     make_embeddings,
@@ -84,13 +85,33 @@ class CompreSSMMamba2Model(CompreSSMMamba2PreTrainedModel, Mamba2Model):
             self.main_input_name = "input_values"
         self.post_init()
 
-    def forward(self, *args: Any, input_values: Tensor | None = None, **kwargs: Any) -> Any:
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        cache_params: Any = None,
+        use_cache: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        attention_mask: Tensor | None = None,
+        input_values: Tensor | None = None,
+        **kwargs: Any,
+    ) -> Any:
         """As transformers' `Mamba2Model`; also takes `input_values` (B, L, num_channels)."""
-        embeds = embedded(self.embeddings, input_values, kwargs.pop("inputs_embeds", None))
-        return Mamba2Model.forward(self, *args, inputs_embeds=embeds, **kwargs)
+        return Mamba2Model.forward(
+            self,
+            input_ids=input_ids,
+            inputs_embeds=embedded(self.embeddings, input_values, inputs_embeds),
+            cache_params=cache_params,
+            use_cache=use_cache,
+            output_hidden_states=output_hidden_states,
+            return_dict=return_dict,
+            attention_mask=attention_mask,
+            **kwargs,
+        )
 
 
-class CompreSSMMamba2ForCausalLM(CompreSSMMamba2PreTrainedModel, Mamba2ForCausalLM, GenerationMixin):
+class CompreSSMMamba2ForCausalLM(KnownCausalLM, CompreSSMMamba2PreTrainedModel, Mamba2ForCausalLM, GenerationMixin):
     """A Mamba-2 that predicts the next token; forward and `generate` as transformers' `Mamba2ForCausalLM`."""
 
     _tied_weights_keys = {"lm_head.weight": "backbone.embeddings.weight"}
@@ -107,15 +128,7 @@ class CompreSSMMamba2ForCausalLM(CompreSSMMamba2PreTrainedModel, Mamba2ForCausal
 class CompreSSMMamba2ForSequenceClassification(SequenceClassification, CompreSSMMamba2PreTrainedModel):
     """A Mamba-2 with a linear classifier of whole sequences."""
 
-    def __init__(self, config: CompreSSMMamba2Config):
-        CompreSSMMamba2PreTrainedModel.__init__(self, config)
-        num_labels: Any = config.num_labels
-        self.num_labels = num_labels
-        self.backbone = CompreSSMMamba2Model(config)
-        self.score = nn.Linear(config.hidden_size, num_labels, bias=False)
-        if config.num_channels is not None:
-            self.main_input_name = "input_values"
-        self.post_init()
+    backbone_class = CompreSSMMamba2Model
 
 
 __all__ = [

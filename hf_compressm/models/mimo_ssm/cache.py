@@ -6,6 +6,75 @@ from typing import Any
 
 from torch import Tensor
 from transformers import Cache
+from transformers.cache_utils import LinearAttentionCacheLayerMixin
+
+
+class MimoSSMCacheLayer(LinearAttentionCacheLayerMixin):
+    """One layer's state, (B, N) complex, after the tokens seen so far; None before the first."""
+
+    is_compileable = False
+    is_croppable = False
+    dtype: Any
+    device: Any
+
+    @property
+    def state(self) -> Tensor | None:
+        return self.recurrent_states[0]
+
+    @state.setter
+    def state(self, value: Tensor | None) -> None:
+        # Assigned, not copied into place: what was returned earlier, and gradients through it, stay as they were.
+        self.recurrent_states[0] = value
+        self.is_recurrent_states_initialized[0] = self.has_previous_state[0] = value is not None
+        if value is not None:
+            self.dtype, self.device = value.dtype, value.device
+
+    @property
+    def batch_size(self) -> int:
+        """Batch size B, or -1 before the first token."""
+        return -1 if self.state is None else self.state.shape[0]
+
+    def lazy_initialization(self, *args: Any, **kwargs: Any) -> None:
+        """Nothing to do: a state is present from its first update on."""
+
+    def update_recurrent_state(self, recurrent_states: Tensor, state_idx: int = 0, **kwargs: Any) -> Tensor:
+        """Go on from this state, (B, N) complex."""
+        self.state = recurrent_states
+        return recurrent_states
+
+    def update_conv_state(self, conv_states: Tensor, state_idx: int = 0, **kwargs: Any) -> Tensor:
+        """Raise NotImplementedError: there is no convolution."""
+        raise NotImplementedError("a MimoSSM layer has no convolution whose inputs could be cached")
+
+    def update(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Raise NotImplementedError: there are no keys and values."""
+        raise NotImplementedError("a MimoSSM layer has a state in place of keys and values")
+
+    def reset(self) -> None:
+        """Forget the state."""
+        self.state = None
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Let row i go on from the state of row beam_idx[i]."""
+        self.batch_select_indices(beam_idx)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep the given rows of the batch, in the given order."""
+        if self.state is not None:
+            self.state = self.state[indices.to(self.state.device)]
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat every row of the batch."""
+        if self.state is not None:
+            self.state = self.state.repeat_interleave(repeats, dim=0)
+
+    def activate_past_recording(self) -> None:
+        """Nothing to do: earlier states are not kept, and `is_croppable` says so."""
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Raise RuntimeError unless no token is to be removed: a state does not remember the states before it."""
+        if tokens_to_remove != 0:
+            raise RuntimeError("a recurrent state cannot be rolled back; keep a copy.deepcopy of the cache instead")
 
 
 class MimoSSMCache(Cache):
@@ -15,20 +84,32 @@ class MimoSSMCache(Cache):
     present only after a convolution has written its own.
     """
 
-    def __init__(self, num_layers: int) -> None:
-        super().__init__(layers=[])
-        self.states: list[Tensor | None] = [None] * num_layers
-        self.seen_tokens = 0
+    layers: Any
 
-    def __len__(self) -> int:
-        return len(self.states)
+    def __init__(self, num_layers: int) -> None:
+        super().__init__(layers=[MimoSSMCacheLayer() for _ in range(num_layers)])
+        self.seen_tokens = 0
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}(layers={len(self)}, seen_tokens={self.seen_tokens})"
 
+    @property
+    def states(self) -> list[Tensor | None]:
+        """The state of every layer, None before the first token."""
+        return [layer.state for layer in self.layers]
+
+    @states.setter
+    def states(self, states: list[Tensor | None]) -> None:
+        for layer, state in zip(self.layers, states, strict=True):
+            layer.state = state
+
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Number of tokens that the states have seen, padding included."""
         return self.seen_tokens
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int = 0) -> tuple[int, int]:
+        """Length of a mask over all tokens seen and `query_length` new ones, and its offset, 0."""
+        return self.seen_tokens + query_length, 0
 
     def get_max_length(self, layer_idx: int | None = None) -> int:
         """-1: there is no maximum."""
@@ -36,37 +117,11 @@ class MimoSSMCache(Cache):
 
     get_max_cache_shape = get_max_length
 
-    def has_previous_state(self, layer_idx: int | None = None, state_idx: int | None = None) -> bool:
-        return self.seen_tokens > 0
-
     @property
     def is_initialized(self) -> bool:
         return self.seen_tokens > 0
 
-    @property
-    def batch_size(self) -> int:
-        """Batch size B, or -1 before the first token."""
-        return -1 if self.states[0] is None else self.states[0].shape[0]
-
     def reset(self) -> None:
         """Forget everything."""
-        self.states = [None] * len(self.states)
+        super().reset()
         self.seen_tokens = 0
-
-    def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Let row i go on from the state of row beam_idx[i]."""
-        self.batch_select_indices(beam_idx)
-
-    def batch_select_indices(self, indices: Tensor) -> None:
-        """Keep the given rows of the batch, in the given order."""
-        self.states = [
-            None if state is None else state.index_select(0, indices.to(state.device)) for state in self.states
-        ]
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        """Repeat every row of the batch."""
-        self.states = [None if state is None else state.repeat_interleave(repeats, dim=0) for state in self.states]
-
-    def crop(self, *args: Any, **kwargs: Any) -> None:
-        """Raise RuntimeError: a state does not remember the states before it."""
-        raise RuntimeError("a recurrent state cannot be rolled back; keep a copy.deepcopy of the cache instead")

@@ -8,10 +8,10 @@ from typing import Any
 from transformers import PreTrainedConfig
 from transformers.activations import ACT2FN
 
+from ..pooling import POOLINGS
 from ..remote_code import CarriesCode
 
 NORMS = ("layer", "batch")
-POOLINGS = ("mean", "last")
 
 
 class MimoSSMConfig(CarriesCode, PreTrainedConfig):

@@ -23,6 +23,10 @@ from transformers.modeling_outputs import (
 
 from ...layers.lru import LRU
 from ...layers.plain import innermost
+from ..classification import SequenceClassification, classification_loss, in_form
+from ..known_by_name import KnownCausalLM, KnownClassifier
+from ..loading import SizesFromConfig
+from ..pooling import mask_of_steps, pooled
 from .batch_norm import MimoSSMBatchNorm
 from .cache import MimoSSMCache
 from .configuration_mimo_ssm import MimoSSMConfig
@@ -72,7 +76,7 @@ class MimoSSMBlock(GradientCheckpointingLayer):
         return hidden_states, state
 
 
-class MimoSSMPreTrainedModel(PreTrainedModel):
+class MimoSSMPreTrainedModel(SizesFromConfig, PreTrainedModel):
     """Loading, saving and initialisation of all MimoSSM models."""
 
     config_class = MimoSSMConfig
@@ -115,40 +119,6 @@ class MimoSSMPreTrainedModel(PreTrainedModel):
             if isinstance(module, MimoSSMBatchNorm):
                 init.zeros_(module.running_mean)
                 init.ones_(module.running_var)
-
-    @classmethod
-    def from_pretrained(
-        cls,
-        pretrained_model_name_or_path: Any,
-        *args: Any,
-        ignore_mismatched_sizes: bool = False,
-        output_loading_info: bool = False,
-        **kwargs: Any,
-    ) -> Any:
-        """As in transformers, but an error about tensors of another size names them.
-
-        Raises:
-            RuntimeError: if tensors of the checkpoint do not have the sizes that the config says, unless
-                `ignore_mismatched_sizes`.
-        """
-        loaded: Any = super().from_pretrained(
-            pretrained_model_name_or_path,
-            *args,
-            ignore_mismatched_sizes=True,
-            output_loading_info=True,
-            **kwargs,
-        )
-        model, info = loaded
-        if info["mismatched_keys"] and not ignore_mismatched_sizes:
-            wrong = "; ".join(
-                f"{name} is {tuple(stored)} in the checkpoint, {tuple(expected)} in the model"
-                for name, stored, expected in sorted(info["mismatched_keys"])
-            )
-            raise RuntimeError(
-                f"the checkpoint {pretrained_model_name_or_path} does not fit its config, whose state_sizes "
-                f"are {model.config.state_sizes}: {wrong}"
-            )
-        return (model, info) if output_loading_info else model
 
 
 class MimoSSMModel(MimoSSMPreTrainedModel):
@@ -197,7 +167,7 @@ class MimoSSMModel(MimoSSMPreTrainedModel):
             TypeError: if `past_key_values` is not a `MimoSSMCache`.
         """
         hidden_states = self._embed(input_ids, input_values, inputs_embeds)
-        mask = _mask_of_steps(attention_mask, hidden_states)
+        mask = mask_of_steps(attention_mask, hidden_states)
         if use_cache is None:
             use_cache = self.config.use_cache and not self.training
         if output_hidden_states is None:
@@ -224,7 +194,7 @@ class MimoSSMModel(MimoSSMPreTrainedModel):
             past_key_values=cache if use_cache else None,
             hidden_states=(*collected, hidden_states) if output_hidden_states else None,
         )
-        return _as_asked(output, return_dict, self.config)
+        return in_form(output, return_dict, self.config)
 
     def _embed(self, input_ids: Tensor | None, input_values: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
         given = [x for x in (input_ids, input_values, inputs_embeds) if x is not None]
@@ -248,54 +218,14 @@ class MimoSSMModel(MimoSSMPreTrainedModel):
         return given[0]
 
 
-class MimoSSMForSequenceClassification(MimoSSMPreTrainedModel):
+class MimoSSMForSequenceClassification(SequenceClassification, MimoSSMPreTrainedModel):
     """A MimoSSM with a linear map of its pooled features to `num_labels` logits."""
 
-    def __init__(self, config: MimoSSMConfig) -> None:
-        super().__init__(config)
-        num_labels: Any = config.num_labels
-        self.num_labels = num_labels
-        self.backbone = MimoSSMModel(config)
-        self.score = nn.Linear(config.hidden_size, num_labels)
-        self.post_init()
-
-    def forward(
-        self,
-        input_ids: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        inputs_embeds: Tensor | None = None,
-        input_values: Tensor | None = None,
-        labels: Tensor | None = None,
-        output_hidden_states: bool | None = None,
-        return_dict: bool | None = None,
-        **kwargs: Any,
-    ) -> SequenceClassifierOutput | tuple:
-        """Logits (B, num_labels) of whole sequences; inputs as for `MimoSSMModel`.
-
-        Args:
-            labels: (B,) class indices, (B, num_labels) 0.0 or 1.0 for several labels at once, or (B,) or
-                (B, num_labels) floats for regression; see `config.problem_type`.
-            **kwargs: for the loss: `num_items_in_batch`, the number of label entries over which it is a mean,
-                where that is not the number in this batch.
-        """
-        outputs = self.backbone(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            inputs_embeds=inputs_embeds,
-            input_values=input_values,
-            use_cache=False,
-            output_hidden_states=output_hidden_states,
-            return_dict=True,
-        )
-        hidden_states = outputs.last_hidden_state
-        mask = _mask_of_steps(attention_mask, hidden_states)
-        logits = self.score(_pool(hidden_states, mask, self.config.pooling))
-        loss = None if labels is None else _classification_loss(self, logits, labels, kwargs)
-        output = SequenceClassifierOutput(loss=loss, logits=logits, hidden_states=outputs.hidden_states)
-        return _as_asked(output, return_dict, self.config)
+    backbone_class = MimoSSMModel
+    score_bias = True
 
 
-class MimoSSMForSequencePairClassification(MimoSSMPreTrainedModel):
+class MimoSSMForSequencePairClassification(KnownClassifier, MimoSSMPreTrainedModel):
     """One MimoSSM reads two sequences, and a small network with one hidden layer classifies the pair.
 
     It sees [x1, x2, x1 * x2, x1 - x2], where x1 and x2 are the pooled features of the two, as in the retrieval task of
@@ -307,7 +237,6 @@ class MimoSSMForSequencePairClassification(MimoSSMPreTrainedModel):
         num_labels: Any = config.num_labels
         self.num_labels = num_labels
         self.backbone = MimoSSMModel(config)
-        self.loss_type = "ForSequenceClassification"  # transformers goes by the class's name otherwise
         self.dense = nn.Linear(4 * config.hidden_size, config.hidden_size)
         self.act = ACT2FN[config.hidden_act]
         self.score = nn.Linear(config.hidden_size, num_labels)
@@ -344,17 +273,17 @@ class MimoSSMForSequencePairClassification(MimoSSMPreTrainedModel):
         }
         flat = {name: _one_by_one(name, value) for name, value in inputs.items() if value is not None}
         outputs = self.backbone(**flat, use_cache=False, output_hidden_states=output_hidden_states, return_dict=True)
-        hidden_states = outputs.last_hidden_state
-        mask = _mask_of_steps(flat.get("attention_mask"), hidden_states)
-        first, second = _pool(hidden_states, mask, self.config.pooling).unflatten(0, (-1, 2)).unbind(1)
+        features = pooled(outputs.last_hidden_state, flat.get("attention_mask"), self.config.pooling)
+        first, second = features.unflatten(0, (-1, 2)).unbind(1)
         features = torch.cat([first, second, first * second, first - second], dim=-1)
         logits = self.score(self.act(self.dense(features)))
-        loss = None if labels is None else _classification_loss(self, logits, labels, kwargs)
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        loss = None if labels is None else classification_loss(self, logits, labels, **kwargs)
         output = SequenceClassifierOutput(loss=loss, logits=logits, hidden_states=outputs.hidden_states)
-        return _as_asked(output, return_dict, self.config)
+        return in_form(output, return_dict, self.config)
 
 
-class MimoSSMForCausalLM(MimoSSMPreTrainedModel, GenerationMixin):
+class MimoSSMForCausalLM(KnownCausalLM, MimoSSMPreTrainedModel, GenerationMixin):
     """A MimoSSM that predicts the next token; `generate` needs constant memory and time per token."""
 
     _tied_weights_keys = {"lm_head.weight": "backbone.embeddings.weight"}
@@ -414,7 +343,7 @@ class MimoSSMForCausalLM(MimoSSMPreTrainedModel, GenerationMixin):
             past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
         )
-        return _as_asked(output, return_dict, self.config)
+        return in_form(output, return_dict, self.config)
 
 
 def _one_by_one(name: str, pairs: Tensor) -> Tensor:
@@ -422,49 +351,6 @@ def _one_by_one(name: str, pairs: Tensor) -> Tensor:
     if pairs.ndim < 3 or pairs.shape[1] != 2:
         raise ValueError(f"{name} must hold pairs, with shape (B, 2, L) or (B, 2, L, ...); got {tuple(pairs.shape)}")
     return pairs.flatten(0, 1)
-
-
-def _classification_loss(model: Any, logits: Tensor, labels: Tensor, settings: dict[str, Any]) -> Tensor:
-    """transformers' loss for the config's problem, as a mean over `num_items_in_batch` if the settings have it."""
-    loss = model.loss_function(labels=labels, pooled_logits=logits, config=model.config, **settings)
-    num_items = settings.get("num_items_in_batch")
-    if num_items is not None and model.config.problem_type != "single_label_classification":
-        # For these problems transformers' loss is the mean over this batch in any case.
-        loss = loss * (labels.numel() / num_items)
-    return loss
-
-
-def _mask_of_steps(attention_mask: Tensor | None, hidden_states: Tensor) -> Tensor | None:
-    """(B, L) bool for the present steps from a mask that may reach back over cached ones."""
-    if attention_mask is None:
-        return None
-    B, L = hidden_states.shape[:2]
-    if attention_mask.ndim != 2 or attention_mask.shape[0] != B or attention_mask.shape[1] < L:
-        raise ValueError(
-            f"attention_mask must have shape (B, L) = {(B, L)}, or more columns for cached positions; got "
-            f"{tuple(attention_mask.shape)}"
-        )
-    return attention_mask[:, -L:].bool()
-
-
-def _pool(hidden_states: Tensor, mask: Tensor | None, pooling: str) -> Tensor:
-    """(B, L, H) -> (B, H) over real positions. The mean of no positions is zero."""
-    if pooling == "last":
-        if mask is None:
-            return hidden_states[:, -1]
-        positions = torch.arange(hidden_states.shape[1], device=mask.device)
-        last = (mask * positions).argmax(1)
-        return hidden_states[torch.arange(len(last), device=last.device), last]
-    # Half precision loses the small terms of long sums.
-    dtype = torch.promote_types(hidden_states.dtype, torch.float32)
-    if mask is None:
-        return hidden_states.mean(1, dtype=dtype).to(hidden_states.dtype)
-    total = hidden_states.masked_fill(~mask[:, :, None], 0).sum(1, dtype=dtype)
-    return (total / mask.sum(1, keepdim=True).clamp(min=1)).to(hidden_states.dtype)
-
-
-def _as_asked(output: Any, return_dict: bool | None, config: MimoSSMConfig) -> Any:
-    return output if (config.return_dict if return_dict is None else return_dict) else output.to_tuple()
 
 
 __all__ = [

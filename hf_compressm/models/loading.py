@@ -1,0 +1,42 @@
+"""Loading that refuses tensors which do not have the sizes that the config says."""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+class SizesFromConfig:
+    """Mixin: `from_pretrained` refuses tensors of other sizes than the config says, instead of drawing new ones."""
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: Any,
+        *args: Any,
+        ignore_mismatched_sizes: bool = False,
+        output_loading_info: bool = False,
+        **kwargs: Any,
+    ) -> Any:
+        """As in transformers, but an error about tensors of another size names them.
+
+        Raises:
+            RuntimeError: if tensors of the checkpoint do not have the sizes that the config says, or state matrices
+                are missing, unless `ignore_mismatched_sizes`.
+        """
+        loaded: Any = super().from_pretrained(  # type: ignore[misc]
+            pretrained_model_name_or_path, *args, ignore_mismatched_sizes=True, output_loading_info=True, **kwargs
+        )
+        model, info = loaded
+        wrong = [
+            f"{name} is {tuple(stored)} in the checkpoint, {tuple(expected)} in the model"
+            for name, stored, expected in sorted(info["mismatched_keys"])
+        ]
+        matrices = ("read_in", "read_out")
+        wrong += [f"{name} is missing" for name in sorted(info["missing_keys"]) if name.endswith(matrices)]
+        wrong += [f"{name} has no place" for name in sorted(info["unexpected_keys"]) if name.endswith(matrices)]
+        if wrong and not ignore_mismatched_sizes:
+            raise RuntimeError(
+                f"the checkpoint {pretrained_model_name_or_path} does not fit its config, whose state_sizes are "
+                f"{model.config.state_sizes}: {'; '.join(wrong)}"
+            )
+        return (model, info) if output_loading_info else model

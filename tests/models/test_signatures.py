@@ -1,0 +1,42 @@
+"""Forward passes take what those of the stock classes take, by position and by name."""
+
+import inspect
+
+import pytest
+import torch
+from own_models import CAUSAL, CLASSIFIERS, MODELS, Own
+from transformers import Mamba2ForCausalLM, Mamba2Model, MambaForCausalLM, MambaModel
+
+STOCK = {f"CompreSSM{cls.__name__}": cls for cls in (MambaModel, Mamba2Model, MambaForCausalLM, Mamba2ForCausalLM)}
+
+
+def parameters(cls):
+    return inspect.signature(cls.forward).parameters
+
+
+@pytest.mark.parametrize("name", (*MODELS, *CAUSAL, *CLASSIFIERS))
+def test_arguments_are_written_out(name):
+    found = parameters(Own(name).cls)
+    assert not any(each.kind is inspect.Parameter.VAR_POSITIONAL for each in found.values())
+    assert list(found)[1] == "input_ids" and "attention_mask" in found
+    assert ("labels" in found) is not name.endswith("Model")
+    assert ("input_values" in found) is not name.endswith("ForCausalLM")
+
+
+@pytest.mark.parametrize("name", STOCK)
+def test_positions_are_those_of_the_stock_class(name):
+    ours, stock = (parameters(cls) for cls in (Own(name).cls, STOCK[name]))
+    named = [key for key, each in stock.items() if each.kind is inspect.Parameter.POSITIONAL_OR_KEYWORD]
+    assert list(ours)[: len(named)] == named
+    assert all(ours[key].default == stock[key].default for key in named)
+
+
+@pytest.mark.parametrize("name", [name for name in MODELS if name in STOCK])
+def test_further_arguments_by_position(name):
+    model = Own(name).model().eval()
+    ids = Own(name).ids(2)
+    embeds = model.embeddings(ids)
+    expected = model(ids, use_cache=True)
+    assert torch.equal(model(None, embeds).last_hidden_state, expected.last_hidden_state)
+    found = model(ids, None, None, True, True, False)  # use_cache, output_hidden_states, return_dict
+    assert isinstance(found, tuple) and torch.equal(found[0], expected[0]) and len(found[-1]) == 3
