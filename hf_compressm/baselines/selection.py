@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from ..layers.lru import LRU
 from ..reduction import DiagonalSystem
 from ..surgery import ReductionError, Signals, find_mixers, gather_statistics, selective_signals
+from ..surgery.selective import real_tokens
 
 METHODS = ("first", "random", "ghost", "mean_lti", "last", "aire", "sparse_ssm")
 LTI_METHODS = ("first", "random", "last", "aire")
@@ -28,7 +29,7 @@ class RivalStatistics:
 
     Attributes:
         energy: float64 (G, N), sum of h^2 c^2 over tokens and channels.
-        squares: float64 (L, I, N), sum of h^2 over sequences, by time step; L is that of the longest batch.
+        squares: float64 (L, I, N), sum of h^2 over sequences, by real tokens before; L is that of the longest sequence.
         step: float64 (I,), B, C: float64 (G, N), sums over tokens.
         tokens: number of tokens.
     """
@@ -46,20 +47,20 @@ class RivalStatistics:
     def observe(self, mixer: nn.Module, hidden_states: Tensor, attention_mask: Tensor | None) -> None:
         signals: Signals = selective_signals(mixer, hidden_states, attention_mask)
         batch, length, channels = signals.u.shape
-        mask = signals.u.new_ones(batch, length) if attention_mask is None else attention_mask[:, -length:]
-        counted = mask.to(signals.u.device, torch.float32)[..., None]
+        real = real_tokens(attention_mask, batch, length, signals.u.device)
+        counted, rank = real.float()[..., None], (real.long().cumsum(1) - 1).clamp(min=0)
         groups, size = signals.B.shape[2:]
         state = signals.u.new_zeros(batch, groups, channels // groups, size, dtype=torch.float32)
         rates = signals.A.view(groups, channels // groups, -1)
-        squares = []
+        squares = state.new_zeros(int(real.sum(1).max()), channels, size, dtype=torch.float64)
         for t in range(length):
             step = signals.dt[:, t].view(batch, groups, -1, 1)
             drive = step * signals.u[:, t].float().view(batch, groups, -1, 1)
             state.mul_((step * rates).exp()).addcmul_(drive, signals.B[:, t, :, None].float())
             square = state.square() * counted[:, t, :, None, None]
             self.energy = self.energy + (square.sum(2) * signals.C[:, t].float().square()).sum(0).double()
-            squares.append(square.sum(0).flatten(0, 1))
-        self.squares = _sum_by_step(self.squares, torch.stack(squares).double())
+            squares.index_add_(0, rank[real[:, t], t], square[real[:, t]].flatten(1, 2).double())
+        self.squares = _sum_by_step(self.squares, squares)
         self.step = self.step + (signals.dt * counted).sum((0, 1)).double()
         self.B = self.B + (signals.B * counted[..., None]).sum((0, 1)).double()
         self.C = self.C + (signals.C * counted[..., None]).sum((0, 1)).double()

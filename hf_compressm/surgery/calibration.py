@@ -100,7 +100,7 @@ def _check(sites: list[MixerSite], gathered: Mapping[str, Statistics], count: in
     for site in sites:
         if site.name in gathered and gathered[site.name].tokens < site.state_size:
             raise ValueError(
-                f"the calibration data is too short: {gathered[site.name].tokens} tokens cannot rank the "
+                f"the calibration data is too short: {gathered[site.name].tokens} real tokens cannot rank the "
                 f"{site.state_size} states of {site.name}. Pass more or longer batches."
             )
 
@@ -109,9 +109,8 @@ def _check(sites: list[MixerSite], gathered: Mapping[str, Statistics], count: in
 def _observing(sites: list[MixerSite], gathered: Mapping[str, Statistics]) -> Iterator[None]:
     def hook(site: MixerSite):
         def observe(mixer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            hidden_states = args[0] if args else kwargs["hidden_states"]
             try:
-                gathered[site.name].observe(mixer, hidden_states, kwargs.get("attention_mask"))
+                gathered[site.name].observe(mixer, *_inputs_of(mixer, args, kwargs))
             except ReductionError as error:
                 raise ReductionError(f"{site.name}: {error}") from error
 
@@ -131,7 +130,8 @@ def _observing(sites: list[MixerSite], gathered: Mapping[str, Statistics]) -> It
 def _recording(sites: list[MixerSite], recordings: dict[str, Recording] | None) -> Iterator[None]:
     def hook(site: MixerSite, recording: Recording):
         def record(mixer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
-            recording.add(args[0] if args else kwargs["hidden_states"], output, kwargs.get("attention_mask"))
+            hidden_states, mask = _inputs_of(mixer, args, kwargs)
+            recording.add(hidden_states, output, mask)
 
         return record
 
@@ -146,6 +146,14 @@ def _recording(sites: list[MixerSite], recordings: dict[str, Recording] | None) 
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _inputs_of(mixer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, Tensor | None]:
+    """Hidden states and attention mask that a mixer is called with."""
+    if len(args) > 1:
+        kwargs = inspect.signature(mixer.forward).bind(*args, **kwargs).arguments
+        args = ()
+    return args[0] if args else kwargs["hidden_states"], kwargs.get("attention_mask")
 
 
 @contextmanager

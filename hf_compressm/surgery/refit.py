@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from .adapters import MixerReduction, MixerSite, ReductionError
 from .resize import replace_parameters
+from .selective import real_tokens
 
 STEPS = 60
 """Optimizer steps of a refit by default."""
@@ -32,7 +33,7 @@ class Recording:
 
     Attributes:
         inputs, outputs: per batch, (B, L, H).
-        masks: per batch, (B, L) or None.
+        masks: per batch, (B, L), False at padding, or None.
     """
 
     inputs: list[Tensor] = field(default_factory=list)
@@ -43,12 +44,16 @@ class Recording:
     def add(self, hidden_states: Tensor, output: Tensor, mask: Tensor | None) -> None:
         """Take in a batch, whole sequences as far as there is room; the first one always has room."""
         batch, length = hidden_states.shape[:2]
+        if mask is not None:
+            mask = real_tokens(mask, batch, length, hidden_states.device)
+            rows = mask.any(1)
+            hidden_states, output, mask, batch = hidden_states[rows], output[rows], mask[rows], int(rows.sum())
         room = batch if not self.tokens else min(batch, (TOKENS - self.tokens) // length)
         room = min(room, max(TOKENS // length, 1))
         if room > 0:
             self.inputs.append(hidden_states[:room].detach().cpu())
             self.outputs.append(output[:room].detach().cpu())
-            self.masks.append(None if mask is None else mask[:room, -length:].detach().cpu())
+            self.masks.append(None if mask is None else mask[:room].cpu())
             self.tokens += room * length
 
     def batches(self) -> list[tuple[Tensor, Tensor, Tensor | None]]:
@@ -111,7 +116,8 @@ def _descend(
     optimizer = torch.optim.Adam([{"params": [p], "lr": rates[name]} for name, p in fitted.items()])
     for step in range(steps):
         optimizer.zero_grad()
-        _relative_error(mixer, *portions[step % len(portions)]).backward()
+        miss, scale = _miss(mixer, *portions[step % len(portions)])
+        (miss / scale.clamp(min=1e-30)).backward()
         for (name, parameter), group in zip(fitted.items(), optimizer.param_groups, strict=True):
             assert parameter.grad is not None
             kept = torch.zeros_like(parameter.grad)
@@ -121,16 +127,19 @@ def _descend(
         optimizer.step()
 
 
-def _relative_error(mixer: nn.Module, inputs: Tensor, outputs: Tensor, mask: Tensor | None) -> Tensor:
+def _miss(mixer: nn.Module, inputs: Tensor, outputs: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Sums of squares, over real tokens, of the deviation from the recorded outputs and of these outputs."""
     device = next(mixer.parameters()).device
     inputs, outputs = inputs.to(device).float(), outputs.to(device).float()
     mask = None if mask is None else mask.to(device)
     miss = mixer(inputs, attention_mask=mask) - outputs
     if mask is not None:
         miss, outputs = miss * mask[..., None], outputs * mask[..., None]
-    return miss.square().sum() / outputs.square().sum().clamp(min=1e-30)
+    return miss.square().sum(), outputs.square().sum()
 
 
 @torch.no_grad()
 def _error(mixer: nn.Module, portions: list[tuple[Tensor, Tensor, Tensor | None]]) -> Tensor:
-    return torch.stack([_relative_error(mixer, *portion) for portion in portions]).mean()
+    """Relative error over all portions together: one with few real tokens weighs little."""
+    misses, scales = zip(*(_miss(mixer, *portion) for portion in portions), strict=True)
+    return torch.stack(misses).sum() / torch.stack(scales).sum().clamp(min=1e-30)

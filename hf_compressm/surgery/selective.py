@@ -17,7 +17,9 @@ from ..reduction import empirical_singular_values, select_subset
 from .adapters import ReductionError, find_mixers
 
 STRIDE = 8
-"""Every how many tokens the states are looked at. Neighbouring states are nearly alike, and each look costs N^2."""
+"""How many tokens a look at the states stands for, at most: neighbouring states are alike, and each look costs N^2."""
+_GOLDEN = 2654435769
+"""2^32 divided by the golden ratio: its multiples modulo 2^32 are spread evenly."""
 
 
 @dataclass(frozen=True)
@@ -49,18 +51,60 @@ def selective_signals(mixer: nn.Module, hidden_states: Tensor, attention_mask: T
     return statistics.signals(mixer, hidden_states, attention_mask)
 
 
+def real_tokens(attention_mask: Tensor | None, batch: int, length: int, device: Any) -> Tensor:
+    """Which tokens are not padding: bool (B, L). A mask may be longer than L: its last L columns count.
+
+    Raises:
+        ValueError: if the mask is not (B, at least L) or (1, at least L), of any dtype, zero at padding.
+    """
+    if attention_mask is None:
+        return torch.ones(1, 1, dtype=torch.bool, device=device).expand(batch, length)
+    shape = tuple(attention_mask.shape)
+    if len(shape) != 2 or shape[0] not in (1, batch) or shape[1] < length:
+        raise ValueError(
+            f"a selective layer got hidden states of {batch} sequences and {length} tokens with an attention mask "
+            f"{shape}; it must be ({batch}, {length}), zero at padding"
+        )
+    return (attention_mask[:, -length:] != 0).to(device).expand(batch, -1)
+
+
+def look_weights(real: Tensor, stride: int = STRIDE) -> Tensor:
+    """At which tokens to look at the states, and how many tokens each look stands for. bool (B, L) -> float32 (B, L).
+
+    The real tokens of a sequence, wherever its padding is, are divided into stretches of 1, 1, 1, 1, 2, 2, 4, 4, ...
+    tokens up to `stride`, and of `stride` from there on; the last one may be shorter. There is one look in each, which
+    weighs as much as the stretch has tokens. So weights sum to the number of real tokens, sequences of any length count
+    in proportion, and what is chosen in one depends on no other. Stretches are short at the beginning of a sequence,
+    where states change most. The place within a stretch moves on by the golden ratio from one to the next: over many of
+    them each place is as likely as another, without a period that the data may share.
+
+    Args:
+        real: which tokens are not padding.
+        stride: a power of two.
+    """
+    sizes = [1, 1, *(2**k for k in range(stride.bit_length() - 1) for _ in range(2))]  # 2 * stride tokens in all
+    ends = torch.tensor(sizes, device=real.device).cumsum(0)
+    rank = real.long().cumsum(1) - 1
+    index = torch.where(rank < 2 * stride, torch.bucketize(rank, ends, right=True), len(sizes) - 2 + rank // stride)
+    size = torch.tensor([*sizes, stride], device=real.device)[index.clamp(max=len(sizes))]
+    start = rank // size * size
+    size = torch.minimum(size, real.sum(1, keepdim=True) - start)
+    place = ((index * _GOLDEN + 2**29) % 2**32 * size) >> 32
+    return torch.where(real & (rank - start == place), size, 0).float()
+
+
 class SelectiveStatistics:
-    """Sums over tokens from which the empirical Gramians of a selective layer follow.
+    """Sums over tokens, padding left out, from which the empirical Gramians of a selective layer follow.
 
     Args:
         signals: function of a mixer, its hidden states and its mask that gives `Signals`.
 
     Attributes:
-        states: float64 (G, N, N), sum of h h^T over the tokens looked at and the channels of a group.
+        states: float64 (G, N, N), sum of h h^T over tokens and the channels of a group, estimated by `look_weights`.
         read_outs: float64 (G, N, N), sum of c c^T over tokens.
         drives: float64 (G, N), sum of b^2 over tokens.
         looked: number of tokens looked at for `states`.
-        tokens: number of tokens for the others.
+        tokens: number of tokens.
     """
 
     def __init__(self, signals: Any):
@@ -72,12 +116,11 @@ class SelectiveStatistics:
 
     @torch.no_grad()
     def observe(self, mixer: nn.Module, hidden_states: Tensor, attention_mask: Tensor | None) -> None:
+        real = real_tokens(attention_mask, *hidden_states.shape[:2], hidden_states.device)
         signals: Signals = self.signals(mixer, hidden_states, attention_mask)
-        length = signals.u.shape[1]
-        mask = None if attention_mask is None else attention_mask[:, -length:].to(signals.u.device)
-        stride = min(STRIDE, length)
-        states = state_gramian(signals.u, signals.dt, signals.A, signals.B, mask, stride)
-        counted = 1 if mask is None else mask[..., None, None]
+        weights = look_weights(real)
+        states = state_gramian(signals.u, signals.dt, signals.A, signals.B, weights)
+        counted = real[..., None, None]
         rows = (signals.C.float() * counted).flatten(0, 1).transpose(0, 1)
         read_outs = (rows.mT @ rows).double()
         drives = (signals.B.float() * counted).square().sum((0, 1)).double()
@@ -86,9 +129,8 @@ class SelectiveStatistics:
         self.states = states if self.states is None else self.states + states
         self.read_outs = read_outs if self.read_outs is None else self.read_outs + read_outs
         self.drives = drives if self.drives is None else self.drives + drives
-        ones = torch.ones(signals.u.shape[:2]) if mask is None else mask
-        self.tokens += int(ones.sum())
-        self.looked += int(ones[:, stride - 1 :: stride].sum())
+        self.tokens += int(real.sum())
+        self.looked += int(weights.count_nonzero())
 
     def sum_with(self, all_reduce: Callable[[Tensor], Any]) -> None:
         """Sum everything over processes, in place, by a function that does so for one tensor."""
@@ -122,8 +164,8 @@ class SelectiveMeasurement:
             raise ValueError("selective layers are measured on calibration data; pass its statistics")
         assert statistics.read_outs is not None and statistics.drives is not None
         tokens = max(statistics.tokens, 1)
-        G = statistics.states / max(statistics.looked, 1)
-        return cls(G.cpu(), (statistics.read_outs / tokens).cpu(), (statistics.drives / tokens).cpu())
+        sums = (statistics.states, statistics.read_outs, statistics.drives)
+        return cls(*((found / tokens).cpu() for found in sums))
 
     def spectrum(self) -> Tensor:
         """Empirical Hankel singular values, root of the sum of squares over groups at equal rank."""

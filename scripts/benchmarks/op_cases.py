@@ -20,7 +20,7 @@ from hf_compressm.ops.diag_scan import diag_scan
 from hf_compressm.ops.selective_scan import selective_scan
 from hf_compressm.ops.ssd_scan import ssd_scan
 from hf_compressm.ops.state_statistics import state_gramian
-from hf_compressm.surgery.selective import STRIDE
+from hf_compressm.surgery.selective import look_weights
 
 SMALL = (2, 67, 24)
 TOLERANCE = {"float64": 1e-9, "float32": 1e-4, "float16": 5e-3, "bfloat16": 3e-2}
@@ -110,17 +110,22 @@ def _ssd_outputs(tensors: dict[str, Any], backend: str | None) -> tuple[Tensor, 
 
 
 def _gramian_outputs(tensors: dict[str, Any], backend: str | None) -> tuple[Tensor, ...]:
-    return (state_gramian(**tensors, stride=STRIDE, backend=backend),)
+    return (state_gramian(**tensors, weights=_weights(tensors["u"]), backend=backend),)
+
+
+def _weights(u: Tensor) -> Tensor:
+    return look_weights(torch.ones(u.shape[:2], dtype=torch.bool, device=u.device))
 
 
 def _exact_gramian(tensors: dict[str, Tensor]) -> tuple[Tensor, ...]:
     u, dt, A, B = tensors.values()
     state, total = u.new_zeros(len(u), *A.shape), u.new_zeros(1, A.shape[1], A.shape[1])
+    weights = _weights(u).to(u.dtype)
     for step in range(u.shape[1]):
         drive = (dt[:, step] * u[:, step])[..., None] * B[:, step]
         state = (dt[:, step, :, None] * A).exp() * state + drive
-        if step % STRIDE == STRIDE - 1:
-            total += torch.einsum("bin,bim->nm", state, state)
+        if weights[0, step]:
+            total += torch.einsum("b,bin,bim->nm", weights[:, step], state, state)
     return (total,)
 
 

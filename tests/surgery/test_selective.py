@@ -54,7 +54,7 @@ def test_statistics_add_up_over_batches_and_padding_does_not_count(kind):
         for found in (parts[name], masked[name]):
             assert torch.allclose(found.states, expected.states, rtol=1e-4, atol=1e-9)
             assert torch.allclose(found.read_outs, expected.read_outs, rtol=1e-4)
-            assert (found.tokens, found.looked) == (expected.tokens, expected.looked) == (40, 4)
+            assert (found.tokens, found.looked) == (expected.tokens, expected.looked) == (40, 18)
 
 
 def test_accumulators_and_recordings_do_not_grow():
@@ -179,7 +179,11 @@ def test_a_refit_that_does_not_help_is_dropped():
     [
         (None, ValueError, "pass calibration batches"),
         ([], ValueError, "empty: it yielded no batch"),
-        ([{"input_ids": IDS[:1, :2]}], ValueError, "too short: 2 tokens cannot rank the 8 states of backbone.layers.0"),
+        (
+            [{"input_ids": IDS[:1, :2]}],
+            ValueError,
+            "too short: 2 real tokens cannot rank the 8 states of backbone.layers.0",
+        ),
         ([{"input_ids": IDS, "tokens": IDS}], ValueError, "tokens is not taken by MambaForCausalLM.forward"),
         (
             [{"attention_mask": IDS}],

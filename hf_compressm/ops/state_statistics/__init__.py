@@ -16,11 +16,10 @@ def state_gramian(
     dt: Tensor,
     A: Tensor,
     B: Tensor,
-    mask: Tensor | None = None,
-    stride: int = 1,
+    weights: Tensor | None = None,
     backend: str | None = None,
 ) -> Tensor:
-    """Sum of h_t h_t^T over batch, channels and every `stride`-th time step of a selective scan.
+    """Weighted sum of h_t h_t^T over batch, channels and time steps of a selective scan.
 
     h_t = exp(dt_t A) h_{t-1} + dt_t u_t B_t per channel, from h_{-1} = 0. Channels are split into G groups of
     neighbours, each with its own B: one group in Mamba, `n_groups` in Mamba-2, whose heads and head channels are the
@@ -31,8 +30,8 @@ def state_gramian(
         dt: (batch, L, I), >= 0: step sizes, after softplus.
         A: (I, N), or (I, 1) where all states of a channel decay alike; usually negative.
         B: (batch, L, G, N), with I divisible by G.
-        mask: (batch, L), 1 for tokens that count and 0 for padding; all count if None.
-        stride: every how many steps the states are looked at, >= 1. Looking at fewer costs less.
+        weights: (batch, L), any dtype, >= 0: how often h_t h_t^T counts; once if None. States of weight 0 are not
+            looked at, which saves most of the work.
         backend: "naive", "cpu" (Numba) or "triton"; chosen by device if None. The environment variable
             HF_COMPRESSM_STATE_GRAMIAN forces one as well.
 
@@ -51,30 +50,28 @@ def state_gramian(
         raise ValueError(f"B must be ({batch}, {length}, G, N) with G a divisor of {channels}, got {tuple(B.shape)}")
     if A.shape not in ((channels, B.shape[3]), (channels, 1)):
         raise ValueError(f"A must be ({channels}, {B.shape[3]}) or ({channels}, 1), got {tuple(A.shape)}")
-    if mask is not None and mask.shape != u.shape[:2]:
-        raise ValueError(f"mask must be {tuple(u.shape[:2])}, got {tuple(mask.shape)}")
-    if stride < 1:
-        raise ValueError(f"stride must be at least 1, got {stride}")
-    given = [tensor for tensor in (u, dt, A, B, mask) if tensor is not None]
+    if weights is not None and weights.shape != u.shape[:2]:
+        raise ValueError(f"weights must be {tuple(u.shape[:2])}, got {tuple(weights.shape)}")
+    given = [tensor for tensor in (u, dt, A, B, weights) if tensor is not None]
     if len(devices := {tensor.device for tensor in given}) > 1:
         raise ValueError(f"all tensors must be on one device; got {', '.join(sorted(map(str, devices)))}")
     backend = choose_backend("state_gramian", backend, u.device.type)
-    return _gramian(*(None if t is None else t.detach() for t in (u, dt, A, B, mask)), stride, backend)
+    return _gramian(*(None if t is None else t.detach() for t in (u, dt, A, B, weights)), backend)
 
 
 @torch.library.custom_op("hf_compressm::state_gramian", mutates_args=())
-def _gramian(u: Tensor, dt: Tensor, A: Tensor, B: Tensor, mask: Tensor | None, stride: int, backend: str) -> Tensor:
+def _gramian(u: Tensor, dt: Tensor, A: Tensor, B: Tensor, weights: Tensor | None, backend: str) -> Tensor:
     if backend == "naive":
-        return naive_state_gramian(u, dt, A, B, mask, stride)
+        return naive_state_gramian(u, dt, A, B, weights)
     if backend == "triton":
         from .triton import state_gramian as on_gpu
 
-        return on_gpu(u, dt, A, B, mask, stride)
+        return on_gpu(u, dt, A, B, weights)
     from .cpu import state_gramian as on_cpu
 
-    return on_cpu(u, dt, A, B, mask, stride)
+    return on_cpu(u, dt, A, B, weights)
 
 
 @_gramian.register_fake
-def _(u: Tensor, dt: Tensor, A: Tensor, B: Tensor, mask: Tensor | None, stride: int, backend: str) -> Tensor:
+def _(u: Tensor, dt: Tensor, A: Tensor, B: Tensor, weights: Tensor | None, backend: str) -> Tensor:
     return u.new_empty(B.shape[2], B.shape[3], B.shape[3], dtype=torch.float64)

@@ -21,7 +21,7 @@ STRETCH_BYTES = 1 << 22
 TILE = 32
 """Rows of a product; of a symmetric matrix only the tiles up to the diagonal are computed."""
 # Rows of the table of tensors: address and the strides of its first three dimensions in bytes; address 0 for none.
-U, DT, A_, B_, MASK, CARRY, SEEN = range(7)
+U, DT, A_, B_, WEIGHTS, CARRY, SEEN = range(7)
 
 
 @njit(inline="always")
@@ -30,9 +30,9 @@ def _place(table, which, i, j):
 
 
 @njit(nogil=True, fastmath=FAST, cache=True)
-def _states_kernel(begin, end, table, start, stop, channels, groups, size, rates, stride, like):
-    # Goes on from the states in CARRY (B, blocks, N, 16) through the time steps from start to stop, and writes those
-    # looked at, times the mask, into SEEN (G, N, B, looks, I / G).
+def _states_kernel(begin, end, table, places, start, stop, channels, groups, size, rates, like):
+    # Goes on from the states in CARRY (B, blocks, N, 16) through the time steps from start to stop, and writes those of
+    # nonzero WEIGHTS (B, L), times the weight, into SEEN (G, N, looks, I / G), a sequence b from places[b] on.
     item = bytes_of(like)
     vector = LANES * item
     width = channels // groups
@@ -48,15 +48,13 @@ def _states_kernel(begin, end, table, start, stop, channels, groups, size, rates
         for n in range(rates):
             rate = gather(_place(table, A_, g * width + first, n), table[A_, 1], count, like) * LOG2E
             store(slopes + n * vector, rate)
-        seen = table[SEEN, 0] + g * table[SEEN, 1] + b * table[SEEN, 3] + first * item
+        seen = table[SEEN, 0] + g * table[SEEN, 1] + places[b] * table[SEEN, 3] + first * item
         for t in range(start, stop):
             dt = gather(_place(table, DT, b, t) + at, item, count, like)
             drive = dt * gather(_place(table, U, b, t) + at, item, count, like)
             row = table[B_, 0] + b * table[B_, 1] + t * table[B_, 2] + g * table[B_, 3]
-            looked = t % stride == stride - 1
-            weight = full(like, 1.0)
-            if looked and table[MASK, 0] != 0:
-                weight = full(like, read(_place(table, MASK, b, t), like))
+            factor = read(_place(table, WEIGHTS, b, t), like)
+            looked, weight = factor != 0, full(like, factor)
             decay = exp2(dt * load(slopes, like))
             for n in range(size):
                 if rates > 1:
@@ -74,31 +72,42 @@ def _states_kernel(begin, end, table, start, stop, channels, groups, size, rates
 
 
 @torch.no_grad()
-def state_gramian(u: Tensor, dt: Tensor, A: Tensor, B: Tensor, mask: Tensor | None, stride: int) -> Tensor:
+def state_gramian(u: Tensor, dt: Tensor, A: Tensor, B: Tensor, weights: Tensor | None) -> Tensor:
     """float64 (G, N, N), see `state_gramian` of the package; products in float32, their sums in float64."""
     batch, length, channels = u.shape
     groups, size = B.shape[2:]
     width = channels // groups
     blocks = -(-width // LANES)
+    weights = torch.ones(1, 1).expand(batch, length) if weights is None else weights.float()
     inputs = {U: _rows(u), DT: _rows(dt), A_: A.float().contiguous(), B_: _rows(B)}
-    if mask is not None:
-        inputs[MASK] = mask.float().contiguous()
+    inputs[WEIGHTS] = weights.sqrt()  # of both factors of a product
     inputs[CARRY] = torch.zeros(batch, groups, blocks, size, LANES)
-    looks = max(1, STRETCH_BYTES // (4 * groups * size * batch * width))
-    looks = min(looks, max(1, length // stride))
-    seen = torch.empty(groups, size, batch, looks, width)
+    looked = weights != 0
+    stretches = _stretches(looked.sum(0).tolist(), max(1, STRETCH_BYTES // (4 * groups * size * width)))
+    storage = torch.empty(max((looks for *_, looks in stretches), default=0) * size * channels)
     total = torch.zeros(groups, size, size, dtype=torch.float64)
-    for start in range(0, length // stride * stride, looks * stride):
-        stop = min(start + looks * stride, length // stride * stride)
-        here = (stop - start) // stride
-        rows = seen if here == looks else seen.new_empty(groups, size, batch, here, width)
-        sizes = (start, stop, channels, groups, size, A.shape[1], stride)
-        run_units(_states_kernel, batch * groups * blocks, _table(inputs | {SEEN: rows}), *sizes, np.float32(0))
+    for start, stop, looks in stretches:
+        counts = looked[:, start:stop].sum(1)
+        rows = storage[: looks * size * channels].view(groups, size, looks, width)
+        places = (counts.cumsum(0) - counts).numpy()
+        given = (_table(inputs | {SEEN: rows}), places, start, stop, channels, groups, size, A.shape[1])
+        run_units(_states_kernel, batch * groups * blocks, *given, np.float32(0))
         flat = rows.flatten(2)
         for low in range(0, size, TILE):
             high = min(low + TILE, size)
             total[:, low:high, :high] += flat[:, low:high] @ flat[:, :high].mT
     return total.tril() + total.tril(-1).mT
+
+
+def _stretches(counts: list[int], room: int) -> list[tuple[int, int, int]]:
+    """Start, end and number of looks of stretches of time with at most `room` looks, or one step; up to the last."""
+    stretches, start, looks = [], 0, 0
+    for step, count in enumerate(counts):
+        if looks and looks + count > room:
+            stretches.append((start, step, looks))
+            start, looks = step, 0
+        looks += count
+    return [*stretches, (start, len(counts), looks)] if looks else stretches
 
 
 def _rows(tensor: Tensor) -> Tensor:

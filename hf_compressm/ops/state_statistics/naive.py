@@ -10,10 +10,8 @@ CHUNK = 16
 
 
 @torch.no_grad()
-def naive_state_gramian(
-    u: Tensor, dt: Tensor, A: Tensor, B: Tensor, mask: Tensor | None = None, stride: int = 1
-) -> Tensor:
-    """Sum of h_t h_t^T over batch, channels and every `stride`-th time step. See `state_gramian`."""
+def naive_state_gramian(u: Tensor, dt: Tensor, A: Tensor, B: Tensor, weights: Tensor | None = None) -> Tensor:
+    """Weighted sum of h_t h_t^T over batch, channels and time steps. See `state_gramian`."""
     batch, length, channels = u.shape
     groups, size = B.shape[2:]
     A = A.float().reshape(groups, channels // groups, -1)
@@ -27,9 +25,8 @@ def naive_state_gramian(
         gathered = torch.zeros_like(total, dtype=torch.float32)
         for offset in range(len(step)):
             state.mul_(decays[offset]).addcmul_(drive[offset], B[:, start + offset, :, None].float())
-            if (start + offset) % stride == stride - 1:
-                seen = state if mask is None else state * mask[:, start + offset, None, None, None].float()
-                rows = seen.transpose(0, 1).reshape(groups, -1, size)
-                gathered.baddbmm_(rows.mT, rows)
+            counted = state if weights is None else state * weights[:, start + offset, None, None, None].float()
+            rows, counted = (part.transpose(0, 1).reshape(groups, -1, size) for part in (state, counted))
+            gathered.baddbmm_(counted.mT, rows)
         total += gathered
     return total

@@ -12,21 +12,20 @@ from torch import Tensor
 from .triton_kernels import state_gramian_fwd_kernel
 
 LOG2E = 1.4426950408889634
-SCHEDULE = {"H_BLOCK": 16, "T": 2, "LOOKS": 32}
+SCHEDULE = {"H_BLOCK": 16, "T": 2, "SPAN": 256}
 WARPS = 4096
 """Beyond so many, a program takes several blocks of channels. Fixed: the order of sums depends on it."""
 
 
-def state_gramian(u: Tensor, dt: Tensor, A: Tensor, B: Tensor, mask: Tensor | None = None, stride: int = 1) -> Tensor:
-    """float64 (G, N, N): sum of h_t h_t^T over batch, channels and every `stride`-th time step. See the op.
+def state_gramian(u: Tensor, dt: Tensor, A: Tensor, B: Tensor, weights: Tensor | None = None) -> Tensor:
+    """float64 (G, N, N): weighted sum of h_t h_t^T over batch, channels and time steps. See the op.
 
     Args:
         u: (B, L, I), any float dtype and strides, as all others.
         dt: (B, L, I).
         A: (I, N) or (I, 1).
         B: (B, L, G, N).
-        mask: (B, L), any dtype.
-        stride: every how many steps the states are looked at.
+        weights: (B, L), any dtype.
     """
     groups, size = B.shape[2:]
     tile = tile_of(size)
@@ -35,7 +34,7 @@ def state_gramian(u: Tensor, dt: Tensor, A: Tensor, B: Tensor, mask: Tensor | No
     rates = (A.float() * LOG2E).contiguous()
     for diagonal in (True, False)[: min(tiles, 2)]:
         pairs = [(i, j) for i in range(tiles) for j in range(tiles) if (i == j if diagonal else i > j)]
-        sums = _launch(u, dt, rates, B, mask, stride, len(pairs), tile, diagonal).sum(2)
+        sums = _launch(u, dt, rates, B, weights, len(pairs), tile, diagonal).sum(2)
         for pair, (i, j) in enumerate(pairs):
             total[:, i * tile : (i + 1) * tile, j * tile : (j + 1) * tile] = sums[:, pair]
     total = total[:, :size, :size]
@@ -58,8 +57,7 @@ def _launch(
     dt: Tensor,
     rates: Tensor,
     B: Tensor,
-    mask: Tensor | None,
-    stride: int,
+    weights: Tensor | None,
     pairs: int,
     tile: int,
     diagonal: bool,
@@ -74,8 +72,8 @@ def _launch(
     sums = u.new_zeros(groups, pairs, triton.cdiv(units, each), tile, tile, dtype=torch.float64)
     with torch.cuda.device(u.device.index if u.is_cuda else -1):
         state_gramian_fwd_kernel[sums.shape[2], pairs, groups](
-            u, dt, rates, B, mask, sums, length, size, width, blocks, units, each, stride,
-            *u.stride(), *dt.stride(), *B.stride(), *((0, 0) if mask is None else mask.stride()),
+            u, dt, rates, B, weights, sums, length, size, width, blocks, units, each,
+            *u.stride(), *dt.stride(), *B.stride(), *((0, 0) if weights is None else weights.stride()),
             DIAGONAL=diagonal, SHARED=rates.shape[1] == 1, TILES=triton.cdiv(size, tile), TILE=tile,
             **SCHEDULE, **options(tile),
         )  # fmt: skip

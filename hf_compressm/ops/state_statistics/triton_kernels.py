@@ -1,8 +1,8 @@
 """The Triton kernel of the state Gramian: a program per share of the channels and pair of tiles of states.
 
 A program goes through time with the states of two tiles, each (H_BLOCK, TILE), in registers, and adds the products of
-those it looks at. These sums are float32 over `LOOKS` looks of one block of channels, and float64 in memory over all
-blocks of the program; the programs' sums are added in a fixed order outside.
+those of nonzero weight. These sums are float32 over `SPAN` steps of one block of channels, and float64 in memory over
+all blocks of the program; the programs' sums are added in a fixed order outside.
 
 Shapes: batch B, length L, G groups of H channels each, N states. Decays are powers of two, with rates A log2(e).
 """
@@ -24,16 +24,16 @@ def _rows(pointer, stride, offsets, within, left, T: tl.constexpr):
 
 
 @triton.jit
-def _weights(mask, stride, left, T: tl.constexpr):
-    """The mask at T steps; ones if there is none."""
-    weights = ()
+def _factors(weights, stride, left, T: tl.constexpr):
+    """The weights at T steps, zeros from step `left` on; ones if there are none."""
+    factors = ()
     for t in tl.static_range(T):
-        if mask is None:
-            weights = weights + (1.0,)
+        if weights is None:
+            factors = factors + ((t < left).to(tl.float32),)
         else:
-            weights = weights + (tl.load(mask, mask=t < left, other=0).to(tl.float32),)
-            mask += stride
-    return weights
+            factors = factors + (tl.load(weights, mask=t < left, other=0).to(tl.float32),)
+            weights += stride
+    return factors
 
 
 @triton.jit
@@ -47,13 +47,13 @@ def _rates(A, channels, states, within, size, SHARED: tl.constexpr):
     return rates
 
 
-@triton.jit(do_not_specialize=["length", "size", "width", "blocks", "units", "each", "stride"])
+@triton.jit(do_not_specialize=["length", "size", "width", "blocks", "units", "each"])
 def state_gramian_fwd_kernel(
-    u, dt, A, B, mask, sums,
-    length, size, width, blocks, units, each, stride,
-    u_b, u_t, u_h, dt_b, dt_t, dt_h, B_b, B_t, B_g, B_n, mask_b, mask_t,
+    u, dt, A, B, weights, sums,
+    length, size, width, blocks, units, each,
+    u_b, u_t, u_h, dt_b, dt_t, dt_h, B_b, B_t, B_g, B_n, w_b, w_t,
     DIAGONAL: tl.constexpr, SHARED: tl.constexpr, TILES: tl.constexpr, TILE: tl.constexpr, H_BLOCK: tl.constexpr,
-    T: tl.constexpr, LOOKS: tl.constexpr,
+    T: tl.constexpr, SPAN: tl.constexpr,
 ):  # fmt: skip
     group = tl.program_id(2).to(tl.int64)
     pair = tl.program_id(1)
@@ -83,32 +83,30 @@ def state_gramian_fwd_kernel(
         u_rows = u + b * u_b
         dt_rows = dt + b * dt_b
         B_rows = B + b * B_b + group * B_g
-        mask_rows = mask
-        if mask is not None:
-            mask_rows += b * mask_b
-        wait = stride
-        stretch = tl.cast(stride, tl.int64) * LOOKS
+        w_rows = weights
+        if weights is not None:
+            w_rows += b * w_b
         steps = _rows(dt_rows, dt_t, channels * dt_h, within, length, T)
         values = _rows(u_rows, u_t, channels * u_h, within, length, T)
         into_i = _rows(B_rows, B_t, first * B_n, first < size, length, T)
         into_j = into_i if DIAGONAL else _rows(B_rows, B_t, second * B_n, second < size, length, T)
-        weights = _weights(mask_rows, mask_t, length, T)
-        for start in range(0, tl.cast(length, tl.int64), stretch):
+        factors = _factors(w_rows, w_t, length, T)
+        for start in range(0, tl.cast(length, tl.int64), SPAN):
             total = tl.zeros([TILE, TILE], tl.float32)
-            for at in range(start, tl.minimum(start + stretch, length), T):
+            for at in range(start, tl.minimum(start + SPAN, length), T):
                 left = length - at
                 dt_rows += hop * dt_t
                 u_rows += hop * u_t
                 B_rows += hop * B_t
-                if mask is not None:
-                    mask_rows += hop * mask_t
+                if weights is not None:
+                    w_rows += hop * w_t
                 # Loaded one tile ahead, and not only for speed: where Triton sees operands of a product arise from
                 # narrower numbers within a loop, it takes tensor cores and their ten bits on Blackwell, "ieee" or not.
                 next_steps = _rows(dt_rows, dt_t, channels * dt_h, within, left - T, T)
                 next_values = _rows(u_rows, u_t, channels * u_h, within, left - T, T)
                 next_i = _rows(B_rows, B_t, first * B_n, first < size, left - T, T)
                 next_j = next_i if DIAGONAL else _rows(B_rows, B_t, second * B_n, second < size, left - T, T)
-                next_weights = _weights(mask_rows, mask_t, left - T, T)
+                next_factors = _factors(w_rows, w_t, left - T, T)
                 for t in tl.static_range(T):
                     drive = (steps[t] * values[t])[:, None]
                     decay_i = tl.exp2(steps[t][:, None] * rate_i)
@@ -116,17 +114,15 @@ def state_gramian_fwd_kernel(
                     if not DIAGONAL:
                         decay_j = decay_i if SHARED else tl.exp2(steps[t][:, None] * rate_j)
                         state_j = decay_j * state_j + drive * into_j[t][None, :]
-                    wait -= 1
-                    if (t < left) & (wait == 0):
-                        seen_i = state_i * weights[t]
-                        seen_j = seen_i if DIAGONAL else state_j * weights[t]
-                        total = tl.dot(tl.trans(seen_i), seen_j, total, input_precision="ieee")
-                    wait = tl.where(wait == 0, stride, wait)
+                    if factors[t] != 0:
+                        counted = state_i * factors[t]
+                        seen = state_i if DIAGONAL else state_j
+                        total = tl.dot(tl.trans(counted), seen, total, input_precision="ieee")
                 steps = next_steps
                 values = next_values
                 into_i = next_i
                 into_j = next_j
-                weights = next_weights
+                factors = next_factors
             tl.store(place, tl.load(place) + total.to(tl.float64))
             # Other threads of this program may read what these have just stored.
             tl.debug_barrier()
