@@ -47,7 +47,7 @@ class RivalStatistics:
     def observe(self, mixer: nn.Module, hidden_states: Tensor, attention_mask: Tensor | None) -> None:
         signals: Signals = selective_signals(mixer, hidden_states, attention_mask)
         batch, length, channels = signals.u.shape
-        real = real_tokens(attention_mask, batch, length, signals.u.device)
+        real = real_tokens(attention_mask, hidden_states)
         counted, rank = real.float()[..., None], (real.long().cumsum(1) - 1).clamp(min=0)
         groups, size = signals.B.shape[2:]
         state = signals.u.new_zeros(batch, groups, channels // groups, size, dtype=torch.float32)

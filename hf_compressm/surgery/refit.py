@@ -45,7 +45,7 @@ class Recording:
         """Take in a batch, whole sequences as far as there is room; the first one always has room."""
         batch, length = hidden_states.shape[:2]
         if mask is not None:
-            mask = real_tokens(mask, batch, length, hidden_states.device)
+            mask = real_tokens(mask, hidden_states)
             rows = mask.any(1)
             hidden_states, output, mask, batch = hidden_states[rows], output[rows], mask[rows], int(rows.sum())
         room = batch if not self.tokens else min(batch, (TOKENS - self.tokens) // length)

@@ -51,21 +51,22 @@ def selective_signals(mixer: nn.Module, hidden_states: Tensor, attention_mask: T
     return statistics.signals(mixer, hidden_states, attention_mask)
 
 
-def real_tokens(attention_mask: Tensor | None, batch: int, length: int, device: Any) -> Tensor:
-    """Which tokens are not padding: bool (B, L). A mask may be longer than L: its last L columns count.
+def real_tokens(attention_mask: Tensor | None, hidden_states: Tensor) -> Tensor:
+    """Which tokens (B, L, ...) are not padding: bool (B, L). A mask may be longer: its last L columns count.
 
     Raises:
         ValueError: if the mask is not (B, at least L) or (1, at least L), of any dtype, zero at padding.
     """
+    batch, length = hidden_states.shape[:2]
     if attention_mask is None:
-        return torch.ones(1, 1, dtype=torch.bool, device=device).expand(batch, length)
+        return torch.ones(1, 1, dtype=torch.bool, device=hidden_states.device).expand(batch, length)
     shape = tuple(attention_mask.shape)
     if len(shape) != 2 or shape[0] not in (1, batch) or shape[1] < length:
         raise ValueError(
             f"a selective layer got hidden states of {batch} sequences and {length} tokens with an attention mask "
             f"{shape}; it must be ({batch}, {length}), zero at padding"
         )
-    return (attention_mask[:, -length:] != 0).to(device).expand(batch, -1)
+    return (attention_mask[:, -length:] != 0).to(hidden_states.device).expand(batch, -1)
 
 
 def look_weights(real: Tensor, stride: int = STRIDE) -> Tensor:
@@ -116,7 +117,7 @@ class SelectiveStatistics:
 
     @torch.no_grad()
     def observe(self, mixer: nn.Module, hidden_states: Tensor, attention_mask: Tensor | None) -> None:
-        real = real_tokens(attention_mask, *hidden_states.shape[:2], hidden_states.device)
+        real = real_tokens(attention_mask, hidden_states)
         signals: Signals = self.signals(mixer, hidden_states, attention_mask)
         weights = look_weights(real)
         states = state_gramian(signals.u, signals.dt, signals.A, signals.B, weights)
