@@ -24,6 +24,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import logging
 
+from .compatibility import CACHE_KEYWORDS
 from .data import Task, load_task
 from .hub import describe_environment, keep_card, write_report
 from .models.fast_ops import has_stock_mixers, use_fast_ops
@@ -43,7 +44,7 @@ __all__ = ["Run", "RunResult", "build_model", "build_trainer", "execute", "parse
 
 logger = logging.get_logger(__name__)
 
-CACHES = ["cache_params", "past_key_values"]
+CACHES = list(CACHE_KEYWORDS)
 """Outputs of models that are not predictions; stock state-space models do not say so themselves."""
 
 REPORTED = (

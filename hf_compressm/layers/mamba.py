@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..compatibility import check_keywords, one_cache
 from ..ops.causal_conv import causal_conv
 from ..ops.selective_scan import selective_scan, selective_state_update
 from .plain import innermost, is_plain
@@ -130,15 +131,26 @@ class CompreSSMMambaMixer(nn.Module):
     def forward(
         self,
         hidden_states: Tensor,
-        cache_params: Any = None,
+        cache: Any = None,
         attention_mask: Tensor | None = None,
+        cache_params: Any = None,
         **kwargs: Any,
     ) -> Tensor:
-        """(B, L, H) -> (B, L, H); a cache is gone on from and updated. Padding (mask 0) leaves no trace."""
-        state = recurrent_state(cache_params, self.layer_idx)
+        """(B, L, H) -> (B, L, H); a cache is gone on from and updated. Padding (mask 0) leaves no trace.
+
+        Args:
+            cache, cache_params: one of the two, by the names that versions of transformers use.
+            **kwargs: what models hand to all their layers, without meaning here.
+
+        Raises:
+            TypeError: for other keywords, or two caches. ValueError: for packed sequences.
+        """
+        check_keywords(self, kwargs)
+        cache = one_cache(self, cache=cache, cache_params=cache_params)
+        state = recurrent_state(cache, self.layer_idx)
         projected = self.in_proj(real_positions(hidden_states, attention_mask))
         u, gate = projected.chunk(2, dim=-1)
-        u = real_positions(convolve(u, self.conv1d, cache_params, self.layer_idx), attention_mask)
+        u = real_positions(convolve(u, self.conv1d, cache, self.layer_idx), attention_mask)
         projected, size = self.x_proj(u), self.state_size
         step, B, C = projected.split([projected.shape[-1] - 2 * size, size, size], dim=-1)
         delta, bias = time_steps(self.dt_proj, step)
@@ -148,13 +160,13 @@ class CompreSSMMambaMixer(nn.Module):
             y = selective_state_update(state, u[:, 0], delta[:, 0], A, B[:, 0], C[:, 0], z=gate[:, 0], **options)[
                 :, None
             ]
-        elif cache_params is None:
+        elif cache is None:
             y = selective_scan(u, delta, A, B, C, z=gate, **options)
         else:
             y, final = selective_scan(
                 u, delta, A, B, C, z=gate, initial_state=state, return_final_state=True, **options
             )
-            cache_params.update_recurrent_state(final, self.layer_idx)
+            cache.update_recurrent_state(final, self.layer_idx)
         return self.out_proj(y.to(hidden_states.dtype))
 
     def extra_repr(self) -> str:

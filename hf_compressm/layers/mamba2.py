@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..compatibility import check_keywords, one_cache
 from ..ops.ssd_scan import ssd_scan, ssd_state_update
 from .mamba import convolve, inverse_softplus_of_time_steps, real_positions, recurrent_state
 
@@ -114,16 +115,27 @@ class CompreSSMMamba2Mixer(nn.Module):
     def forward(
         self,
         hidden_states: Tensor,
-        cache_params: Any = None,
+        cache: Any = None,
         attention_mask: Tensor | None = None,
+        cache_params: Any = None,
         **kwargs: Any,
     ) -> Tensor:
-        """(B, L, H) -> (B, L, H); a cache is gone on from and updated. Padding (mask 0) leaves no trace."""
-        state = recurrent_state(cache_params, self.layer_idx)
+        """(B, L, H) -> (B, L, H); a cache is gone on from and updated. Padding (mask 0) leaves no trace.
+
+        Args:
+            cache, cache_params: one of the two, by the names that versions of transformers use.
+            **kwargs: what models hand to all their layers, without meaning here.
+
+        Raises:
+            TypeError: for other keywords, or two caches. ValueError: for packed sequences.
+        """
+        check_keywords(self, kwargs)
+        cache = one_cache(self, cache=cache, cache_params=cache_params)
+        state = recurrent_state(cache, self.layer_idx)
         channels, heads = self.norm.weight.shape[0], len(self.A_log)
         projected = self.in_proj(real_positions(hidden_states, attention_mask))
         gate, signal, dt = projected.split([channels, len(self.conv1d.weight), heads], dim=-1)
-        signal = real_positions(convolve(signal, self.conv1d, cache_params, self.layer_idx), attention_mask)
+        signal = real_positions(convolve(signal, self.conv1d, cache, self.layer_idx), attention_mask)
         block = self.n_groups * self.conv_states
         x, B, C = signal.split([channels, block, block], dim=-1)
         x = x.unflatten(-1, (heads, -1))
@@ -139,12 +151,12 @@ class CompreSSMMamba2Mixer(nn.Module):
         A = -self.A_log.float().exp()
         if state is not None and x.shape[1] == 1:
             y = ssd_state_update(state, x[:, 0], dt[:, 0], A, B[:, 0], C[:, 0], **options)[:, None]
-        elif cache_params is None:
+        elif cache is None:
             y = ssd_scan(x, dt, A, B, C, chunk_size=self.chunk_size, **options)
         else:
             options |= {"chunk_size": self.chunk_size, "initial_state": state, "return_final_state": True}
             y, final = ssd_scan(x, dt, A, B, C, **options)
-            cache_params.update_recurrent_state(final, self.layer_idx)
+            cache.update_recurrent_state(final, self.layer_idx)
         return self.out_proj(self.norm(y.flatten(2), gate).to(hidden_states.dtype))
 
     def extra_repr(self) -> str:

@@ -140,11 +140,13 @@ class Bundle:
         entry = self._source(module)
         for name in entry.definitions:
             self._choose(entry, name)
-        parts = [f'"""{title}"""\n\nfrom __future__ import annotations\n\n{self._imports()}']
+        parts = []
         for path in self._ordered(module, []):
             source = self._sources[path]
             parts += [source.code(name) for name in source.definitions if name in self._chosen[path]]
-        return "\n\n\n".join(parts) + "\n"
+        head = f'"""{title}"""\n\nfrom __future__ import annotations\n\n{self._imports()}\n\n'
+        blank = "\n" if parts[0].startswith(("class ", "def ", "@", "#")) else ""
+        return head + blank + "\n\n\n".join(parts) + "\n"
 
     def _source(self, path: str) -> Source:
         if path not in self._sources:

@@ -15,12 +15,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.integrations import accelerate
 
+from ..compatibility import check_keywords, one_cache
 from ..layers.mamba import called_convolution, convolve, real_positions, recurrent_state, remembered, time_steps
 from ..ops.selective_scan import selective_scan, selective_state_update
 from ..ops.ssd_scan import ssd_scan, ssd_state_update
 
-_PACKED = ("cu_seqlens", "seq_idx")
-"""What separates sequences that are packed into one."""
+_OR_STOCK = ", or call use_fast_ops(model, enable=False)"
 
 
 def use_fast_ops(model: nn.Module, enable: bool = True) -> list[str]:
@@ -134,15 +134,17 @@ def _require(mixer: nn.Module) -> None:
 def _mamba_forward(
     self: Any,
     hidden_states: Tensor,
-    cache_params: Any = None,
+    cache: Any = None,
     attention_mask: Tensor | None = None,
+    cache_params: Any = None,
     **kwargs: Any,
 ) -> Tensor:
     """Mamba, and FalconMamba and Jamba, which normalise dt, B and C."""
-    _refuse_packed(kwargs)
-    state = recurrent_state(cache_params, self.layer_idx)
+    check_keywords(self, kwargs, _OR_STOCK)
+    cache = one_cache(self, cache=cache, cache_params=cache_params)
+    state = recurrent_state(cache, self.layer_idx)
     u, gate = self.in_proj(real_positions(hidden_states, attention_mask)).chunk(2, dim=-1)
-    u = real_positions(_convolve(self, u, cache_params), attention_mask)
+    u = real_positions(_convolve(self, u, cache), attention_mask)
     size = self.A_log.shape[1]
     projected = self.x_proj(u)
     step, B, C = projected.split([projected.shape[-1] - 2 * size, size, size], dim=-1)
@@ -153,24 +155,26 @@ def _mamba_forward(
     options: dict[str, Any] = {"D": self.D.float(), "delta_bias": bias, "delta_softplus": True}
     if state is not None and u.shape[1] == 1:
         y = selective_state_update(state, u[:, 0], delta[:, 0], A, B[:, 0], C[:, 0], z=gate[:, 0], **options)[:, None]
-    elif cache_params is None:
+    elif cache is None:
         y = selective_scan(u, delta, A, B, C, z=gate, **options)
     else:
         y, final = selective_scan(u, delta, A, B, C, z=gate, initial_state=state, return_final_state=True, **options)
-        cache_params.update_recurrent_state(final, self.layer_idx)
+        cache.update_recurrent_state(final, self.layer_idx)
     return self.out_proj(y.to(hidden_states.dtype))
 
 
 def _mamba2_forward(
     self: Any,
     hidden_states: Tensor,
-    cache_params: Any = None,
+    cache: Any = None,
     attention_mask: Tensor | None = None,
+    cache_params: Any = None,
     **kwargs: Any,
 ) -> Tensor:
     """Mamba-2 and its kin; Falcon-H1 multiplies its projections and may gate without a norm."""
-    _refuse_packed(kwargs)
-    state = recurrent_state(cache_params, self.layer_idx)
+    check_keywords(self, kwargs, _OR_STOCK)
+    cache = one_cache(self, cache=cache, cache_params=cache_params)
+    state = recurrent_state(cache, self.layer_idx)
     hidden = real_positions(hidden_states, attention_mask)
     if hasattr(self, "mup_vector"):
         projected = self.in_proj(hidden * self.ssm_in_multiplier) * self.mup_vector
@@ -180,7 +184,7 @@ def _mamba2_forward(
     channels = projected.shape[-1] - convolved - heads
     block = (convolved - channels) // 2
     gate, signal, dt = projected.split([channels, convolved, heads], dim=-1)
-    signal = real_positions(_convolve(self, signal, cache_params), attention_mask)
+    signal = real_positions(_convolve(self, signal, cache), attention_mask)
     x, B, C = signal.split([channels, block, block], dim=-1)
     x = x.unflatten(-1, (heads, -1))
     B, C = (part.unflatten(-1, (self.n_groups, -1)) for part in (B, C))
@@ -193,31 +197,23 @@ def _mamba2_forward(
     A = -self.A_log.float().exp()
     if state is not None and x.shape[1] == 1:
         y = ssd_state_update(state, x[:, 0], dt[:, 0], A, B[:, 0], C[:, 0], **options)[:, None]
-    elif cache_params is None:
+    elif cache is None:
         y = ssd_scan(x, dt, A, B, C, chunk_size=self.chunk_size, **options)
     else:
         options |= {"chunk_size": self.chunk_size, "initial_state": state, "return_final_state": True}
         y, final = ssd_scan(x, dt, A, B, C, **options)
-        cache_params.update_recurrent_state(final, self.layer_idx)
+        cache.update_recurrent_state(final, self.layer_idx)
     y = y.flatten(2)
     y = self.norm(y, gate) if getattr(self, "mamba_rms_norm", True) else y * F.silu(gate)
     return self.out_proj(y.to(hidden_states.dtype))
 
 
-def _convolve(mixer: Any, channels: Tensor, cache_params: Any) -> Tensor:
+def _convolve(mixer: Any, channels: Tensor, cache: Any) -> Tensor:
     convolution, length = mixer.conv1d, channels.shape[1]
     if mixer.activation in ("silu", "swish"):
-        return convolve(channels, convolution, cache_params, mixer.layer_idx)
-    signal = remembered(channels, convolution, cache_params, mixer.layer_idx)
+        return convolve(channels, convolution, cache, mixer.layer_idx)
+    signal = remembered(channels, convolution, cache, mixer.layer_idx)
     return mixer.act(called_convolution(signal, convolution))[:, -length:]
-
-
-def _refuse_packed(kwargs: dict[str, Any]) -> None:
-    if any(kwargs.get(name) is not None for name in _PACKED):
-        raise ValueError(
-            "sequences packed into one are not kept apart by this package's ops; pass them one by one, or call "
-            "use_fast_ops(model, enable=False)"
-        )
 
 
 _MAMBA = (["conv1d", "dt_proj"], _mamba_forward)

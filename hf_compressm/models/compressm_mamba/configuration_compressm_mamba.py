@@ -26,7 +26,7 @@ class CompreSSMMambaConfig(CarriesCode, MambaConfig):
     """
 
     model_type = "compressm_mamba"
-    keys_to_ignore_at_inference = ["cache_params"]
+    keys_to_ignore_at_inference = ["cache", "cache_params"]
 
     state_sizes: Any = None
     num_channels: int | None = None

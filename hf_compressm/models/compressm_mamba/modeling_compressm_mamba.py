@@ -17,6 +17,7 @@ from transformers.models.mamba.modeling_mamba import (
     MambaRMSNorm,
 )
 
+from ...compatibility import takes_any_cache_name
 from ...layers.mamba import CompreSSMMambaMixer
 from ..classification import SequenceClassification
 from ..known_by_name import KnownCausalLM
@@ -27,6 +28,8 @@ from ..selective import (
     make_embeddings,
 )
 from .configuration_compressm_mamba import CompreSSMMambaConfig
+
+STOCK_FORWARD = takes_any_cache_name(MambaModel.forward)
 
 
 class CompreSSMMambaBlock(MambaBlock):
@@ -91,13 +94,15 @@ class CompreSSMMambaModel(CompreSSMMambaPreTrainedModel, MambaModel):
         return_dict: bool | None = None,
         attention_mask: Tensor | None = None,
         input_values: Tensor | None = None,
+        cache: Any = None,
         **kwargs: Any,
     ) -> Any:
-        """As transformers' `MambaModel`; also takes `input_values` (B, L, num_channels)."""
-        return MambaModel.forward(
+        """As transformers' `MambaModel`; also takes `input_values` (B, L, num_channels), and a cache by each name."""
+        return STOCK_FORWARD(
             self,
             input_ids=input_ids,
             inputs_embeds=embedded(self.embeddings, input_values, inputs_embeds),
+            cache=cache,
             cache_params=cache_params,
             use_cache=use_cache,
             output_hidden_states=output_hidden_states,
@@ -111,6 +116,7 @@ class CompreSSMMambaForCausalLM(KnownCausalLM, CompreSSMMambaPreTrainedModel, Ma
     """A Mamba that predicts the next token; forward and `generate` as transformers' `MambaForCausalLM`."""
 
     _tied_weights_keys = {"lm_head.weight": "backbone.embeddings.weight"}
+    forward = takes_any_cache_name(MambaForCausalLM.forward)
 
     def __init__(self, config: CompreSSMMambaConfig):
         if config.num_channels is not None:

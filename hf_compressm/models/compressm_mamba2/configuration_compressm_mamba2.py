@@ -28,7 +28,7 @@ class CompreSSMMamba2Config(CarriesCode, Mamba2Config):
     """
 
     model_type = "compressm_mamba2"
-    keys_to_ignore_at_inference = ["cache_params"]
+    keys_to_ignore_at_inference = ["cache", "cache_params"]
 
     state_sizes: Any = None
     num_channels: int | None = None

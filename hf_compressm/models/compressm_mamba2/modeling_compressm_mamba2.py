@@ -17,6 +17,7 @@ from transformers.models.mamba2.modeling_mamba2 import (
     Mamba2RMSNorm,
 )
 
+from ...compatibility import takes_any_cache_name
 from ...layers.mamba2 import CompreSSMMamba2Mixer
 from ..classification import SequenceClassification
 from ..known_by_name import KnownCausalLM
@@ -27,6 +28,8 @@ from ..selective import (
     make_embeddings,
 )
 from .configuration_compressm_mamba2 import CompreSSMMamba2Config
+
+STOCK_FORWARD = takes_any_cache_name(Mamba2Model.forward)
 
 
 class CompreSSMMamba2Block(Mamba2Block):
@@ -95,13 +98,15 @@ class CompreSSMMamba2Model(CompreSSMMamba2PreTrainedModel, Mamba2Model):
         return_dict: bool | None = None,
         attention_mask: Tensor | None = None,
         input_values: Tensor | None = None,
+        cache: Any = None,
         **kwargs: Any,
     ) -> Any:
-        """As transformers' `Mamba2Model`; also takes `input_values` (B, L, num_channels)."""
-        return Mamba2Model.forward(
+        """As transformers' `Mamba2Model`; also takes `input_values` (B, L, num_channels), and a cache by each name."""
+        return STOCK_FORWARD(
             self,
             input_ids=input_ids,
             inputs_embeds=embedded(self.embeddings, input_values, inputs_embeds),
+            cache=cache,
             cache_params=cache_params,
             use_cache=use_cache,
             output_hidden_states=output_hidden_states,
@@ -115,6 +120,7 @@ class CompreSSMMamba2ForCausalLM(KnownCausalLM, CompreSSMMamba2PreTrainedModel, 
     """A Mamba-2 that predicts the next token; forward and `generate` as transformers' `Mamba2ForCausalLM`."""
 
     _tied_weights_keys = {"lm_head.weight": "backbone.embeddings.weight"}
+    forward = takes_any_cache_name(Mamba2ForCausalLM.forward)
 
     def __init__(self, config: CompreSSMMamba2Config):
         if config.num_channels is not None:

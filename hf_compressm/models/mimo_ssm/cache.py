@@ -121,6 +121,11 @@ class MimoSSMCache(Cache):
     def is_initialized(self) -> bool:
         return self.seen_tokens > 0
 
+    @property
+    def is_linear(self) -> list[bool]:
+        """False for every layer: `generate` skips seen tokens only with caches that are not all linear."""
+        return [False] * len(self)
+
     def reset(self) -> None:
         """Forget everything."""
         super().reset()

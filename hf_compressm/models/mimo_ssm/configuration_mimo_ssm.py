@@ -46,7 +46,7 @@ class MimoSSMConfig(CarriesCode, PreTrainedConfig):
     """
 
     model_type = "mimo_ssm"
-    keys_to_ignore_at_inference = ["past_key_values"]
+    keys_to_ignore_at_inference = ["cache", "past_key_values"]
 
     def __init__(
         self,

@@ -21,6 +21,7 @@ from transformers.modeling_outputs import (
     SequenceClassifierOutput,
 )
 
+from ...compatibility import cache_keyword, one_cache
 from ...layers.lru import LRU
 from ...layers.plain import innermost
 from ..classification import SequenceClassification, classification_loss, in_form
@@ -30,6 +31,9 @@ from ..pooling import mask_of_steps, pooled
 from .batch_norm import MimoSSMBatchNorm
 from .cache import MimoSSMCache
 from .configuration_mimo_ssm import MimoSSMConfig
+
+CACHE_FIELD = cache_keyword(BaseModelOutputWithPast)
+"""The name of the cache in the outputs of the installed transformers."""
 
 
 def _make_norm(config: MimoSSMConfig) -> nn.LayerNorm | MimoSSMBatchNorm:
@@ -86,7 +90,7 @@ class MimoSSMPreTrainedModel(SizesFromConfig, PreTrainedModel):
     _input_embed_layer = "embeddings"
     supports_gradient_checkpointing = True
     _no_split_modules = ["MimoSSMBlock"]
-    _skip_keys_device_placement = ["past_key_values"]
+    _skip_keys_device_placement = ["cache", "past_key_values"]
     _is_stateful = True
     # Half precision would move the poles by about 1 % of their decay and 0.02 rad.
     _keep_in_fp32_modules_strict = ["nu_log", "theta_log"]
@@ -145,6 +149,7 @@ class MimoSSMModel(MimoSSMPreTrainedModel):
         use_cache: bool | None = None,
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
+        cache: MimoSSMCache | None = None,
     ) -> BaseModelOutputWithPast | tuple:
         """Features of every position, which depend on it and on the positions before it.
 
@@ -160,11 +165,12 @@ class MimoSSMModel(MimoSSMPreTrainedModel):
             use_cache: whether to return the states; by default as the config says, and not while training.
             output_hidden_states: whether to return the input of every block and the last hidden state.
             return_dict: a tuple instead of an output object if False.
+            cache: another name of `past_key_values`, by which newer versions of transformers pass it.
 
         Raises:
             ValueError: if not exactly one input is given, or one that the config does not provide for, or a
                 mask of another shape.
-            TypeError: if `past_key_values` is not a `MimoSSMCache`.
+            TypeError: if `past_key_values` is not a `MimoSSMCache`, or two different ones are given.
         """
         hidden_states = self._embed(input_ids, input_values, inputs_embeds)
         mask = mask_of_steps(attention_mask, hidden_states)
@@ -172,12 +178,13 @@ class MimoSSMModel(MimoSSMPreTrainedModel):
             use_cache = self.config.use_cache and not self.training
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
-        if past_key_values is not None and not isinstance(past_key_values, MimoSSMCache):
+        cache = one_cache(self, cache=cache, past_key_values=past_key_values)
+        if cache is None:
+            cache = MimoSSMCache(len(self.layers))
+        elif not isinstance(cache, MimoSSMCache):
             raise TypeError(
-                f"past_key_values must be a MimoSSMCache, as this model returns it; got "
-                f"{type(past_key_values).__name__}"
+                f"past_key_values must be a MimoSSMCache, as this model returns it; got {type(cache).__name__}"
             )
-        cache = past_key_values if past_key_values is not None else MimoSSMCache(len(self.layers))
 
         collected, states = [], []
         for layer, state in zip(self.layers, cache.states, strict=True):
@@ -189,10 +196,11 @@ class MimoSSMModel(MimoSSMPreTrainedModel):
         if use_cache:
             cache.states = states
             cache.seen_tokens += hidden_states.shape[1]
+        returned: Any = {CACHE_FIELD: cache if use_cache else None}
         output = BaseModelOutputWithPast(
             last_hidden_state=hidden_states,
-            past_key_values=cache if use_cache else None,
             hidden_states=(*collected, hidden_states) if output_hidden_states else None,
+            **returned,
         )
         return in_form(output, return_dict, self.config)
 
@@ -312,6 +320,7 @@ class MimoSSMForCausalLM(KnownCausalLM, MimoSSMPreTrainedModel, GenerationMixin)
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
         logits_to_keep: int | Tensor = 0,
+        cache: MimoSSMCache | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast | tuple:
         """Logits (B, L, V) for the token after each position; inputs as for `MimoSSMModel`.
@@ -327,7 +336,7 @@ class MimoSSMForCausalLM(KnownCausalLM, MimoSSMPreTrainedModel, GenerationMixin)
             input_ids=input_ids,
             attention_mask=attention_mask,
             inputs_embeds=inputs_embeds,
-            past_key_values=past_key_values,
+            cache=one_cache(self, cache=cache, past_key_values=past_key_values),
             use_cache=use_cache,
             output_hidden_states=output_hidden_states,
             return_dict=True,
@@ -340,8 +349,8 @@ class MimoSSMForCausalLM(KnownCausalLM, MimoSSMPreTrainedModel, GenerationMixin)
         output = CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
-            past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
+            **{CACHE_FIELD: getattr(outputs, CACHE_FIELD)},
         )
         return in_form(output, return_dict, self.config)
 
