@@ -17,6 +17,7 @@ from ..surgery import (
     apply_plan,
     check_parameters,
     find_mixers,
+    find_owners,
     needs_calibration,
     state_sizes,
 )
@@ -63,7 +64,7 @@ def rival_cut(
     check_parameters(model, optimizer)
     check_method(model, method)
     sites = find_mixers(model)
-    sizes = _new_sizes(sites, order)
+    sizes = _new_sizes(model, sites, order)
     found = gather_rival_statistics(model, batches) if statistics is None else statistics
     layers = []
     for site in sites:
@@ -75,17 +76,18 @@ def rival_cut(
     return apply_plan(model, optimizer, plan, step)
 
 
-def _new_sizes(sites: Sequence[MixerSite], order: int | Mapping[str, int]) -> dict[str, int]:
+def _new_sizes(model: nn.Module, sites: Sequence[MixerSite], order: int | Mapping[str, int]) -> dict[str, int]:
     present = {site.name: site.state_size for site in sites}
     wanted = order if isinstance(order, Mapping) else dict.fromkeys(present, order)
     if unknown := wanted.keys() - present.keys():
         raise ValueError(f"the model has no mixer {min(unknown)!r}; it has {', '.join(present)}")
     sizes = {name: min(wanted.get(name, size), size) for name, size in present.items()}
-    if len(common := {sizes[site.name] for site in sites if site.adapter.uniform}) > 1:
-        raise ValueError(
-            f"this model's config holds one state size for all layers; the orders would leave {sorted(common)}. Give "
-            "one order, or convert the model with hf_compressm.from_stock to one with a state size per layer."
-        )
+    for group in (group for owner in find_owners(model, sites) for groups in owner.ties() for group in groups):
+        if len(common := {sizes[name] for name in group}) > 1:
+            raise ValueError(
+                f"this model's config holds one state size for all layers; the orders would leave {sorted(common)}. "
+                "Give one order, or convert the model with hf_compressm.from_stock to one with a state size per layer."
+            )
     return sizes
 
 

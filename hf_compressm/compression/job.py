@@ -12,7 +12,7 @@ from typing import Any
 from ..data import Task
 from ..models import CompreSSMMambaForCausalLM, to_stock
 from ..reduction import SizeConstraints
-from ..surgery import Policy, Target, compress, find_mixers, history, state_sizes
+from ..surgery import Policy, Target, compress, history, state_sizes, with_ties
 from ..surgery.policies import describe_policy
 from ..surgery.refit import STEPS
 from .folders import checked_output, new_folder
@@ -157,10 +157,7 @@ def _as_stock(model: Any) -> Any:
 
 def _check_sizes(job: CompressionJob, model: Any) -> None:
     """Find out before the work whether sizes were asked for that cannot be."""
-    sites, constraints = find_mixers(model), job.constraints
-    if any(site.adapter.uniform for site in sites):
-        constraints = constraints.for_uniform_layers()
-    sizes = [site.state_size for site in sites]
+    sizes, constraints = state_sizes(model), with_ties(model, job.constraints)
     constraints.apply(sizes, sizes)
     mean = sum(sizes) / len(sizes)
     if isinstance(job.policy, Target) and not constraints.minimum <= job.policy.mean_state_size < mean:

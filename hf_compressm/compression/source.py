@@ -141,14 +141,15 @@ def evaluate(
 
 def _check_task(model: Any, task: Task) -> None:
     for key, slack in {"vocab_size": PADDING, "num_channels": 1}.items():
-        wanted, present = task.model_kwargs.get(key), getattr(model.config, key, None)
+        wanted, present = task.model_kwargs.get(key), getattr(model.config.get_text_config(), key, None)
         if wanted is not None and (present is None or not 0 <= present - wanted < slack):
             raise ValueError(f"the task {task.name!r} is for models with {key} {wanted}; this one has {present}")
 
 
 def _check_vocabulary(model: Any, tokenizer: Any) -> None:
-    vocabulary = getattr(model.config, "vocab_size", None)
-    if getattr(model.config, "num_channels", None) is not None or vocabulary is None:
+    config = model.config.get_text_config()
+    vocabulary = getattr(config, "vocab_size", None)
+    if getattr(config, "num_channels", None) is not None or vocabulary is None:
         raise ValueError(f"this {type(model).__name__} reads continuous values, not text: give --data a task")
     if tokenizer is None and vocabulary != 256:
         raise ValueError(

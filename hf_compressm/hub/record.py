@@ -8,12 +8,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ..surgery import merged
+
 SOURCES = (
     "trainer_state.json, compression.json, checkpoint-*/trainer_state.json, a config.json with a compression_history"
 )
 
 TIMINGS = ("_runtime", "_per_second", "_preparation_time")
 """Endings of what an evaluation reports about itself."""
+
+_WITHIN = ("text_config", "decoder", "generator")
+"""Names under which a composite config holds that of its language model."""
 
 
 @dataclass(frozen=True)
@@ -144,15 +149,17 @@ class RunRecord:
 
     def _layer_names(self) -> list[str]:
         if self.events:
-            return [layer["name"] for layer in self.events[0]["layers"]]
+            return list(dict.fromkeys(layer["name"] for event in self.events for layer in event["layers"]))
         measured = next((entry["compression/spectra"] for entry in self.log if "compression/spectra" in entry), None)
         if measured:
             return [layer["name"] for layer in measured]
         return [f"layer {index}" for index in range(len(_config_sizes(self.config)))]
 
     def _first_sizes(self) -> list[int]:
-        if self.cuts:
-            return [layer["old_size"] for layer in self.cuts[0]["layers"]]
+        if self.events:
+            layers = [layer for event in reversed(self.events) for layer in event["layers"]]
+            first = {layer["name"]: layer["old_size"] for layer in layers}
+            return [first[name] for name in self._layer_names()]
         measured = next((entry["compression/spectra"] for entry in self.log if "compression/spectra" in entry), None)
         return [layer["states"] for layer in measured] if measured else _config_sizes(self.config)
 
@@ -175,7 +182,8 @@ def read_run(folder: str | Path) -> RunRecord:
     state = final if at_end else latest
     config = _read(folder / "config.json") if at_end or newest is None else _read(newest.parent / "config.json")
     record = _read(folder / "compression.json") if at_end or not latest else {}
-    events = record.get("history") or config.get("compression_history") or []
+    exported, events = _exported(state, "attributes", "saved", "history") or [], _config_events(config)
+    events = record.get("history") or (exported if len(exported) >= len(events) else events)
     if not (state or record or events):
         raise FileNotFoundError(f"{folder} holds no run: there is none of {SOURCES}")
     results = [_read(folder / f"{split}_results.json") for split in ("train", "test")] if at_end or not latest else []
@@ -187,7 +195,7 @@ def read_run(folder: str | Path) -> RunRecord:
         events=events,
         config=config,
         facts=_read(folder / "run.json"),
-        settings=record.get("settings") or _exported_settings(state),
+        settings=record.get("settings") or _exported(state, "args") or {},
         speed=record.get("speed") or _logged_speed(log, events),
         metrics={key: value for result in results for key, value in result.items()},
         step=step,
@@ -220,7 +228,24 @@ def _spectrum(step: int, entry: Mapping[str, Any], kept: int | None) -> Spectrum
     return Spectrum(step, entry.get("states", len(values)), total, ranks, values, kept)
 
 
+def _config_events(config: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The compression history in a config; in a composite one, the histories in the configs within it, joined."""
+    if own := config.get("compression_history"):
+        return list(own)
+    parts = {name: _config_events(part) for name, part in config.items() if isinstance(part, dict)}
+    parts = {name: events for name, events in parts.items() if events}
+    if len(parts) < 2:
+        return next(iter(parts.values()), [])
+    for name, events in parts.items():
+        parts[name] = [
+            {**event, "layers": [{**layer, "name": f"{name}.{layer['name']}"} for layer in event["layers"]]}
+            for event in events
+        ]
+    return merged(list(parts.values()))
+
+
 def _config_sizes(config: Mapping[str, Any]) -> list[int]:
+    config = next((part for name in _WITHIN if isinstance(part := config.get(name), dict)), config)
     sizes = config.get("state_sizes")
     if isinstance(sizes, list):
         return sizes
@@ -228,10 +253,13 @@ def _config_sizes(config: Mapping[str, Any]) -> list[int]:
     return [size] * config.get("num_hidden_layers", 1) if isinstance(size, int) else []
 
 
-def _exported_settings(state: Mapping[str, Any]) -> dict[str, Any]:
+def _exported(state: Mapping[str, Any], *keys: str) -> Any:
+    """What the compression callback left in the Trainer's state under these keys; None if there is nothing."""
     exported = (state.get("stateful_callbacks") or {}).get("CompreSSMCallback") or {}
     exported = exported[0] if isinstance(exported, list) else exported
-    return exported.get("args") or {}
+    for key in keys:
+        exported = (exported or {}).get(key)
+    return exported
 
 
 def _logged_speed(log: list[dict[str, Any]], events: list[dict[str, Any]]) -> list[dict[str, Any]]:

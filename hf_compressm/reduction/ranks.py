@@ -25,12 +25,15 @@ class SizeConstraints:
         multiple_of: sizes are multiples of this, >= 1. A layer whose present size is not a multiple may keep it.
         uniform: all layers end with one common size. None: only where the model's class needs it.
         minimum_change: a cut takes place only where at least this share of a layer's states goes, in [0, 1).
+        tied: groups of layers, by index, each of which ends with one common size; filled in for configs that hold one
+            size for several layers.
     """
 
     minimum: int = 1
     multiple_of: int = 1
     uniform: bool | None = None
     minimum_change: float = 0.05
+    tied: tuple[tuple[int, ...], ...] = ()
 
     def __post_init__(self) -> None:
         if self.minimum < 1 or self.multiple_of < 1:
@@ -40,18 +43,25 @@ class SizeConstraints:
         if not 0 <= self.minimum_change < 1:
             raise ValueError(f"minimum_change must lie in [0, 1); got {self.minimum_change}")
 
-    def for_uniform_layers(self) -> SizeConstraints:
-        """The same for a model whose config holds one state size for all layers.
+    def for_uniform_layers(self, groups: Sequence[Sequence[int]]) -> SizeConstraints:
+        """The same for layers of which a config holds one state size for each of these groups.
 
         Raises:
             ValueError: if sizes that differ were asked for by uniform=False.
         """
-        if self.uniform is False:
+        if self.uniform is False and any(len(group) > 1 for group in groups):
             raise ValueError(
                 "this model's config holds one state size for all layers, so uniform=False cannot be met. Leave it "
                 "out, or convert the model with hf_compressm.from_stock to one with a state size per layer."
             )
-        return replace(self, uniform=True)
+        return replace(self, tied=(*self.tied, *map(tuple, groups)))
+
+    def groups(self, count: int) -> list[tuple[int, ...]]:
+        """Which of `count` layers end with a common size: every layer is in exactly one of the groups."""
+        if self.uniform:
+            return [tuple(range(count))]
+        member = {layer: group for group in self.tied for layer in group}
+        return list(dict.fromkeys(member.get(layer, (layer,)) for layer in range(count)))
 
     def apply(self, orders: Sequence[int], sizes: Sequence[int]) -> list[int]:
         """Round wanted orders up to allowed ones, and leave layers alone that would lose too little.
@@ -61,16 +71,19 @@ class SizeConstraints:
             sizes: present number of states per layer.
 
         Raises:
-            ValueError: if `uniform` is asked for and the present sizes differ.
+            ValueError: if layers are to have a common size and their present sizes differ.
         """
-        if self.uniform and len(set(sizes)) > 1:
-            raise ValueError(f"uniform=True needs layers of one common size; got sizes {list(sizes)}")
-        wanted = [max(orders)] * len(orders) if self.uniform else list(orders)
-        allowed = []
-        for order, size in zip(wanted, sizes, strict=True):
-            order = max(order, self.minimum)
+        allowed = list(sizes)
+        for group in self.groups(len(sizes)):
+            if len(present := {sizes[layer] for layer in group}) > 1:
+                what = "uniform=True" if self.uniform else "a config that holds one size for several layers"
+                found = [sizes[layer] for layer in group]
+                raise ValueError(f"{what} needs layers of one common size; got sizes {found}")
+            size, order = present.pop(), max(self.minimum, *(orders[layer] for layer in group))
             order = min(math.ceil(order / self.multiple_of) * self.multiple_of, size)
-            allowed.append(order if order < size and order <= (1 - self.minimum_change) * size else size)
+            if order < size and order <= (1 - self.minimum_change) * size:
+                for layer in group:
+                    allowed[layer] = order
         return allowed
 
 
@@ -107,7 +120,8 @@ def target_orders(
 
     Every spectrum is divided by its sum; one level is lowered over all layers until the states above it fill the
     budget mean_state_size * layers. A layer whose spectrum falls slowly thus gets more states. With `multiple_of`
-    states are handed out in blocks, ranked by the mean of the block.
+    states are handed out in blocks, ranked by the mean of the block. Layers that share a size get them together, ranked
+    by the mean over these layers.
 
     Args:
         spectra: per layer, float64 (N,), descending.
@@ -123,29 +137,35 @@ def target_orders(
             f"the target mean state size must lie between the minimum {constraints.minimum} and the present mean "
             f"{present:g}; got {mean_state_size:g}"
         )
-    if constraints.uniform:
-        block = constraints.multiple_of
+    block, groups = constraints.multiple_of, constraints.groups(len(spectra))
+    if len(groups) == 1 and (constraints.uniform or constraints.tied):
         return [max(int(mean_state_size // block) * block, constraints.minimum)] * len(spectra)
 
-    block = constraints.multiple_of
     first = math.ceil(constraints.minimum / block) * block
     orders = [min(first, len(spectrum)) for spectrum in spectra]
     budget = round(mean_state_size * len(spectra)) - sum(orders)
     blocks = sorted(
         (
-            (float(spectrum[start : start + block].mean() / spectrum.sum()), -layer, -start)
-            for layer, spectrum in enumerate(spectra)
-            for start in range(orders[layer], numerical_rank(spectrum), block)
+            (sum(_share(spectra[layer], start, block) for layer in group) / len(group), -index, -start)
+            for index, group in enumerate(groups)
+            for start in range(orders[group[0]], max(numerical_rank(spectra[layer]) for layer in group), block)
         ),
         reverse=True,
     )
-    for _, layer, start in blocks:
-        width = min(block, len(spectra[-layer]) + start)
-        if budget < width:
+    for _, index, start in blocks:
+        group = groups[-index]
+        width = min(block, len(spectra[group[0]]) + start)
+        if budget < width * len(group):
             break
-        orders[-layer] += width
-        budget -= width
+        for layer in group:
+            orders[layer] += width
+        budget -= width * len(group)
     return orders
+
+
+def _share(spectrum: Tensor, start: int, block: int) -> float:
+    """Mean of a block of singular values as a share of the spectrum's sum."""
+    return float(spectrum[start : start + block].mean() / spectrum.sum())
 
 
 def select_states(rank: int, count: int, selection: Selection, generator: torch.Generator | None = None) -> list[int]:

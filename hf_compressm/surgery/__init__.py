@@ -19,10 +19,11 @@ from .adapters import (
 from .base import mixer_state, restore_mixer_state, save_base_model
 from .calibration import gather_statistics, needs_calibration, undisturbed
 from .changes import ParameterChange, Term
-from .history import append_history, history, original_sizes, set_history
+from .history import append_history, history, last_sizes, merged, original_sizes, set_history
 from .mamba import MambaAdapter
 from .mamba2 import CompreSSMMamba2Adapter, StockMamba2Adapter
 from .optimizer import unwrap_optimizer
+from .owners import Owner, find_owners, with_ties
 from .plan import (
     CompressionPlan,
     LayerPlan,
@@ -50,6 +51,7 @@ __all__ = [
     "MixerAdapter",
     "MixerReduction",
     "MixerSite",
+    "Owner",
     "ParameterChange",
     "Policy",
     "ReductionError",
@@ -65,12 +67,15 @@ __all__ = [
     "check_parameters",
     "compress",
     "find_mixers",
+    "find_owners",
     "gather_statistics",
     "has_tuners",
     "history",
+    "last_sizes",
     "make_plan",
     "measure_mixers",
     "measure_model",
+    "merged",
     "mixer_state",
     "needs_calibration",
     "original_sizes",
@@ -87,4 +92,5 @@ __all__ = [
     "supported_mixers",
     "undisturbed",
     "unwrap_optimizer",
+    "with_ties",
 ]

@@ -79,12 +79,14 @@ class MixerAdapter(ABC, Generic[Mixer]):
 
     Attributes:
         mixer_class: the class, or its full name "module.Class", so that its module need not be imported.
-        uniform: True where one number in the model's config is the state size of all layers.
+        size_field: name of the config's field that holds the state sizes.
+        uniform: True where one number in that field is the state size of all layers, False where it is a list.
         dynamics: names of parameters that want a learning rate of their own and no weight decay; see
             `training.create_optimizer`.
     """
 
     mixer_class: type[Mixer] | str
+    size_field: str = "state_sizes"
     uniform: bool = False
     dynamics: tuple[str, ...] = ()
 
@@ -145,9 +147,9 @@ class MixerAdapter(ABC, Generic[Mixer]):
     def resized(self, mixer: Mixer, order: int) -> None:
         """Update the mixer's attributes that hold the state size, if it has any."""
 
-    @abstractmethod
     def write_config(self, config: Any, sizes: Sequence[int]) -> None:
-        """Write the state sizes of all mixers of this class, in model order, to the model's config."""
+        """Write the state sizes of all mixers of this class, in model order, to the config that describes them."""
+        setattr(config, self.size_field, sizes[0] if self.uniform else list(sizes))
 
 
 @dataclass(frozen=True)
@@ -255,12 +257,3 @@ def _full_name(cls: type[nn.Module] | str) -> str:
 def state_sizes(model: nn.Module) -> list[int]:
     """Present number of states of every compressible mixer, in model order, read from the parameters themselves."""
     return [site.state_size for site in find_mixers(model)]
-
-
-def write_sizes_to_config(model: nn.Module, sites: Sequence[MixerSite]) -> None:
-    """Bring `model.config` in line with the live parameters."""
-    config = getattr(model, "config", None)
-    if config is None:
-        return
-    for adapter in {id(site.adapter): site.adapter for site in sites}.values():
-        adapter.write_config(config, [site.state_size for site in sites if site.adapter is adapter])

@@ -31,12 +31,18 @@ def save_base_model(model: nn.Module, folder: str | os.PathLike[str]) -> None:
         folder: for config and weights; it goes into the adapters' configs as it is given.
 
     Raises:
-        ValueError: if the model is not a PeftModel, or adapters are merged into its weights.
+        ValueError: if the model is not a PeftModel, the model beneath is not one of transformers, or adapters are
+            merged into its weights.
     """
     wrapped: Any = model
     if not hasattr(wrapped, "get_base_model"):
         raise ValueError(f"{type(model).__name__} is not a PeftModel; save it with its own save_pretrained")
     base = wrapped.get_base_model()
+    if not hasattr(base, "save_pretrained"):
+        raise ValueError(
+            f"the model beneath the adapters is a {type(base).__name__}, which has no save_pretrained: merge the "
+            "adapters (merge_and_unload) and save its state_dict, or save the model within it"
+        )
     merged = next((name for name, module in base.named_modules() if is_tuner(module) and module.merged), None)
     if merged is not None:
         raise ValueError(f"an adapter is merged into {merged}; call unmerge_adapter() before saving the base model")

@@ -1,37 +1,140 @@
-"""The compression history: what was cut when, kept in the model's config so that every checkpoint carries it."""
+"""The compression history: what was cut when, kept where the sizes are kept, so that every checkpoint carries it.
+
+A model may have several owners of mixers. Each keeps the part of a record that speaks of its own mixers, by their names
+within its module: saved and loaded by itself, that module has a history that fits it.
+"""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable
+import json
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from torch import nn
+from transformers import PreTrainedConfig
 
-from .adapters import state_sizes
+from .adapters import MixerSite, find_mixers
+from .owners import Owner, find_owners
+
+Record = dict[str, Any]
+KEY = "compression_history"
+POSITION = "position"
+"""Key of a record's place in the history of the whole model, where an owner's own history has it elsewhere."""
 
 
-def history(model: nn.Module) -> list[dict[str, Any]]:
+def history(model: nn.Module) -> list[Record]:
     """The model's compression history: records of cuts and undone cuts, oldest first. A copy."""
-    config: Any = getattr(model, "config", None)
-    return copy.deepcopy(getattr(config, "compression_history", None) or [])
+    sites = find_mixers(model)
+    owners, order = find_owners(model, sites), {site.name: index for index, site in enumerate(sites)}
+    outer = _outer(model, owners)
+    records = [] if outer is None else [_renamed(record, sites) for record in getattr(outer, KEY)]
+    records += merged([[_renamed(record, owner.sites, owner) for record in _kept(owner)] for owner in owners])
+    for record in records:
+        record["layers"].sort(key=lambda layer: order.get(layer["name"], len(order)))
+    return records
 
 
-def set_history(model: nn.Module, records: Iterable[dict[str, Any]]) -> None:
-    """Write the compression history to the model's config, if it has one."""
-    config: Any = getattr(model, "config", None)
-    if config is not None:
-        config.compression_history = list(records)
+def set_history(model: nn.Module, records: Iterable[Record]) -> None:
+    """Write the compression history to the configs that the mixers belong to; mixers without one remember it."""
+    sites = find_mixers(model)
+    owners, named = find_owners(model, sites), [_renamed(record, sites) for record in records]
+    if (outer := _outer(model, owners)) is not None:
+        vars(outer).pop(KEY)
+    for owner in owners:
+        own: list[Record] = []
+        for position, record in enumerate(named):
+            own += _part(record, owner, position, len(own))
+        _keep(owner, own)
 
 
-def append_history(model: nn.Module, record: dict[str, Any]) -> None:
-    """Add a record to the history in the model's config."""
-    set_history(model, [*history(model), record])
+def append_history(model: nn.Module, record: Record) -> None:
+    """Add a record to the history."""
+    owners = find_owners(model)
+    if _outer(model, owners) is not None:
+        set_history(model, [*history(model), record])
+        return
+    kept = [_kept(owner) for owner in owners]
+    last = max((own[-1].get(POSITION, len(own) - 1) for own in kept if own), default=-1)
+    for owner, own in zip(owners, kept, strict=True):
+        _keep(owner, own + _part(record, owner, last + 1, len(own)))
 
 
 def original_sizes(model: nn.Module) -> list[int]:
     """State sizes before the first cut on record, in model order."""
+    first: dict[str, int] = {}
     for record in history(model):
-        if record["event"] == "cut":
-            return [layer["old_size"] for layer in record["layers"]]
-    return state_sizes(model)
+        for layer in record["layers"] if record["event"] == "cut" else ():
+            first.setdefault(layer["name"], layer["old_size"])
+    return [first.get(site.name, site.state_size) for site in find_mixers(model)]
+
+
+def last_sizes(model: nn.Module, records: Iterable[Record]) -> dict[str, int]:
+    """State sizes of mixers, by name, after the last change in these records; none for those never changed."""
+    sites = find_mixers(model)
+    last: dict[str, int] = {}
+    for record in records:
+        if record["event"] in ("cut", "undo"):
+            last |= {layer["name"]: layer["new_size"] for layer in _renamed(record, sites)["layers"]}
+    return {site.name: last[site.name] for site in sites if site.name in last}
+
+
+def merged(parts: Sequence[Sequence[Record]]) -> list[Record]:
+    """One history from the parts of several owners: records of one cut are joined, in the order of their positions."""
+    found: dict[tuple[int, str], Record] = {}
+    for part in parts:
+        for index, record in enumerate(part):
+            about = {key: value for key, value in record.items() if key not in ("layers", POSITION)}
+            place = (record.get(POSITION, index), json.dumps(about, sort_keys=True, default=str))
+            joined = found.setdefault(place, {**about, "layers": []})
+            joined["layers"] = [*joined["layers"], *record["layers"]]
+    return [found[place] for place in sorted(found, key=lambda place: place[0])]
+
+
+def _outer(model: nn.Module, owners: Sequence[Owner]) -> Any:
+    """The model's own config, if it has a history although the mixers belong to others: earlier versions kept it so."""
+    config = getattr(model, "config", None)
+    if not isinstance(config, PreTrainedConfig) or not vars(config).get(KEY):
+        return None
+    return None if any(config is keeper for owner in owners for keeper in owner.keepers) else config
+
+
+def _kept(owner: Owner) -> list[Record]:
+    found = [getattr(keeper, KEY, None) for keeper in owner.keepers]
+    return copy.deepcopy(next((records for records in found if records), []))
+
+
+def _keep(owner: Owner, records: Sequence[Record]) -> None:
+    for keeper in owner.keepers:
+        if records or getattr(keeper, KEY, None):
+            setattr(keeper, KEY, copy.deepcopy(list(records)))
+
+
+def _part(record: Record, owner: Owner, position: int, index: int) -> list[Record]:
+    """What a record of the whole model says of an owner's mixers, by their names within it; empty if nothing."""
+    own = {site.name: owner.name(site) for site in owner.sites}
+    layers = [layer | {"name": own[layer["name"]]} for layer in record["layers"] if layer["name"] in own]
+    placed = {} if position == index else {POSITION: position}
+    return [{**record, **placed, "layers": layers}] if layers else []
+
+
+def _renamed(record: Record, sites: Sequence[MixerSite], owner: Owner | None = None) -> Record:
+    """A copy of a record with the names that mixers have in this model, whatever it was wrapped in at the time."""
+    known = {site.name if owner is None else owner.name(site): site.name for site in sites}
+    names = _located([layer["name"] for layer in record["layers"]], list(known))
+    layers = [
+        copy.deepcopy(layer) | {"name": known[names[layer["name"]]] if layer["name"] in names else layer["name"]}
+        for layer in record["layers"]
+    ]
+    return {**copy.deepcopy({key: value for key, value in record.items() if key != "layers"}), "layers": layers}
+
+
+def _located(names: Sequence[str], known: Sequence[str]) -> Mapping[str, str]:
+    """Which of the known names each stands for: the same one, one that it ends with, or one that ends with it."""
+    found = {}
+    for name in names:
+        near = [own for own in known if own == name]
+        near = near or [own for own in known if own and (f".{name}".endswith(f".{own}") or own.endswith(f".{name}"))]
+        if len(near) == 1:
+            found[name] = near[0]
+    return found if found or len(names) != len(known) else dict(zip(names, known, strict=True))

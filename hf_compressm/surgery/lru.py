@@ -128,9 +128,6 @@ class LRUAdapter(MixerAdapter[LRU]):
             changes[name] = ParameterChange(picked(old), (picked,))
         return changes
 
-    def write_config(self, config: Any, sizes: Sequence[int]) -> None:
-        config.state_sizes = list(sizes)
-
 
 def _parameter_changes(mixer: LRU, flipped: Tensor, truncation: Truncation) -> dict[str, ParameterChange]:
     """Parameters of the reduced layer, and the adjoint of the lifting h ~ right h_r for their gradients."""

@@ -44,8 +44,8 @@ class MambaAdapter(MixerAdapter[Any]):
 
     def __init__(self, mixer_class: type[nn.Module] | str, size_field: str | None):
         self.mixer_class = mixer_class
-        self.size_field = size_field
         self.uniform = size_field is not None
+        self.size_field = size_field or type(self).size_field
 
     def state_size(self, mixer: Any) -> int:
         return mixer.A_log.shape[1]
@@ -175,12 +175,6 @@ class MambaAdapter(MixerAdapter[Any]):
         if _norms(mixer) and not _learned_norms(mixer):
             for norm in (mixer.b_layernorm, mixer.c_layernorm):
                 norm.weight = nn.Buffer(norm.weight.new_ones(order), persistent=False)
-
-    def write_config(self, config: Any, sizes: Sequence[int]) -> None:
-        if self.size_field is None:
-            config.state_sizes = list(sizes)
-        else:
-            setattr(config, self.size_field, sizes[0])
 
 
 def mamba_signals(mixer: Any, hidden_states: Tensor, attention_mask: Tensor | None) -> Signals:

@@ -155,9 +155,6 @@ class StockMamba2Adapter(_Mamba2Adapter):
         if hasattr(mixer, "mup_vector"):
             _resize_multipliers(mixer, order)
 
-    def write_config(self, config: Any, sizes: Sequence[int]) -> None:
-        setattr(config, self.size_field, sizes[0])
-
 
 class CompreSSMMamba2Adapter(_Mamba2Adapter):
     """This package's Mamba-2 mixer: the best basis of rank r for the states of each group."""
@@ -204,9 +201,6 @@ class CompreSSMMamba2Adapter(_Mamba2Adapter):
 
     def refitted(self, mixer: Any) -> dict[str, slice]:
         return dict.fromkeys(("read_in", "read_out"), slice(None))
-
-    def write_config(self, config: Any, sizes: Sequence[int]) -> None:
-        config.state_sizes = list(sizes)
 
 
 def mamba2_signals(mixer: Any, hidden_states: Tensor, attention_mask: Tensor | None) -> Signals:

@@ -10,11 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from ..reduction import Selection, SizeConstraints
-from .adapters import MixerReduction, ReductionError, find_mixers, write_sizes_to_config
+from .adapters import MixerReduction, ReductionError, find_mixers
 from .calibration import Batches, gather_statistics
 from .history import append_history, original_sizes
 from .lora import check_adapters, effective_site, followed
 from .optimizer import State, carried_state, unwrap_optimizer
+from .owners import with_ties, write_sizes
 from .policies import Energy, Policy, Target, describe_policy
 from .refit import STEPS, Recording, refit
 from .resize import replace_parameters
@@ -129,11 +130,10 @@ def make_plan(
         ValueError: if the model has no compressible layer, or the policy cannot be met.
         ReductionError: if a layer cannot be measured or reduced; the message names it.
     """
-    policy, constraints = policy or Energy(), constraints or SizeConstraints()
+    policy, constraints = policy or Energy(), with_ties(model, constraints or SizeConstraints())
     sites = find_mixers(model)
     for site in sites:
         check_adapters(model, site)
-    constraints = constraints.for_uniform_layers() if any(site.adapter.uniform for site in sites) else constraints
     recordings: dict[str, Recording] = {}
     if measured is None:
         measured = measure_model(model, calibration, recordings if refit_steps else None), recordings
@@ -168,7 +168,7 @@ def apply_plan(model: nn.Module, optimizer: Any, plan: CompressionPlan, step: in
         step: optimizer steps taken so far, for the history.
 
     Returns:
-        The record that was appended to `model.config.compression_history`.
+        The record that was appended to the compression history.
 
     Raises:
         TypeError: if the optimizer's state cannot be carried.
@@ -193,7 +193,7 @@ def apply_plan(model: nn.Module, optimizer: Any, plan: CompressionPlan, step: in
                 name: carried_state(change, old, old.get(name, {}), type(inner)) for name, change in changes.items()
             }
     replace_parameters(sites, values, inner, states)
-    write_sizes_to_config(model, sites)
+    write_sizes(model, sites)
     record = plan.record(step)
     if plan.cuts:
         append_history(model, record)

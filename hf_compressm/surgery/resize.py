@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .adapters import MixerSite, find_mixers, write_sizes_to_config
+from .adapters import MixerSite, find_mixers
 from .optimizer import State, insert_parameter, remove_parameters, swap_parameters
+from .owners import write_sizes
 from .tuners import fit_features, place, plain_shapes
 
 
@@ -58,7 +59,7 @@ def replace_parameters(
 
 
 def resize_mixers(model: nn.Module, sizes: Mapping[str, int], optimizer: torch.optim.Optimizer | None = None) -> None:
-    """Give the named mixers a number of states each, with values still to be loaded, and tell the model's config.
+    """Give the named mixers a number of states each, with values still to be loaded, and tell their configs.
 
     Args:
         model: any model with supported mixers.
@@ -76,7 +77,7 @@ def resize_mixers(model: nn.Module, sizes: Mapping[str, int], optimizer: torch.o
     }
     if values:
         replace_parameters(sites, values, optimizer)
-        write_sizes_to_config(model, sites)
+        write_sizes(model, sites)
 
 
 def sizes_in_state_dict(model: nn.Module, state_dict: Mapping[str, Any], prefix: str = "") -> dict[str, int]:

@@ -28,7 +28,8 @@ class CompreSSMCallback(TrainerCallback, ExportableState):
 
     After the optimizer step of each attempt, Hankel singular values are computed for every layer and, where enough
     states can go, parameters, optimizer state and config are replaced by smaller ones. State sizes and the history
-    of cuts are in `model.config`, so that every checkpoint has them. Resuming with a model of the original size,
+    of cuts are in `model.config`, or in the config within it that the layers belong to, so that every checkpoint has
+    them; without a config the history is in the Trainer's state. Resuming with a model of the original size,
     `load_best_model_at_end` across cuts, and `save_total_limit` work; pass the callback to the Trainer's constructor
     (`add_callback` comes too late to prepare the model for loading). One callback may serve several trainings, after
     each other or at once: they share nothing but the settings.
@@ -143,7 +144,7 @@ class CompreSSMCallback(TrainerCallback, ExportableState):
 
     def on_push_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
         # Of a checkpoint, Trainer pushes weights and config, but not the modelling code that the config names.
-        config: Any = kwargs["model"].config
+        config: Any = getattr(kwargs["model"], "config", None)
         if state.is_world_process_zero and hasattr(config, "save_code"):
             config.save_code(args.output_dir)
 

@@ -24,6 +24,7 @@ from ..surgery import (
     restore_mixer_state,
     set_history,
     state_sizes,
+    with_ties,
 )
 from .calibration import Batches, calibration_batches
 from .checkpoint import STATE_NAME, checkpoint_folder, load_callback_state, save_callback_state
@@ -145,7 +146,7 @@ class CompressionRun:
         tensors = load_callback_state(_resumed_folders(args, state)) if needs_tensors else None
         if has_tuners(model):
             self._load_mixers(model, tensors, optimizer)
-        check_history(records, state_sizes(model))
+        check_history(records, model)
         if records:
             set_history(model, records)
         snapshot, tracker = pending_work(tensors or {}, model, STATE_NAME)
@@ -156,6 +157,7 @@ class CompressionRun:
 
     def _check_settings(self, args: TrainingArguments, model: nn.Module) -> None:
         config, sizes = self.config, state_sizes(model)
+        with_ties(model, config.constraints())  # refuses sizes that the model's configs cannot hold
         target = config.target_state_size
         if target is not None and not history(model) and target >= mean_size(sizes):
             raise ValueError(

@@ -28,7 +28,7 @@ from transformers.trainer import OPTIMIZER_NAME, SCALER_NAME, SCHEDULER_NAME, TR
 from transformers.trainer_pt_utils import safe_globals
 from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
-from ..surgery import Snapshot, check_fixed_tensors, sizes_in_state_dict, state_sizes
+from ..surgery import Snapshot, check_fixed_tensors, find_mixers, last_sizes, sizes_in_state_dict
 from .checkpoint import STATE_NAME, load_callback_state
 from .stability import StabilityTracker
 
@@ -55,7 +55,7 @@ def verify_checkpoint(folder: str | os.PathLike[str]) -> None:
     _compare(model, shapes, prefix, folder)
     exported = _read_trainer_state(folder).stateful_callbacks.get("CompreSSMCallback")  # type: ignore[union-attr]
     records, judging = ([], None) if exported is None else read_exported(exported)
-    check_history(records, state_sizes(model) if records else [])
+    check_history(records, model)
     _check_pickles(folder, shapes)
     if (tensors := load_callback_state([folder])) is not None:
         pending_work(tensors, model, str(folder / STATE_NAME), prefix)
@@ -70,7 +70,7 @@ def read_exported(exported: Any) -> tuple[list[dict[str, Any]], dict[str, Any] |
     try:
         saved = (exported[0] if isinstance(exported, list) else exported)["attributes"]["saved"]
         records, judging = saved["history"], saved["judging"]
-        _last_sizes(records)
+        _check_records(records)
         if judging is not None:
             numbers = [judging["step"], judging["reference"], *([judging["value"]] if judging["undo"] else [])]
             if not all(isinstance(number, (int, float)) for number in numbers):
@@ -83,13 +83,14 @@ def read_exported(exported: Any) -> tuple[list[dict[str, Any]], dict[str, Any] |
     return records, judging
 
 
-def check_history(records: list[dict[str, Any]], present: list[int]) -> None:
-    """Raise ValueError unless the last change of size on record led to the state sizes that the weights have."""
-    recorded = _last_sizes(records)
-    if recorded is not None and recorded != present:
+def check_history(records: list[dict[str, Any]], model: nn.Module) -> None:
+    """Raise ValueError unless the changes of size on record led to the state sizes that the weights have."""
+    recorded = last_sizes(model, records)
+    present = {site.name: site.state_size for site in find_mixers(model)}
+    if recorded and recorded != {name: present[name] for name in recorded}:
         raise ValueError(
-            f"the checkpoint's compression history ends with state sizes {recorded}, its weights have "
-            f"{present}; the checkpoint is inconsistent. Resume from another one."
+            f"the checkpoint's compression history ends with state sizes {list(recorded.values())}, its weights have "
+            f"{list(present.values())}; the checkpoint is inconsistent. Resume from another one."
         )
 
 
@@ -130,11 +131,13 @@ def _planned_model(folder: Path) -> Any:
     if not path.is_file():
         raise FileNotFoundError(f"{folder} holds no {CONFIG_NAME}; it is not a complete checkpoint")
     with _reading(path):
-        kind = json.loads(path.read_text())["model_type"]
+        content = json.loads(path.read_text())
+        kind = content["model_type"]
         if kind not in CONFIG_MAPPING:  # otherwise it would be guessed from the folder's name, or code fetched for it
             raise ValueError(f"unknown model_type {kind!r}")
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-        _last_sizes(getattr(config, "compression_history", None) or [])
+        for records in _histories(content):
+            _check_records(records)
         with torch.device("meta"):
             return AutoModel.from_config(config, trust_remote_code=False)
 
@@ -246,11 +249,20 @@ def _check_moments(states: Mapping[Any, Mapping[str, Any]], shapes: Mapping[str,
             raise ValueError(f"it belongs to other weights: {key} of shape {next(iter(foreign))} has no parameter")
 
 
-def _last_sizes(records: list[dict[str, Any]]) -> list[int] | None:
-    """State sizes after the last change on record; None if nothing was changed."""
-    changes = [record for record in records if record["event"] in ("cut", "undo")]
-    sizes = [[layer["new_size"] for layer in record["layers"]] for record in changes]
-    return sizes[-1] if sizes else None
+def _check_records(records: list[dict[str, Any]]) -> None:
+    """Raise KeyError or TypeError unless every change of size on record names layers and their sizes."""
+    for record in records:
+        if record["event"] in ("cut", "undo"):
+            _ = [(layer["name"], layer["new_size"]) for layer in record["layers"]]
+
+
+def _histories(config: Any) -> Iterator[Any]:
+    """The compression histories in a config and in the configs within it."""
+    if isinstance(config, dict):
+        yield config.get("compression_history") or []
+        for name, value in config.items():
+            if name != "compression_history":
+                yield from _histories(value)
 
 
 @contextmanager

@@ -75,3 +75,18 @@ def test_selections():
         select_states(6, 2, "random")
     with pytest.raises(ValueError, match="largest, smallest, random"):
         select_states(6, 2, "best")
+
+
+def test_layers_that_share_a_size_are_cut_together():
+    constraints = SizeConstraints(tied=((0, 2), (1, 3)))
+    assert constraints.apply([3, 9, 5, 30], [16, 64, 16, 64]) == [5, 30, 5, 30]
+    assert constraints.groups(5) == [(0, 2), (1, 3), (4,)]
+    with pytest.raises(ValueError, match=r"one size for several layers needs .* got sizes \[16, 20\]"):
+        constraints.apply([3, 9, 5, 30], [16, 64, 20, 64])
+    falls = [0.5 ** torch.arange(16.0, dtype=torch.float64), 0.9 ** torch.arange(64.0, dtype=torch.float64)] * 2
+    orders = target_orders(falls, 12, constraints)
+    assert orders[0] == orders[2] and orders[1] == orders[3] and sum(orders) == 48
+    # By hand: the two pairs share 24 states a layer, given out by share of the sum, of which 0.9^n has (1 - 0.9) 0.9^n.
+    shares = sorted([(0.5 * 0.5**n, 0) for n in range(16)] + [(0.1 * 0.9**n, 1) for n in range(64)], reverse=True)
+    first = sum(pair == 0 for _, pair in shares[:24])
+    assert orders == [first, 24 - first] * 2
