@@ -133,7 +133,9 @@ class MambaAdapter(MixerAdapter[Any]):
             changes["b_layernorm.weight"] = ParameterChange(
                 weights_B[index] * scale_B, (Term("b_layernorm.weight", rows=index, scale=1 / scale_B),)
             )
-            changes["c_layernorm.weight"] = ParameterChange(weight, (Term("c_layernorm.weight", rows=index),))
+            weights_C = _norm_weight(mixer, "c_layernorm", self.state_size(mixer))
+            shares_C = torch.eye(len(weights_C), dtype=torch.float64)[index] * weights_C / scale_C
+            changes["c_layernorm.weight"] = ParameterChange(weight, (Term("c_layernorm.weight", left=shares_C),))
         else:
             D, out = (p.detach().to("cpu", torch.float64) for p in (mixer.D, mixer.out_proj.weight))
             scale = scale_B * scale_C

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ..reduction import Selection, SizeConstraints
 from .adapters import MixerReduction, ReductionError, find_mixers
 from .calibration import Batches, gather_statistics
+from .gradients import carried_gradients, warn_of_added
 from .history import append_history, original_sizes
 from .lora import check_adapters, effective_site, followed
 from .optimizer import State, carried_state, unwrap_optimizer
@@ -159,7 +160,7 @@ def make_plan(
 
 
 def apply_plan(model: nn.Module, optimizer: Any, plan: CompressionPlan, step: int | None = None) -> dict[str, Any]:
-    """Swap the planned parameters into the model and the optimizer, carry the moments, update config and history.
+    """Swap the planned parameters into the model and the optimizer, carry moments and gradients, update the config.
 
     Args:
         model: the model that the plan was made for, unchanged since.
@@ -182,17 +183,20 @@ def apply_plan(model: nn.Module, optimizer: Any, plan: CompressionPlan, step: in
 
     values: dict[str, dict[str, Tensor]] = {}
     states: dict[str, dict[str, State]] = {}
+    gradients: dict[str, dict[str, Tensor | None]] = {}
     for site, layer in zip(sites, plan.layers, strict=True):
         if layer.reduction is None:
             continue
         changes = layer.reduction.changes
         values[site.name] = {name: change.value for name, change in changes.items()}
+        gradients[site.name] = carried_gradients(changes, site.parameters())
+        warn_of_added(site.name, changes, site.mixer.parameters())
         if inner is not None:
             old = {name: dict(inner.state.get(p, {})) for name, p in site.parameters().items()}
             states[site.name] = {
                 name: carried_state(change, old, old.get(name, {}), type(inner)) for name, change in changes.items()
             }
-    replace_parameters(sites, values, inner, states)
+    replace_parameters(sites, values, inner, states, gradients)
     write_sizes(model, sites)
     record = plan.record(step)
     if plan.cuts:
@@ -217,12 +221,13 @@ def compress(
 
     ```python
     compress(model, batches, target=16)  # a trained model
-    compress(model, batches, policy=Energy(tau=0.1), optimizer=optimizer)  # between two steps; gradients are dropped
+    compress(model, batches, policy=Energy(tau=0.1), optimizer=optimizer)  # between two steps
     ```
 
     Parameters that change are replaced by new, smaller `nn.Parameter`s, in the model and in the optimizer, whose
-    moments are carried over; the model's config learns the new sizes and the history. References to the old
-    parameters (gradient hooks, a DDP wrapper, an average of weights) are not updated.
+    moments are carried over; the model's config learns the new sizes and the history. Gradients, of an accumulation
+    that is under way, are carried as well; only a Mamba-2 of this package, whose first cut adds matrices, starts those
+    without, and says so. References to the old parameters (a DDP wrapper, an average of weights) are not updated.
 
     Args:
         model: a model with supported mixers; see `supported_mixers`.

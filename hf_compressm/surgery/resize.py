@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .adapters import MixerSite, find_mixers
+from .gradients import drop_gradients, set_gradient
 from .optimizer import State, insert_parameter, remove_parameters, swap_parameters
 from .owners import write_sizes
 from .tuners import fit_features, place, plain_shapes
@@ -19,6 +20,7 @@ def replace_parameters(
     values: Mapping[str, Mapping[str, Tensor]],
     optimizer: torch.optim.Optimizer | None = None,
     states: Mapping[str, Mapping[str, State]] | None = None,
+    gradients: Mapping[str, Mapping[str, Tensor | None]] | None = None,
 ) -> None:
     """Replace parameters of mixers by new ones, in the modules and in the optimizer.
 
@@ -32,17 +34,20 @@ def replace_parameters(
         optimizer: an unwrapped optimizer that holds the old parameters, or None.
         states: by site name, then parameter name: optimizer state of the new parameter. Without an entry it starts
             afresh.
+        gradients: by site name, then parameter name: `.grad` of the new parameter; none without an entry.
     """
-    states = states or {}
+    states, gradients = states or {}, gradients or {}
     for site in sites:
         if site.name not in values:
             continue
         old, own = site.parameters(), states.get(site.name, {})
         like = next(parameter for parameter in site.mixer.parameters() if parameter.ndim > 1)
         new = {
-            name: nn.Parameter(value.to(old.get(name, like)), requires_grad=old.get(name, like).requires_grad)
+            name: nn.Parameter(value.to(old.get(name, like), copy=True), requires_grad=old.get(name, like).requires_grad)
             for name, value in values[site.name].items()
         }
+        for name, parameter in new.items():
+            set_gradient(parameter, gradients.get(site.name, {}).get(name))
         swapped = {old[name]: new[name] for name in old if name in new and old[name].requires_grad}
         if optimizer is not None:
             swap_parameters(optimizer, swapped, {new[name]: dict(own.get(name, {})) for name in new})
@@ -61,6 +66,8 @@ def replace_parameters(
 def resize_mixers(model: nn.Module, sizes: Mapping[str, int], optimizer: torch.optim.Optimizer | None = None) -> None:
     """Give the named mixers a number of states each, with values still to be loaded, and tell their configs.
 
+    If anything changes, the gradients of the whole model are dropped: they are those of weights that are now gone.
+
     Args:
         model: any model with supported mixers.
         sizes: mixer name -> number of states. Mixers that have it already are left alone.
@@ -76,6 +83,7 @@ def resize_mixers(model: nn.Module, sizes: Mapping[str, int], optimizer: torch.o
         if sizes.get(site.name, site.state_size) != site.state_size
     }
     if values:
+        drop_gradients(model)
         replace_parameters(sites, values, optimizer)
         write_sizes(model, sites)
 

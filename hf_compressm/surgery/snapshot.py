@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from .adapters import find_mixers
+from .gradients import set_gradient
 from .history import history, set_history
 from .optimizer import unwrap_optimizer
 from .resize import resize_mixers
@@ -24,32 +25,37 @@ class Snapshot:
         sizes: mixer name -> number of states.
         optimizer: the optimizer's state by position of the parameter, as in its state dict; empty without one.
         history: the compression history at the time.
+        gradients: by parameter name, of those that had one.
     """
 
     tensors: dict[str, Tensor]
     sizes: dict[str, int]
     optimizer: dict[int, dict[str, Any]]
     history: list[dict[str, Any]]
+    gradients: dict[str, Tensor] = field(default_factory=dict)
 
     @classmethod
     def take(cls, model: nn.Module, optimizer: Any = None) -> Snapshot:
-        """Copy the present state of a model and its optimizer."""
+        """Copy the present state of a model, its gradients and its optimizer."""
         state = {} if optimizer is None else unwrap_optimizer(optimizer).state_dict()["state"]
         return cls(
             tensors=to_cpu(model.state_dict()),
             sizes={site.name: site.state_size for site in find_mixers(model)},
             optimizer=to_cpu(state),
             history=history(model),
+            gradients=to_cpu({name: p.grad for name, p in model.named_parameters() if p.grad is not None}),
         )
 
     def restore(self, model: nn.Module, optimizer: Any = None) -> None:
-        """Bring weights, optimizer state and history back. Learning rates and schedules go on as they are."""
+        """Bring weights, gradients, optimizer state and history back. Learning rates and schedules go on as they are."""
         inner = None if optimizer is None else unwrap_optimizer(optimizer)
         resize_mixers(model, self.sizes, inner)
         model.load_state_dict(self.tensors)
         if inner is not None:
             groups = inner.state_dict()["param_groups"]
             inner.load_state_dict({"state": copy.deepcopy(self.optimizer), "param_groups": groups})
+        for name, parameter in model.named_parameters():
+            set_gradient(parameter, self.gradients.get(name))
         set_history(model, copy.deepcopy(self.history))
 
 

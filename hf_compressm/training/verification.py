@@ -116,6 +116,9 @@ def pending_work(
                 raise ValueError(f"its tensors have state sizes {sizes}, it speaks of {snapshot.sizes}")
             check_fixed_tensors(model, snapshot.tensors, prefix, complete=True)
             _check_moments(snapshot.optimizer, snapshot.tensors)
+            for name, gradient in snapshot.gradients.items():
+                if gradient.shape != snapshot.tensors[name].shape:
+                    raise ValueError(f"the gradient of {name} has shape {tuple(gradient.shape)}")
         tracker = None
         if "tracker" in tensors:
             tracker = StabilityTracker(threshold=1.0)
