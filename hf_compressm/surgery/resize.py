@@ -43,7 +43,9 @@ def replace_parameters(
         old, own = site.parameters(), states.get(site.name, {})
         like = next(parameter for parameter in site.mixer.parameters() if parameter.ndim > 1)
         new = {
-            name: nn.Parameter(value.to(old.get(name, like), copy=True), requires_grad=old.get(name, like).requires_grad)
+            name: nn.Parameter(
+                value.to(old.get(name, like), copy=True), requires_grad=old.get(name, like).requires_grad
+            )
             for name, value in values[site.name].items()
         }
         for name, parameter in new.items():

@@ -47,7 +47,7 @@ class Snapshot:
         )
 
     def restore(self, model: nn.Module, optimizer: Any = None) -> None:
-        """Bring weights, gradients, optimizer state and history back. Learning rates and schedules go on as they are."""
+        """Bring weights, gradients, optimizer state and history back. Learning rates and schedules go on."""
         inner = None if optimizer is None else unwrap_optimizer(optimizer)
         resize_mixers(model, self.sizes, inner)
         model.load_state_dict(self.tensors)
