@@ -52,7 +52,7 @@ def warn_of_added(path: str, changes: Mapping[str, ParameterChange], present: It
 def set_gradient(parameter: nn.Parameter, gradient: Tensor | None) -> None:
     """Give a parameter a gradient of its shape, on its device, of any dtype."""
     if gradient is not None and gradient.dtype != parameter.dtype:
-        parameter.grad_dtype = gradient.dtype  # type: ignore[attr-defined]
+        parameter.grad_dtype = gradient.dtype
     parameter.grad = None if gradient is None else gradient.to(parameter.device)
 
 
