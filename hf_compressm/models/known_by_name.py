@@ -11,43 +11,52 @@ from typing import Any
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
     MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
+    MODEL_MAPPING_NAMES,
 )
 
 
-def enter(names: Any, cls: Any) -> None:
+def enter(table: Any, cls: Any) -> None:
     """Add a model class's name to a table, by model type if that is free, by its own name otherwise."""
     config_class = getattr(cls, "config_class", None)
     if config_class is None:  # a mixin
         return
-    known = {name for entry in names.values() for name in (entry if isinstance(entry, tuple) else (entry,))}
+    known = {name for entry in table.values() for name in (entry if isinstance(entry, tuple) else (entry,))}
     if cls.__name__ not in known:
         model_type = config_class.model_type
-        names[cls.__name__ if model_type in names else model_type] = cls.__name__
+        table[cls.__name__ if model_type in table else model_type] = cls.__name__
 
 
-class KnownCausalLM:
-    """Mixin: transformers knows the class, and those derived from it, as models that predict the next token."""
+class KnownByName:
+    """Mixin: a class, and those derived from it, stand in one of transformers' tables."""
 
+    known_as: Any = None
+    known_loss: str | None = None
     loss_type: str | None
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        enter(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, cls)
+        enter(cls.known_as, cls)
 
     def post_init(self) -> None:
-        self.loss_type = "ForCausalLM"  # transformers goes by the class's name otherwise
+        self.loss_type = self.known_loss  # transformers goes by the class's name otherwise
         super().post_init()  # type: ignore[misc]
 
 
-class KnownClassifier:
-    """Mixin: transformers knows the class, and those derived from it, as classifiers of sequences."""
+class KnownModel(KnownByName):
+    """Mixin of models without a head."""
 
-    loss_type: str | None
+    known_as = MODEL_MAPPING_NAMES
 
-    def __init_subclass__(cls, **kwargs: Any) -> None:
-        super().__init_subclass__(**kwargs)
-        enter(MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES, cls)
 
-    def post_init(self) -> None:
-        self.loss_type = "ForSequenceClassification"  # transformers goes by the class's name otherwise
-        super().post_init()  # type: ignore[misc]
+class KnownCausalLM(KnownByName):
+    """Mixin of models that predict the next token."""
+
+    known_as = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    known_loss = "ForCausalLM"
+
+
+class KnownClassifier(KnownByName):
+    """Mixin of classifiers of sequences."""
+
+    known_as = MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES
+    known_loss = "ForSequenceClassification"

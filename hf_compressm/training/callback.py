@@ -15,6 +15,7 @@ from .compression_run import CompressionRun
 from .config import CompressionConfig
 from .distributed import find_ddp, refuse_unsupported
 from .run_state import PerRun
+from .smoothing import refuse_unshifted_labels
 from .timing import StepTimer
 from .trainer_log import running_trainer
 
@@ -86,6 +87,7 @@ class CompreSSMCallback(TrainerCallback, ExportableState):
         refuse_unsupported(args, model)
         check_parameters(model, optimizer)
         find_ddp(running_trainer(), model)  # what a cut will need is missed now, not then
+        refuse_unshifted_labels(running_trainer(), model)
         attach_resizing(model)
         exported: dict[str, Any] = state.stateful_callbacks  # type: ignore[assignment]  # a dict once training runs
         # A checkpoint written without this callback has no entry, and the Trainer's next save would fail without one.

@@ -20,7 +20,7 @@ from transformers.models.mamba.modeling_mamba import (
 from ...compatibility import takes_any_cache_name
 from ...layers.mamba import CompreSSMMambaMixer
 from ..classification import SequenceClassification
-from ..known_by_name import KnownCausalLM
+from ..known_by_name import KnownCausalLM, KnownModel
 from ..loading import SizesFromConfig
 from ..selective import (
     embedded,
@@ -71,7 +71,7 @@ class CompreSSMMambaPreTrainedModel(SizesFromConfig, MambaPreTrainedModel):
             initialise_convolution_and_output(module, self.config)
 
 
-class CompreSSMMambaModel(CompreSSMMambaPreTrainedModel, MambaModel):
+class CompreSSMMambaModel(KnownModel, CompreSSMMambaPreTrainedModel, MambaModel):
     """Mamba's stack of blocks. Reads `input_ids`, `inputs_embeds`, or with `config.num_channels` `input_values`."""
 
     def __init__(self, config: CompreSSMMambaConfig):

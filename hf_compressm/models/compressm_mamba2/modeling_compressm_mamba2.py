@@ -20,7 +20,7 @@ from transformers.models.mamba2.modeling_mamba2 import (
 from ...compatibility import takes_any_cache_name
 from ...layers.mamba2 import CompreSSMMamba2Mixer
 from ..classification import SequenceClassification
-from ..known_by_name import KnownCausalLM
+from ..known_by_name import KnownCausalLM, KnownModel
 from ..loading import SizesFromConfig
 from ..selective import (
     embedded,
@@ -75,7 +75,7 @@ class CompreSSMMamba2PreTrainedModel(SizesFromConfig, Mamba2PreTrainedModel):
             initialise_convolution_and_output(module, self.config)
 
 
-class CompreSSMMamba2Model(CompreSSMMamba2PreTrainedModel, Mamba2Model):
+class CompreSSMMamba2Model(KnownModel, CompreSSMMamba2PreTrainedModel, Mamba2Model):
     """Mamba-2's stack of blocks. Reads `input_ids`, `inputs_embeds`, or with `config.num_channels` `input_values`."""
 
     def __init__(self, config: CompreSSMMamba2Config):

@@ -25,7 +25,7 @@ from ...compatibility import cache_keyword, one_cache
 from ...layers.lru import LRU
 from ...layers.plain import innermost
 from ..classification import SequenceClassification, classification_loss, in_form
-from ..known_by_name import KnownCausalLM, KnownClassifier
+from ..known_by_name import KnownCausalLM, KnownClassifier, KnownModel
 from ..loading import SizesFromConfig
 from ..pooling import mask_of_steps, pooled
 from .batch_norm import MimoSSMBatchNorm
@@ -125,7 +125,7 @@ class MimoSSMPreTrainedModel(SizesFromConfig, PreTrainedModel):
                 init.ones_(module.running_var)
 
 
-class MimoSSMModel(MimoSSMPreTrainedModel):
+class MimoSSMModel(KnownModel, MimoSSMPreTrainedModel):
     """Embedding (token ids) or linear map (channels), then the blocks, then a norm if `prenorm`."""
 
     def __init__(self, config: MimoSSMConfig) -> None:
