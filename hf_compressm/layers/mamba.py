@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..compatibility import check_keywords, one_cache
-from ..ops.causal_conv import causal_conv
+from ..ops.causal_conv import causal_conv, causal_conv_step
 from ..ops.selective_scan import selective_scan, selective_state_update
 from .plain import innermost, is_plain
 
@@ -32,7 +32,10 @@ def convolve(channels: Tensor, convolution: nn.Conv1d, cache: Any, layer_idx: in
     """
     signal, length = remembered(channels, convolution, cache, layer_idx), channels.shape[1]
     if is_plain(convolution, nn.Conv1d):
-        return causal_conv(signal, convolution.weight.squeeze(1), convolution.bias)[:, -length:]
+        weight = convolution.weight.squeeze(1)
+        if length == 1 and signal.shape[1] >= weight.shape[1]:
+            return causal_conv_step(signal[:, -weight.shape[1] :].transpose(1, 2), weight, convolution.bias)[:, None]
+        return causal_conv(signal, weight, convolution.bias)[:, -length:]
     return F.silu(called_convolution(signal, convolution))[:, -length:]
 
 
@@ -68,6 +71,13 @@ def recurrent_state(cache: Any, layer_idx: int) -> Tensor | None:
     if cache is None or not cache.has_previous_state(layer_idx):
         return None
     return cache.layers[layer_idx].recurrent_states[0]
+
+
+def is_step(mixer: nn.Module, signal: Tensor) -> bool:
+    """Whether a state may be updated in place by a signal (B, L, I): one token, and nothing that gradients go to."""
+    if signal.shape[1] > 1 or not torch.is_grad_enabled():
+        return signal.shape[1] == 1
+    return not (signal.requires_grad or any(parameter.requires_grad for parameter in mixer.parameters()))
 
 
 class CompreSSMMambaMixer(nn.Module):
@@ -156,7 +166,7 @@ class CompreSSMMambaMixer(nn.Module):
         delta, bias = time_steps(self.dt_proj, step)
         A = -self.A_log.float().exp()
         options: dict[str, Any] = {"D": self.D.float(), "delta_bias": bias, "delta_softplus": True}
-        if state is not None and u.shape[1] == 1:
+        if state is not None and is_step(self, u):
             y = selective_state_update(state, u[:, 0], delta[:, 0], A, B[:, 0], C[:, 0], z=gate[:, 0], **options)[
                 :, None
             ]

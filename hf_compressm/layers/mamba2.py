@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from ..compatibility import check_keywords, one_cache
 from ..ops.ssd_scan import ssd_scan, ssd_state_update
-from .mamba import convolve, inverse_softplus_of_time_steps, real_positions, recurrent_state
+from .mamba import convolve, inverse_softplus_of_time_steps, is_step, real_positions, recurrent_state
 
 
 class GatedRMSNorm(nn.Module):
@@ -149,7 +149,7 @@ class CompreSSMMamba2Mixer(nn.Module):
             "dt_limit": self.time_step_limit,
         }
         A = -self.A_log.float().exp()
-        if state is not None and x.shape[1] == 1:
+        if state is not None and is_step(self, signal):
             y = ssd_state_update(state, x[:, 0], dt[:, 0], A, B[:, 0], C[:, 0], **options)[:, None]
         elif cache is None:
             y = ssd_scan(x, dt, A, B, C, chunk_size=self.chunk_size, **options)

@@ -16,7 +16,15 @@ from torch.nn import functional as F
 from transformers.integrations import accelerate
 
 from ..compatibility import check_keywords, one_cache
-from ..layers.mamba import called_convolution, convolve, real_positions, recurrent_state, remembered, time_steps
+from ..layers.mamba import (
+    called_convolution,
+    convolve,
+    is_step,
+    real_positions,
+    recurrent_state,
+    remembered,
+    time_steps,
+)
 from ..ops.selective_scan import selective_scan, selective_state_update
 from ..ops.ssd_scan import ssd_scan, ssd_state_update
 
@@ -153,7 +161,7 @@ def _mamba_forward(
     delta, bias = time_steps(self.dt_proj, step)
     A = -self.A_log.float().exp()
     options: dict[str, Any] = {"D": self.D.float(), "delta_bias": bias, "delta_softplus": True}
-    if state is not None and u.shape[1] == 1:
+    if state is not None and is_step(self, u):
         y = selective_state_update(state, u[:, 0], delta[:, 0], A, B[:, 0], C[:, 0], z=gate[:, 0], **options)[:, None]
     elif cache is None:
         y = selective_scan(u, delta, A, B, C, z=gate, **options)
@@ -195,7 +203,7 @@ def _mamba2_forward(
         "dt_limit": tuple(self.time_step_limit),
     }
     A = -self.A_log.float().exp()
-    if state is not None and x.shape[1] == 1:
+    if state is not None and is_step(self, signal):
         y = ssd_state_update(state, x[:, 0], dt[:, 0], A, B[:, 0], C[:, 0], **options)[:, None]
     elif cache is None:
         y = ssd_scan(x, dt, A, B, C, chunk_size=self.chunk_size, **options)

@@ -43,12 +43,33 @@ def test_every_layer_has_its_own_size_and_all_parameters_learn(kind):
 
 @KINDS
 @pytest.mark.parametrize("cut", [1, 2, 5, 19])
-def test_going_on_from_a_cache_equals_the_full_forward(kind, cut):
+@pytest.mark.parametrize("learning", [True, False])
+def test_going_on_from_a_cache_equals_the_full_forward(kind, cut, learning):
     model = own(kind)
-    full = model(IDS).logits
-    first = model(IDS[:, :cut], use_cache=True)
-    second = model(IDS[:, cut:], cache_params=first.cache_params, use_cache=True)
+    with torch.set_grad_enabled(learning):
+        full = model(IDS).logits
+        first = model(IDS[:, :cut], use_cache=True)
+        second = model(IDS[:, cut:], cache_params=first.cache_params, use_cache=True)
     assert torch.allclose(torch.cat([first.logits, second.logits], 1), full, atol=3e-6)
+
+
+def token_by_token(model, ids):
+    """Logits, one token at a time behind a cache."""
+    options, logits = {}, []
+    for token in ids.split(1, dim=1):
+        output = model(token, use_cache=True, **options)
+        options = {"cache_params": output.cache_params}
+        logits.append(output.logits)
+    return torch.cat(logits, dim=1)
+
+
+@KINDS
+def test_gradients_flow_through_single_tokens_behind_a_cache(kind):
+    model = own(kind)
+    expected = torch.autograd.grad(model(IDS, use_cache=False).logits.sin().sum(), list(model.parameters()))
+    found = torch.autograd.grad(token_by_token(model, IDS).sin().sum(), list(model.parameters()))
+    for name, one, other in zip(dict(model.named_parameters()), found, expected, strict=True):
+        assert torch.allclose(one, other, atol=1e-5 + 1e-4 * float(other.abs().max())), name
 
 
 @KINDS

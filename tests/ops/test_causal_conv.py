@@ -4,7 +4,7 @@ import pytest
 import torch
 from ops import interpreter
 
-from hf_compressm.ops.causal_conv import causal_conv, naive_causal_conv
+from hf_compressm.ops.causal_conv import causal_conv, causal_conv_step, naive_causal_conv
 
 
 def inputs(batch, length, channels, taps, dtype=torch.float64):
@@ -24,6 +24,21 @@ def test_kernels_equal_the_reference_with_all_gradients(sizes, with_bias):
         found = [y, *torch.autograd.grad(y.sin().sum(), list(tensors.values()))]
     for one, other in zip(expected, found, strict=True):
         assert torch.allclose(one, other, atol=1e-12)
+
+
+@pytest.mark.parametrize("taps", [1, 2, 4, 6])
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_a_step_is_the_last_one_of_the_sequence(taps, with_bias):
+    tensors = {k: v.requires_grad_() for k, v in inputs(3, 9, 5, taps).items() if with_bias or k != "bias"}
+    expected = naive_causal_conv(**tensors)[:, -1]
+    found = causal_conv_step(tensors["x"][:, -taps:].transpose(1, 2), *list(tensors.values())[1:])
+    assert torch.allclose(found, expected, atol=1e-12)
+    pairs = [torch.autograd.grad(y.sin().sum(), list(tensors.values())) for y in (found, expected)]
+    assert all(torch.allclose(one, other, atol=1e-12) for one, other in zip(*pairs, strict=True))
+    half = [t.detach().bfloat16() for t in tensors.values()]
+    found = causal_conv_step(half[0][:, -taps:].transpose(1, 2), *half[1:])
+    expected = naive_causal_conv(*(t.double() for t in half))[:, -1]
+    assert found.dtype == torch.bfloat16 and torch.allclose(found.double(), expected, rtol=2**-8, atol=1e-6)
 
 
 def test_strides_and_half_precision():

@@ -10,8 +10,9 @@ from torch import Tensor
 
 from ..backends import choose_backend
 from .naive import naive_causal_conv
+from .step import causal_conv_step
 
-__all__ = ["causal_conv", "naive_causal_conv"]
+__all__ = ["causal_conv", "causal_conv_step", "naive_causal_conv"]
 
 
 def causal_conv(x: Tensor, weight: Tensor, bias: Tensor | None = None, backend: str | None = None) -> Tensor:

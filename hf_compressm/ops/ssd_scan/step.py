@@ -12,7 +12,8 @@ Limits = tuple[float, float]
 def time_steps(dt: Tensor, dt_bias: Tensor | None, dt_softplus: bool, dt_limit: Limits) -> Tensor:
     """The time steps that the scan runs with, in dt's dtype."""
     dt = dt if dt_bias is None else dt + dt_bias.to(dt.dtype)
-    return (F.softplus(dt) if dt_softplus else dt).clamp(*dt_limit)
+    dt = F.softplus(dt) if dt_softplus else dt
+    return dt if dt_softplus and dt_limit == (0.0, float("inf")) else dt.clamp(*dt_limit)
 
 
 def time_steps_backward(
@@ -46,10 +47,11 @@ def ssd_state_update(
     Returns:
         y (B, H, P) in x's dtype.
     """
-    step = time_steps(dt.to(state.dtype), dt_bias, dt_softplus, dt_limit)
-    per_group = state.shape[1] // B.shape[1]
-    B, C = (tensor.to(state.dtype).repeat_interleave(per_group, dim=1) for tensor in (B, C))
-    drive = (step[..., None] * x.to(state.dtype))[..., None] * B[:, :, None]
-    state.mul_((step * A.to(state.dtype)).exp()[..., None, None]).add_(drive)
-    y = (state @ C[..., None]).squeeze(-1)
-    return (y if D is None else y + x * D.to(state.dtype)[:, None]).to(x.dtype)
+    dtype, groups = state.dtype, (B.shape[1], -1)
+    step, wide = time_steps(dt.to(dtype), dt_bias, dt_softplus, dt_limit), x.to(dtype)
+    state.mul_((step * A.to(dtype)).exp_()[..., None, None])
+    by_group = state.unflatten(1, groups)
+    drive = (step[..., None] * wide).unflatten(1, groups)[..., None]
+    by_group.addcmul_(drive, B.to(dtype)[:, :, None, None])
+    y = torch.linalg.vecdot(by_group, C.to(dtype)[:, :, None, None]).flatten(1, 2)
+    return (y if D is None else torch.addcmul(y, wide, D.to(dtype)[:, None])).to(x.dtype)
