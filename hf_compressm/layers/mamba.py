@@ -17,6 +17,9 @@ from ..ops.causal_conv import causal_conv, causal_conv_step
 from ..ops.selective_scan import selective_scan, selective_state_update
 from .plain import innermost, is_plain
 
+SILU = ("silu", "swish")
+"""Names of the activation that the op `causal_conv` has built in."""
+
 
 def real_positions(hidden_states: Tensor, attention_mask: Tensor | None) -> Tensor:
     """Hidden states (B, L, I), zero at padding. A mask may be longer than L: its last L columns count."""
@@ -25,18 +28,27 @@ def real_positions(hidden_states: Tensor, attention_mask: Tensor | None) -> Tens
     return hidden_states * attention_mask[:, -hidden_states.shape[1] :, None].to(hidden_states.dtype)
 
 
-def convolve(channels: Tensor, convolution: nn.Conv1d, cache: Any, layer_idx: int) -> Tensor:
-    """SiLU of a depthwise causal convolution that goes on from a cache, if there is one. (B, L, I) -> (B, L, I).
+def convolve(mixer: Any, channels: Tensor, cache: Any = None) -> Tensor:
+    """Activation of a mixer's depthwise causal convolution that goes on from a cache, if there is one.
 
-    The number of channels is that of the weight, whatever the module's attributes say.
+    The number of channels is that of the weight, whatever the modules' attributes say.
+
+    Args:
+        mixer: has `conv1d`, `layer_idx`, and the activation as a name, `activation`, and as a module, `act`.
+        channels: (B, L, I).
+        cache: of transformers, or None. It is updated.
+
+    Returns:
+        (B, L, I), in the dtype of `channels`.
     """
-    signal, length = remembered(channels, convolution, cache, layer_idx), channels.shape[1]
-    if is_plain(convolution, nn.Conv1d):
-        weight = convolution.weight.squeeze(1)
-        if length == 1 and signal.shape[1] >= weight.shape[1]:
-            return causal_conv_step(signal[:, -weight.shape[1] :].transpose(1, 2), weight, convolution.bias)[:, None]
-        return causal_conv(signal, weight, convolution.bias)[:, -length:]
-    return F.silu(called_convolution(signal, convolution))[:, -length:]
+    length, convolution = channels.shape[1], mixer.conv1d
+    signal = remembered(channels, convolution, cache, mixer.layer_idx)
+    if mixer.activation not in SILU or not is_plain(convolution, nn.Conv1d):
+        return mixer.act(called_convolution(signal, convolution))[:, -length:]
+    weight = convolution.weight.squeeze(1)
+    if length == 1 and signal.shape[1] >= weight.shape[1]:
+        return causal_conv_step(signal[:, -weight.shape[1] :].transpose(1, 2), weight, convolution.bias)[:, None]
+    return causal_conv(signal, weight, convolution.bias)[:, -length:]
 
 
 def called_convolution(signal: Tensor, convolution: nn.Module) -> Tensor:
@@ -81,13 +93,14 @@ def is_step(mixer: nn.Module, signal: Tensor) -> bool:
 
 
 class CompreSSMMambaMixer(nn.Module):
-    """Mamba's mixer: y = out_proj(scan(conv(x)) * silu(z)), with parameters named as in transformers.
+    """Mamba's mixer: y = out_proj(scan(act(conv(x))) * silu(z)), with parameters named as in transformers.
 
     Args:
         hidden_size: H. intermediate_size: I. state_size: N at the beginning. time_step_rank: R. conv_kernel: K.
         layer_idx: this layer's place in a cache.
         use_bias, use_conv_bias: whether projections and the convolution have biases.
         time_step_limits: smallest and largest initial time step, and a floor, > 0.
+        activation, act: name and module of the activation behind the convolution; the gate's is always SiLU.
 
     Source: Gu and Dao 2023, arXiv 2312.00752.
     """
@@ -103,9 +116,12 @@ class CompreSSMMambaMixer(nn.Module):
         use_bias: bool = False,
         use_conv_bias: bool = True,
         time_step_limits: tuple[float, float, float] = (0.001, 0.1, 1e-4),
+        activation: str = "silu",
+        act: nn.Module | None = None,
     ):
         super().__init__()
         self.layer_idx = layer_idx
+        self.activation, self.act = activation, act or nn.SiLU()
         self.time_step_limits = time_step_limits
         self.A_log = nn.Parameter(torch.empty(intermediate_size, state_size))
         self.D = nn.Parameter(torch.empty(intermediate_size))
@@ -160,7 +176,7 @@ class CompreSSMMambaMixer(nn.Module):
         state = recurrent_state(cache, self.layer_idx)
         projected = self.in_proj(real_positions(hidden_states, attention_mask))
         u, gate = projected.chunk(2, dim=-1)
-        u = real_positions(convolve(u, self.conv1d, cache, self.layer_idx), attention_mask)
+        u = real_positions(convolve(self, u, cache), attention_mask)
         projected, size = self.x_proj(u), self.state_size
         step, B, C = projected.split([projected.shape[-1] - 2 * size, size, size], dim=-1)
         delta, bias = time_steps(self.dt_proj, step)

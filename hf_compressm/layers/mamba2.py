@@ -50,6 +50,7 @@ class CompreSSMMamba2Mixer(nn.Module):
         use_bias, use_conv_bias: whether projections and the convolution have biases.
         eps: of the norm. time_step_limit: bounds of the time step.
         time_step_limits: smallest and largest initial time step, and a floor, > 0.
+        activation, act: name and module of the activation behind the convolution; the gate's is always SiLU.
 
     Source: Dao and Gu 2024, arXiv 2405.21060; read-in and read-out are this package's.
     """
@@ -70,12 +71,15 @@ class CompreSSMMamba2Mixer(nn.Module):
         eps: float = 1e-5,
         time_step_limit: tuple[float, float] = (0.0, float("inf")),
         time_step_limits: tuple[float, float, float] = (0.001, 0.1, 1e-4),
+        activation: str = "silu",
+        act: nn.Module | None = None,
     ):
         super().__init__()
         channels = num_heads * head_dim
         convolved = channels + 2 * n_groups * conv_states
         self.read_in: nn.Parameter | None
         self.read_out: nn.Parameter | None
+        self.activation, self.act = activation, act or nn.SiLU()
         self.n_groups, self.chunk_size, self.layer_idx = n_groups, chunk_size, layer_idx
         self.time_step_limit, self.time_step_limits = tuple(time_step_limit), time_step_limits
         self.dt_bias = nn.Parameter(torch.empty(num_heads))
@@ -135,7 +139,7 @@ class CompreSSMMamba2Mixer(nn.Module):
         channels, heads = self.norm.weight.shape[0], len(self.A_log)
         projected = self.in_proj(real_positions(hidden_states, attention_mask))
         gate, signal, dt = projected.split([channels, len(self.conv1d.weight), heads], dim=-1)
-        signal = real_positions(convolve(signal, self.conv1d, cache, self.layer_idx), attention_mask)
+        signal = real_positions(convolve(self, signal, cache), attention_mask)
         block = self.n_groups * self.conv_states
         x, B, C = signal.split([channels, block, block], dim=-1)
         x = x.unflatten(-1, (heads, -1))

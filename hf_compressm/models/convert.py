@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 from collections.abc import Mapping
 from typing import Any
@@ -38,6 +39,10 @@ DROPPED = ("model_type", "architectures", "transformers_version", "auto_map")
 def from_stock(model: PreTrainedModel | str | os.PathLike[str], **kwargs: Any) -> PreTrainedModel:
     """This package's model with the weights of a stock Mamba or Mamba-2, and the same outputs.
 
+    All fields of the config come along, and the settings of generation. Two things are done right that transformers'
+    PyTorch code gets wrong: a single token behind a cache has its time step clamped to `time_step_limit` as all others
+    have, and padding leaves no trace, neither in the cache nor, with `use_bias`, in the convolution of left padding.
+
     Args:
         model: `MambaForCausalLM`, `MambaModel`, `Mamba2ForCausalLM` or `Mamba2Model`, or the folder or hub name of one.
         **kwargs: for `from_pretrained`, if a name is given.
@@ -47,7 +52,8 @@ def from_stock(model: PreTrainedModel | str | os.PathLike[str], **kwargs: Any) -
 
     Raises:
         TypeError: if the model is of another class; for hybrids and kin compress the stock model itself.
-        ValueError: if a name stands for another architecture, or its config has other layer types.
+        ValueError: if a name stands for another architecture; if the config has other layer types, or an activation
+            with parameters; if the model is quantized.
     """
     stock: Any = _load(model, kwargs) if isinstance(model, str | os.PathLike) else model
     if type(stock) not in _PAIRS:
@@ -57,6 +63,7 @@ def from_stock(model: PreTrainedModel | str | os.PathLike[str], **kwargs: Any) -
         )
     if others := sorted(set(stock.config.layer_types) - {"linear_attention"}):
         raise ValueError(f"the model has layers of types {', '.join(others)}; only pure Mamba models can be converted")
+    _refuse_quantized(stock)
     own_class, config_class = _PAIRS[type(stock)]
     return _rebuilt(stock, own_class, config_class, _fields(stock.config), stock.state_dict())
 
@@ -77,8 +84,8 @@ def to_stock(model: PreTrainedModel, state_size: int | None = None) -> PreTraine
 
     Raises:
         TypeError: if the model is of another class; a classifier's head has no stock class.
-        ValueError: if `state_size` is too small; if the model reads continuous values; if a layer of a Mamba-2 has a
-            read-in and read-out that mix states.
+        ValueError: if `state_size` is too small; if the model reads continuous values or is quantized; if a layer of a
+            Mamba-2 has a read-in and read-out that mix states, or needs padding that its activation would make nonzero.
     """
     if type(model) not in _STOCK:
         raise TypeError(
@@ -88,6 +95,7 @@ def to_stock(model: PreTrainedModel, state_size: int | None = None) -> PreTraine
     config: Any = model.config
     if config.num_channels is not None:
         raise ValueError("stock models read token ids; a model with config.num_channels cannot be written as one")
+    _refuse_quantized(model)
     stock_class, config_class = _STOCK[type(model)]
     largest = max(config.state_sizes)
     state_size = largest if state_size is None else state_size
@@ -109,6 +117,15 @@ def _load(name: str | os.PathLike[str], kwargs: dict[str, Any]) -> PreTrainedMod
     return loaded.from_pretrained(name, **kwargs)
 
 
+def _refuse_quantized(model: Any) -> None:
+    if (found := getattr(model.config, "quantization_config", None)) is not None:
+        method = getattr(found, "quant_method", None) or dict(found).get("quant_method", "unknown")
+        raise ValueError(
+            f"quantized weights ({getattr(method, 'value', method)}) cannot be taken over; load the model without its "
+            "quantization_config, convert it, and quantize the result"
+        )
+
+
 def _fields(config: Any) -> dict[str, Any]:
     return {name: value for name, value in config.to_dict().items() if name not in DROPPED and name[0] != "_"}
 
@@ -123,7 +140,7 @@ def _rebuilt(model: Any, cls: Any, config_class: Any, fields: dict[str, Any], te
     rebuilt.load_state_dict(tensors)
     rebuilt.tie_weights()
     if getattr(model, "generation_config", None) is not None:
-        rebuilt.generation_config = model.generation_config
+        rebuilt.generation_config = copy.deepcopy(model.generation_config)
     return rebuilt.train(model.training)
 
 
@@ -147,10 +164,15 @@ def _mamba2_tensors(model: Any, state_size: int) -> Tensors:
     tensors = dict(model.state_dict())
     for name, mixer in _mixers(model):
         kept = _selected(name, mixer)
+        if any(len(states) < state_size for states in kept) and mixer.act(torch.zeros(1)).item() != 0:
+            raise ValueError(
+                f"{name} has fewer than {state_size} states, and with hidden_act={mixer.activation!r} those that would "
+                "be added are not zero; save this package's class instead"
+            )
         channels, size, groups = mixer.norm.weight.shape[0], mixer.conv_states, mixer.n_groups
 
         def block(rows: Tensor, kept: list[list[int]] = kept, size: int = size, groups: int = groups) -> Tensor:
-            """Rows of B or C: those kept, and zeros; SiLU of a convolution with zero weights is zero."""
+            """Rows of B or C: those kept, and zeros, of which the activation makes zero."""
             parts = []
             for group, states in enumerate(kept):
                 found = rows[[group * size + state for state in states]]

@@ -16,17 +16,10 @@ from torch.nn import functional as F
 from transformers.integrations import accelerate
 
 from ..compatibility import check_keywords, one_cache
-from ..layers.mamba import (
-    called_convolution,
-    convolve,
-    is_step,
-    real_positions,
-    recurrent_state,
-    remembered,
-    time_steps,
-)
+from ..layers.mamba import convolve, is_step, real_positions, recurrent_state, time_steps
 from ..ops.selective_scan import selective_scan, selective_state_update
 from ..ops.ssd_scan import ssd_scan, ssd_state_update
+from .selective import has_parameters
 
 _OR_STOCK = ", or call use_fast_ops(model, enable=False)"
 
@@ -51,7 +44,8 @@ def use_fast_ops(model: nn.Module, enable: bool = True) -> list[str]:
         Names of the mixers within the model.
 
     Raises:
-        ValueError: if the model has no such mixer, or one whose `forward` somebody else has replaced.
+        ValueError: if the model has no such mixer, one whose `forward` somebody else has replaced, or one whose
+            activation has parameters, which transformers' own code does not read.
         RuntimeError: if the installed transformers lacks something that the ops need; the message names it.
     """
     found = _stock_mixers(model)
@@ -68,6 +62,11 @@ def use_fast_ops(model: nn.Module, enable: bool = True) -> list[str]:
             )
         if enable:
             _require(mixer)
+            if has_parameters(str(mixer.activation)):
+                raise ValueError(
+                    f"the activation of {name}, {mixer.activation!r}, has parameters that transformers' forward never "
+                    "reads, so use_fast_ops cannot give the same outputs and gradients; choose another activation"
+                )
     for mixer in found.values():
         stock = mixer_class(mixer)
         mixer.__class__ = _fast_class(_path(stock)) if enable else stock
@@ -152,7 +151,7 @@ def _mamba_forward(
     cache = one_cache(self, cache=cache, cache_params=cache_params)
     state = recurrent_state(cache, self.layer_idx)
     u, gate = self.in_proj(real_positions(hidden_states, attention_mask)).chunk(2, dim=-1)
-    u = real_positions(_convolve(self, u, cache), attention_mask)
+    u = real_positions(convolve(self, u, cache), attention_mask)
     size = self.A_log.shape[1]
     projected = self.x_proj(u)
     step, B, C = projected.split([projected.shape[-1] - 2 * size, size, size], dim=-1)
@@ -192,7 +191,7 @@ def _mamba2_forward(
     channels = projected.shape[-1] - convolved - heads
     block = (convolved - channels) // 2
     gate, signal, dt = projected.split([channels, convolved, heads], dim=-1)
-    signal = real_positions(_convolve(self, signal, cache), attention_mask)
+    signal = real_positions(convolve(self, signal, cache), attention_mask)
     x, B, C = signal.split([channels, block, block], dim=-1)
     x = x.unflatten(-1, (heads, -1))
     B, C = (part.unflatten(-1, (self.n_groups, -1)) for part in (B, C))
@@ -214,14 +213,6 @@ def _mamba2_forward(
     y = y.flatten(2)
     y = self.norm(y, gate) if getattr(self, "mamba_rms_norm", True) else y * F.silu(gate)
     return self.out_proj(y.to(hidden_states.dtype))
-
-
-def _convolve(mixer: Any, channels: Tensor, cache: Any) -> Tensor:
-    convolution, length = mixer.conv1d, channels.shape[1]
-    if mixer.activation in ("silu", "swish"):
-        return convolve(channels, convolution, cache, mixer.layer_idx)
-    signal = remembered(channels, convolution, cache, mixer.layer_idx)
-    return mixer.act(called_convolution(signal, convolution))[:, -length:]
 
 
 _MAMBA = (["conv1d", "dt_proj"], _mamba_forward)

@@ -7,9 +7,12 @@ from typing import Any
 
 from torch import Tensor, nn
 from transformers import initialization as init
+from transformers.activations import ACT2FN
 
 from ..layers.plain import innermost
 from .pooling import POOLINGS
+
+SCHEMES = ("random", "constant")
 
 
 def checked_sizes(config: Any) -> list[int]:
@@ -29,6 +32,24 @@ def checked_sizes(config: Any) -> list[int]:
     if config.pooling not in POOLINGS:
         raise ValueError(f"pooling must be one of {', '.join(POOLINGS)}; got {config.pooling!r}")
     return sizes
+
+
+def check_fields(config: Any) -> None:
+    """Raise ValueError if a config's activation or, where it has one, its initialisation scheme is not known."""
+    if config.hidden_act not in ACT2FN or has_parameters(config.hidden_act):
+        plain = [name for name in sorted(ACT2FN) if not has_parameters(name)]
+        raise ValueError(
+            f"hidden_act must be an activation without parameters, which transformers' own Mamba would not train: "
+            f"{', '.join(plain)}; got {config.hidden_act!r}"
+        )
+    scheme = getattr(config, "time_step_init_scheme", SCHEMES[0])
+    if scheme not in SCHEMES:
+        raise ValueError(f"time_step_init_scheme must be one of {', '.join(SCHEMES)}; got {scheme!r}")
+
+
+def has_parameters(activation: str) -> bool:
+    """Whether an activation, by transformers' name, has parameters of its own."""
+    return activation in ("prelu", "xielu")
 
 
 def make_embeddings(config: Any) -> nn.Module:

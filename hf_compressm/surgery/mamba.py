@@ -182,7 +182,7 @@ class MambaAdapter(MixerAdapter[Any]):
 def mamba_signals(mixer: Any, hidden_states: Tensor, attention_mask: Tensor | None) -> Signals:
     """What the mixer gives its scan for the hidden states (B, L, H) that it gets."""
     projected = mixer.in_proj(real_positions(hidden_states, attention_mask))
-    u = convolve(projected.chunk(2, dim=-1)[0], mixer.conv1d, None, 0)
+    u = convolve(mixer, projected.chunk(2, dim=-1)[0])
     u = real_positions(u, attention_mask)
     size, projected = mixer.A_log.shape[1], mixer.x_proj(u)
     step, B, C = projected.split([projected.shape[-1] - 2 * size, size, size], dim=-1)

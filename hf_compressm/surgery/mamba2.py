@@ -211,7 +211,7 @@ def mamba2_signals(mixer: Any, hidden_states: Tensor, attention_mask: Tensor | N
     channels, heads, groups = _channels(mixer), mixer.A_log.shape[0], mixer.n_groups
     convolved = len(mixer.conv1d.weight)
     _, convolved, step = projected.split([channels, convolved, heads], dim=-1)
-    convolved = real_positions(convolve(convolved, mixer.conv1d, None, 0), attention_mask)
+    convolved = real_positions(convolve(mixer, convolved), attention_mask)
     size = _conv_states(mixer)
     u, B, C = convolved.split([channels, groups * size, groups * size], dim=-1)
     B, C = (signal.unflatten(-1, (groups, size)) for signal in (B, C))

@@ -1,11 +1,10 @@
 """Compression of plain transformers models of every supported family, and refusals of the others."""
 
 import importlib.util
-import sys
 
 import pytest
 import torch
-from stock_models import CONFIGS
+from stock_models import CONFIGS, given_to_scan
 from transformers import (
     AutoModelForCausalLM,
     Qwen3NextConfig,
@@ -34,37 +33,16 @@ def make(family, seed=0):
 
 
 @FAMILIES
-def test_signals_are_what_the_mixer_gives_its_scan(family, monkeypatch):
-    model, seen, inputs = make(family), [], []
-    site = find_mixers(model)[0]
-    module = sys.modules[type(site.mixer).__module__]
-    name = "mamba_selective_scan" if hasattr(module, "mamba_selective_scan") else "mamba2_chunk_scan"
-    scan = getattr(module, name)
-
-    def spy(*args, **kwargs):
-        seen.append((args[:5], kwargs))
-        return scan(*args, **kwargs)
-
-    monkeypatch.setattr(module, name, spy)
-    keep = lambda mixer, args, kwargs: inputs.append((args, kwargs))  # noqa: E731
-    site.mixer.register_forward_pre_hook(keep, with_kwargs=True)
+def test_signals_are_what_the_mixer_gives_its_scan(family):
+    model = make(family)
+    mixer = find_mixers(model)[0].mixer
     mask = torch.ones_like(IDS)
     mask[:2, :5] = 0
     with torch.no_grad():
-        model(IDS, attention_mask=mask, use_cache=False)
-        args, kwargs = inputs[0]
-        hidden = args[0] if args else kwargs["hidden_states"]
-        signals = selective_signals(site.mixer, hidden, kwargs.get("attention_mask"))
-    (u, dt, A, B, C), options = seen[0]
-    if name == "mamba_selective_scan":
-        dt = torch.nn.functional.softplus(dt + options["delta_bias"][..., None]).transpose(1, 2)
-        u, B, C = u.transpose(1, 2), B.transpose(1, 2)[:, :, None], C.transpose(1, 2)[:, :, None]
-    else:
-        width = u.shape[3]
-        dt = torch.nn.functional.softplus(dt + options["dt_bias"]).clamp(*options["dt_limit"])
-        u, dt, A = u.flatten(2), dt.repeat_interleave(width, 2), A.repeat_interleave(width)[:, None]
-    for found, expected in ((signals.u, u), (signals.dt, dt), (signals.A, A), (signals.B, B), (signals.C, C)):
-        assert torch.allclose(found, expected, atol=1e-5)
+        hidden, mask_of_mixer, expected = given_to_scan(model, mixer, IDS, mask)
+        signals = selective_signals(mixer, hidden, mask_of_mixer)
+    for name, value in expected.items():
+        assert torch.allclose(getattr(signals, name), value, atol=1e-5), name
 
 
 @FAMILIES

@@ -7,7 +7,7 @@ from typing import Any
 from transformers import MambaConfig
 
 from ..remote_code import CarriesCode
-from ..selective import checked_sizes
+from ..selective import check_fields, checked_sizes
 
 
 class CompreSSMMambaConfig(CarriesCode, MambaConfig):
@@ -22,7 +22,7 @@ class CompreSSMMambaConfig(CarriesCode, MambaConfig):
         **kwargs: fields of `MambaConfig`.
 
     Raises:
-        ValueError: if state sizes are not one for each layer.
+        ValueError: if state sizes are not one for each layer, or a name is unknown.
     """
 
     model_type = "compressm_mamba"
@@ -34,6 +34,7 @@ class CompreSSMMambaConfig(CarriesCode, MambaConfig):
     compression_history: Any = None
 
     def __post_init__(self, **kwargs: Any) -> None:
+        check_fields(self)
         self.state_sizes = checked_sizes(self)
         super().__post_init__(**kwargs)
 

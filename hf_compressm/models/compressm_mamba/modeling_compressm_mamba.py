@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from transformers import GenerationMixin
 from transformers import initialization as init
+from transformers.activations import ACT2FN
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.models.mamba.modeling_mamba import (
     MambaBlock,
@@ -51,6 +52,8 @@ class CompreSSMMambaBlock(MambaBlock):
             config.use_bias,
             config.use_conv_bias,
             (config.time_step_min, config.time_step_max, config.time_step_floor),
+            config.hidden_act,
+            ACT2FN[config.hidden_act],
         )
 
 

@@ -7,7 +7,7 @@ from typing import Any
 from transformers import Mamba2Config
 
 from ..remote_code import CarriesCode
-from ..selective import checked_sizes
+from ..selective import check_fields, checked_sizes
 
 
 class CompreSSMMamba2Config(CarriesCode, Mamba2Config):
@@ -24,7 +24,7 @@ class CompreSSMMamba2Config(CarriesCode, Mamba2Config):
         **kwargs: fields of `Mamba2Config`.
 
     Raises:
-        ValueError: if state sizes are not one for each layer, or exceed `state_size`.
+        ValueError: if state sizes are not one for each layer, or exceed `state_size`; if a name is unknown.
     """
 
     model_type = "compressm_mamba2"
@@ -36,6 +36,7 @@ class CompreSSMMamba2Config(CarriesCode, Mamba2Config):
     compression_history: Any = None
 
     def __post_init__(self, **kwargs: Any) -> None:
+        check_fields(self)
         self.state_sizes = checked_sizes(self)
         if max(self.state_sizes) > self.state_size:
             raise ValueError(

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from transformers import GenerationMixin
 from transformers import initialization as init
+from transformers.activations import ACT2FN
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.models.mamba2.modeling_mamba2 import (
     Mamba2Block,
@@ -56,6 +57,8 @@ class CompreSSMMamba2Block(Mamba2Block):
             config.layer_norm_epsilon,
             tuple(config.time_step_limit),  # type: ignore[arg-type]
             (config.time_step_min, config.time_step_max, config.time_step_floor),
+            config.hidden_act,
+            ACT2FN[config.hidden_act],
         )
 
 
