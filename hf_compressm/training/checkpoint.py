@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +12,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers import Trainer, TrainerState, TrainingArguments
+from transformers import PreTrainedModel, Trainer, TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from ..surgery import check_fixed_tensors, resize_mixers, sizes_in_state_dict, unwrap_optimizer
 from .trainer_log import running_trainer
@@ -39,19 +40,51 @@ def detach_resizing(model: nn.Module) -> None:
 
 def resize_every_load(trainer: Trainer) -> None:
     """Attach the hook before each `resume_from_checkpoint` of this Trainer: there is no event between the making of a
-    model by `model_init`, or an earlier `train`, and the loading."""
+    model by `model_init`, or an earlier `train`, and the loading.
+
+    Weights that transformers saves under other names than it trains with are loaded too, here and for the best model;
+    the Trainer alone passes over them.
+    """
     if not isinstance(trainer._load_from_checkpoint, _LoadResized):
-        trainer._load_from_checkpoint = _LoadResized(trainer)  # type: ignore[method-assign]
+        trainer._load_from_checkpoint = _LoadResized(trainer, trainer._load_from_checkpoint)  # type: ignore[method-assign]
+        trainer._load_best_model = _LoadResized(trainer, trainer._load_best_model)  # type: ignore[method-assign]
 
 
 class _LoadResized:
-    def __init__(self, trainer: Trainer):
-        self.trainer, self.load = trainer, trainer._load_from_checkpoint
+    def __init__(self, trainer: Trainer, load: Callable[..., Any]):
+        self.trainer, self.load = trainer, load
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         model: Any = self.trainer.model
         attach_resizing(model)
-        return self.load(*args, **kwargs)
+        best = self.trainer.state.best_model_checkpoint
+        folder = args[0] if args else kwargs.get("resume_from_checkpoint", best)
+        converted = None if folder is None else converted_weights(model, folder)
+        return self.load(*args, **kwargs) if converted is None else model.load_state_dict(converted)
+
+
+def converted_weights(model: nn.Module, folder: str | os.PathLike[str]) -> dict[str, Tensor] | None:
+    """A checkpoint's weights by the model's own names, if they were saved under others; None if they were not.
+
+    Raises:
+        ValueError: if weights are missing.
+    """
+    names = saved_names(folder)
+    if not isinstance(model, PreTrainedModel) or not names - model.state_dict().keys():
+        return None
+    loaded: Any = type(model).from_pretrained(folder, dtype=model.dtype, output_loading_info=True)
+    if missing := sorted(loaded[1]["missing_keys"]):
+        raise ValueError(f"the checkpoint {folder} lacks {', '.join(missing[:4])} of the {type(model).__name__}")
+    return dict(loaded[0].state_dict())
+
+
+def saved_names(folder: str | os.PathLike[str]) -> set[str]:
+    """Names of the tensors in a checkpoint's safetensors files; empty if there are none."""
+    index, whole = Path(folder) / SAFE_WEIGHTS_INDEX_NAME, Path(folder) / SAFE_WEIGHTS_NAME
+    if whole.is_file():
+        with safe_open(whole, framework="pt") as file:
+            return set(file.keys())
+    return set(json.loads(index.read_text())["weight_map"]) if index.is_file() else set()
 
 
 def _attached(model: nn.Module) -> list[int]:
