@@ -1,5 +1,6 @@
 """An unmodified Trainer on models whose mixers belong to another config than the model's own, or to none."""
 
+import itertools
 import json
 from types import SimpleNamespace
 
@@ -84,13 +85,10 @@ def test_a_quarter_of_128_in_four_attempts_is_32(make, tmp_path):
     assert [record["step"] for record in history(model)] == [2, 3, 4, 5]
 
 
-@pytest.mark.parametrize(
-    ("kind", "step"),
-    [
-        *((kind, step) for kind in MODELS for step in (1, 3, 4, 5)),
-        *((kind, step) for kind in RENAMED for step in (1, 3)),
-    ],
-)
+RESUMED = [*itertools.product(MODELS, (1, 3, 4, 5)), *itertools.product(RENAMED, (1, 3))]
+
+
+@pytest.mark.parametrize(("kind", "step"), RESUMED)
 def test_a_run_resumes_into_a_model_of_the_original_size(kind, step, tmp_path):
     whole = trainer_of(kind, tmp_path / "whole")
     whole.train()
