@@ -54,7 +54,7 @@ class DistillationCallback(LossHookCallback):
     def prepare(self, model: nn.Module, args: TrainingArguments) -> None:
         self.teacher.to(args.device)
 
-    def new_loss(self, model: nn.Module, inputs: dict[str, Any], output: Any) -> Tensor:
+    def new_loss(self, model: nn.Module, inputs: dict[str, Any], output: Any, run: Any) -> Tensor:
         with torch.no_grad():
             passed = {key: value for key, value in inputs.items() if key not in NOT_FOR_THE_TEACHER}
             taught = self.teacher(**passed | self._options).logits

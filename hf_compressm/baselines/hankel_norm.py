@@ -6,6 +6,7 @@ and arXiv 2510.22951, which cuts after such a training.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -124,44 +125,61 @@ class HankelNormCallback(LossHookCallback):
         if not 0 < weight < float("inf"):
             raise ValueError(f"the weight of the Hankel norm must be a positive number; got {weight}")
         self.weight = weight
-        self._due = False
-        self._last: Tensor | None = None
 
-    def prepare(self, model: nn.Module, args: TrainingArguments) -> None:
-        self._layers = [module for module in model.modules() if isinstance(module, LRU)]
-        if not self._layers:
+    def prepare(self, model: nn.Module, args: TrainingArguments) -> _Penalty:
+        layers = [module for module in model.modules() if isinstance(module, LRU)]
+        if not layers:
             raise ValueError(
                 f"{type(model).__name__} has no LRU layer; the Hankel norm of selective layers has no closed form"
             )
         ranks = args.world_size if args.average_tokens_across_devices else 1
-        self._share = 1 / ranks  # what the Trainer multiplies a loss by that is a share of all devices' tokens
+        return _Penalty(layers, share=1 / ranks)
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        self._due = True
+        if (run := self.of_run(state)) is not None:
+            run.due = True
 
-    def new_loss(self, model: nn.Module, inputs: dict[str, Any], output: Any) -> Tensor:
-        if not self._due:  # once a step, in the first of the batches that are accumulated
+    def new_loss(self, model: nn.Module, inputs: dict[str, Any], output: Any, run: _Penalty) -> Tensor:
+        if not run.due:  # once a step, in the first of the batches that are accumulated
             return output.loss
-        self._due = False
-        norm = self._norm()
-        self._last = norm.detach()
+        run.due = False
+        norm = run.norm()
+        run.last = norm.detach()
         if inputs.get("num_items_in_batch") is not None:
-            factor = self._share
+            factor = run.share
         else:
             trainer: Any = running_trainer()
             factor = float(trainer.current_gradient_accumulation_steps)
         return output.loss + (self.weight * factor * norm).to(output.loss.dtype)
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        if self._last is not None:
-            value, self._last = float(self._last), None
+        run = self.of_run(state)
+        if run is not None and run.last is not None:
+            value, run.last = float(run.last), None
             log_to_trackers({"hankel_norm": value})
 
-    def _norm(self) -> Tensor:
+
+@dataclass
+class _Penalty:
+    """One training's penalty.
+
+    Attributes:
+        layers: those whose singular values are summed.
+        share: what the Trainer multiplies a loss by that is a share of all devices' tokens.
+        due: whether the running step has not had it yet.
+        last: the sum, since the last log.
+    """
+
+    layers: list[LRU]
+    share: float
+    due: bool = False
+    last: Tensor | None = None
+
+    def norm(self) -> Tensor:
         by_shape: dict[Any, list[LRU]] = {}
-        for layer in self._layers:
+        for layer in self.layers:
             by_shape.setdefault(layer.B_re.shape, []).append(layer)
         sums = [hankel_nuclear_norm(*layer_systems(layers)).sum() for layers in by_shape.values()]
         return torch.stack(sums).sum()

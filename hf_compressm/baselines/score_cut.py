@@ -139,7 +139,6 @@ class RivalCutCallback(TrainerCallback):
             cut_steps=None if cut_steps is None else list(cut_steps),
             calibration_batches=calibration_batches,
         )
-        self._attempts: list[int] = []
 
     def on_train_begin(
         self,
@@ -160,7 +159,7 @@ class RivalCutCallback(TrainerCallback):
             raise ValueError("RivalCutCallback cannot go on with a run that was interrupted; start it afresh")
         check_method(model, self.method)
         check_parameters(model, optimizer)
-        self._attempts = self._config.attempt_steps(state.max_steps)
+        self._config.attempt_steps(state.max_steps)  # raises if no step is in the window
 
     def on_step_end(
         self,
@@ -172,10 +171,11 @@ class RivalCutCallback(TrainerCallback):
         train_dataloader: Any = None,
         **kwargs: Any,
     ) -> None:
-        step = state.global_step
-        if step not in self._attempts:
+        step, count = state.global_step, self._config.calibration_batches
+        attempts = self._config.attempt_steps(state.max_steps)
+        if step not in attempts:
             return
-        orders, count = self._orders(model, step), self._config.calibration_batches
+        orders = self._orders(model, sum(attempt >= step for attempt in attempts))
         if not orders:
             return
         batches = calibration_batches(train_dataloader, count, step) if needs_calibration(model) else None
@@ -186,9 +186,8 @@ class RivalCutCallback(TrainerCallback):
         loss.measure("compression/loss_after", model)
         log_to_trackers(loss.values | {"compression/mean_state_size": sum(sizes := state_sizes(model)) / len(sizes)})
 
-    def _orders(self, model: nn.Module, step: int) -> dict[str, int]:
-        """States after the attempt of this step, by mixer name, of the mixers that lose any."""
-        left = sum(attempt >= step for attempt in self._attempts)
+    def _orders(self, model: nn.Module, left: int) -> dict[str, int]:
+        """States after this attempt, the first of `left`, by mixer name, of the mixers that lose any."""
         sizes = {site.name: site.state_size for site in find_mixers(model)}
         orders = {name: max(round(size * (self.target / size) ** (1 / left)), 1) for name, size in sizes.items()}
         return {name: order for name, order in orders.items() if order < sizes[name]}

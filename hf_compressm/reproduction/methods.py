@@ -23,6 +23,7 @@ from ..run_file import Run
 from ..surgery import compress, state_sizes
 from ..surgery.refit import STEPS
 from ..training.calibration import Batches, calibration_batches
+from ..training.run_state import PerRun
 from .stability import RankRecorder
 from .suite import Job, make_job_run
 
@@ -34,16 +35,26 @@ CUT_LOSSES = ("compression/loss_before", "compression/loss_after")
 
 
 class StepClock(TrainerCallback):
-    """Times every optimizer step, without data loading, evaluation and saving."""
+    """Times every optimizer step, without data loading, evaluation and saving.
+
+    Attributes:
+        seconds: of every step of the training that began last.
+    """
 
     def __init__(self) -> None:
         self.seconds: list[float] = []
+        self._runs: PerRun[list[float]] = PerRun()
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.seconds = self._runs.begin(state, [])
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._began = time.perf_counter()
+        if (seconds := self._runs.of(state)) is not None:
+            seconds.append(-time.perf_counter())
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.seconds.append(time.perf_counter() - self._began)
+        if seconds := self._runs.of(state):
+            seconds[-1] += time.perf_counter()
 
     def steps_per_second(self) -> float:
         """1 / median time of a step in the second half of training."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from statistics import fmean, stdev
 from typing import Any
 
@@ -14,6 +15,7 @@ from ..reduction import energy_orders
 from ..surgery import find_mixers, measure_mixers, needs_calibration, state_sizes
 from ..training.calibration import Batches, calibration_batches
 from ..training.distributed import gather_together, processes
+from ..training.run_state import PerRun
 from .rankings import MOVES, Ranking, agreement, kept_agreement, match, mean, mean_of, next_step, rankings
 
 SHARES = (0.0, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
@@ -64,12 +66,8 @@ class RankRecorder(TrainerCallback):
             raise ValueError(f"calibration_batches must be >= 1; got {calibration_batches}")
         self.shares, self.tau, self.depths = sorted({*shares, 1.0}), tau, tuple(depths)
         self.count, self.seed = calibration_batches, seed
-        self._steps: dict[float, int] = {}
-        self._measured: dict[int, dict[str, list[Ranking]]] = {}
-        self._moves: dict[int, dict[str, dict[str, Any]]] = {}
-        self._orders: dict[str, dict[str, int]] = {}
-        self._sizes: list[int] = []
-        self._batches: Batches | None = None
+        self._runs: PerRun[_Study] = PerRun()
+        self._latest: _Study | None = None
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -80,45 +78,51 @@ class RankRecorder(TrainerCallback):
                 "train from the beginning"
             )
         model = kwargs["model"]
-        self._sizes, self._measured, self._moves, self._batches = state_sizes(model), {}, {}, None
         # Rounded, since 0.07 * 100 is a little more than 7.
-        self._steps = {share: math.ceil(round(share * state.max_steps, 6)) for share in self.shares}
+        steps = {share: math.ceil(round(share * state.max_steps, 6)) for share in self.shares}
+        study = self._latest = self._runs.begin(state, _Study(steps, state_sizes(model)))
         if needs_calibration(model):
             loader, rank = kwargs.get("train_dataloader"), args.process_index
-            self._batches = calibration_batches(loader, self.count, self.seed, rank, processes())
-        if 0 in self._steps.values():
-            self._measure(model, state)
+            study.batches = calibration_batches(loader, self.count, self.seed, rank, processes())
+        if 0 in steps.values():
+            self._measure(study, model, state)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        if {state.global_step, state.global_step - 1} & set(self._steps.values()):
-            self._measure(kwargs["model"], state)
+        study = self._runs.of(state)
+        if study is not None and {state.global_step, state.global_step - 1} & set(study.steps.values()):
+            self._measure(study, kwargs["model"], state)
 
-    def _measure(self, model: nn.Module, state: TrainerState) -> None:
-        if (sizes := state_sizes(model)) != self._sizes:
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._runs.end(state)
+
+    def _measure(self, study: _Study, model: nn.Module, state: TrainerState) -> None:
+        if (sizes := state_sizes(model)) != study.sizes:
             raise ValueError(
-                f"layers went from {self._sizes} to {sizes} states while their ranking was recorded, and rankings can "
+                f"layers went from {study.sizes} to {sizes} states while their ranking was recorded, and rankings can "
                 "only be compared at full size; train without CompreSSMCallback (--no_compress)"
             )
-        measured = measure_mixers(model, gather_together(model, self._batches))
+        measured = measure_mixers(model, gather_together(model, study.batches))
         adapters = {site.name: site.adapter for site in find_mixers(model)}
         step, found = state.global_step, {name: rankings(adapters[name], m) for name, m in measured.items()}
-        if (before := self._measured.get(step - 1)) is not None:
-            self._moves[step - 1] = {
+        if (before := study.measured.get(step - 1)) is not None:
+            study.moves[step - 1] = {
                 name: mean_of(next_step(*pair) for pair in zip(before[name], after, strict=True))
                 for name, after in found.items()
             }
-        if step in self._steps.values():
-            self._measured[step] = found
+        if step in study.steps.values():
+            study.measured[step] = found
         if step == state.max_steps:
             spectra = {name: m.spectrum() for name, m in measured.items()}
-            self._orders = {name: self._kept(spectrum) for name, spectrum in spectra.items()}
+            study.orders = {name: self._kept(spectrum) for name, spectrum in spectra.items()}
 
     def _kept(self, spectrum: Any) -> dict[str, int]:
         orders = {f"{depth:g} N": math.ceil(depth * len(spectrum)) for depth in self.depths}
         return orders | {f"tau {self.tau:g}": energy_orders([spectrum], self.tau)[0]}
 
     def as_records(self) -> list[dict[str, Any]]:
-        """What was found, one JSON-ready entry per share.
+        """What was found in the training that began last, one JSON-ready entry per share.
 
         Returns:
             `share`, `step`, `layers`: values by mixer name, means over its groups of channels; and `mean`: those of
@@ -129,14 +133,36 @@ class RankRecorder(TrainerCallback):
         Raises:
             RuntimeError: if training has not come to its end.
         """
-        last = self._steps.get(1.0)
-        if last is None or last not in self._measured:
+        study = self._latest
+        if study is None or study.steps[1.0] not in study.measured:
             raise RuntimeError("rankings are compared with those after the last step, which training has not reached")
-        return [self._record(share, step, self._measured[last]) for share, step in self._steps.items()]
+        return [study.record(share) for share in study.steps]
 
-    def _record(self, share: float, step: int, end: Mapping[str, list[Ranking]]) -> dict[str, Any]:
-        now, moves, layers = self._measured[step], self._moves.get(step), {}
-        for name, orders in self._orders.items():
+
+@dataclass
+class _Study:
+    """What is found in one training.
+
+    Attributes:
+        steps: share of training -> optimizer step at which it is measured.
+        sizes: states per layer.
+        batches: what selective layers are measured on.
+        measured: step -> mixer name -> its rankings. moves: the same, of what `next_step` returns.
+        orders: mixer name -> numbers of states to look at, by how they were chosen.
+    """
+
+    steps: dict[float, int]
+    sizes: list[int]
+    batches: Batches | None = None
+    measured: dict[int, dict[str, list[Ranking]]] = field(default_factory=dict)
+    moves: dict[int, dict[str, dict[str, Any]]] = field(default_factory=dict)
+    orders: dict[str, dict[str, int]] = field(default_factory=dict)
+
+    def record(self, share: float) -> dict[str, Any]:
+        """A share's entry in `RankRecorder.as_records`."""
+        step, end = self.steps[share], self.measured[self.steps[1.0]]
+        now, moves, layers = self.measured[step], self.moves.get(step), {}
+        for name, orders in self.orders.items():
             compared = mean_of(_compare(*pair, orders) for pair in zip(now[name], end[name], strict=True))
             layers[name] = compared | (dict.fromkeys(MOVES) if moves is None else moves[name])
         return {"share": share, "step": step, "mean": mean_of(layers.values()), "layers": layers}

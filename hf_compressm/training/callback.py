@@ -160,4 +160,4 @@ class CompreSSMCallback(TrainerCallback, ExportableState):
     ):
         detach_resizing(model)
         if (run := self._runs.end(state)) is not None:
-            run.finish(args, state, model)
+            run.finish(args, state, model, type(self).__name__)

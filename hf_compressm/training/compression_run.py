@@ -45,7 +45,7 @@ from .rollback import Rollback
 from .stability import StabilityTracker
 from .timing import StepTimer, Stopwatch
 from .trainer_log import log_to_trackers, resumed_checkpoint, running_trainer
-from .verification import check_history, pending_work, read_exported
+from .verification import check_history, exported_state, pending_work, read_exported
 
 logger = logging.get_logger(__name__)
 
@@ -113,12 +113,33 @@ class CompressionRun:
         if tensors and state.is_world_process_zero:
             save_callback_state(checkpoint_folder(args, state), tensors)
 
-    def finish(self, args: TrainingArguments, state: TrainerState, model: nn.Module) -> None:
-        """Call when training has ended, and the best model is loaded if that was asked for."""
-        if args.load_best_model_at_end and state.best_model_checkpoint and has_tuners(model):
-            self._load_mixers(model, load_callback_state([state.best_model_checkpoint]))
+    def finish(self, args: TrainingArguments, state: TrainerState, model: nn.Module, name: str) -> None:
+        """Call when training has ended, and the best model is loaded if that was asked for.
+
+        Args:
+            name: under which the callback's state is in a checkpoint.
+        """
         self.timer.close_segment(state.global_step, mean_size(state_sizes(model)))
-        if self.config.trigger == "stability" and not history(model):
+        if args.load_best_model_at_end and state.best_model_checkpoint:
+            if has_tuners(model):
+                self._load_mixers(model, load_callback_state([state.best_model_checkpoint]))
+            exported = exported_state(state.best_model_checkpoint, name)
+            if exported is not None:  # later cuts are not in that model
+                set_history(model, read_exported(exported)[0])
+        self._tell_unfinished(model)
+
+    def _tell_unfinished(self, model: nn.Module) -> None:
+        pending, records = self.rollback.pending, history(model)
+        if pending is not None and records and records[-1]["step"] == pending["step"]:
+            metric = self.config.rollback_metric
+            found = (
+                f"made {metric} worse" if pending["undo"] else f"was not judged, since no {metric} was reported since"
+            )
+            logger.warning(
+                f"The cut at step {pending['step']} {found}, and training ended before it could be undone. The cut "
+                "stays. Evaluate more often, or end the window of the cuts earlier."
+            )
+        if self.config.trigger == "stability" and not records:
             logger.warning(
                 "The ranking of Hankel singular values never settled within the window, so nothing was cut. Lower "
                 f"stability_threshold ({self.config.stability_threshold}) or widen the window."

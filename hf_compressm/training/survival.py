@@ -12,6 +12,7 @@ import json
 import os
 import signal
 import threading
+import weakref
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -25,6 +26,7 @@ from transformers.utils import CONFIG_NAME, logging
 
 from .checkpoint import checkpoint_folder, sync
 from .distributed import processes
+from .run_state import PerRun, is_running
 from .verification import verify_checkpoint
 
 logger = logging.get_logger(__name__)
@@ -43,13 +45,12 @@ class DurableCheckpoints(TrainerCallback):
     Put it after the callbacks that write files of their own into a checkpoint.
 
     Attributes:
-        stopped_at: the step at which SIGTERM ended training; None if it did not.
+        stopped_at: the step at which SIGTERM ended the training that began last; None if it did not.
     """
 
     def __init__(self) -> None:
         self.stopped_at: int | None = None
-        self._asked = False
-        self._previous: Any = None
+        self._runs: PerRun[_Listener] = PerRun()
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
         if args.save_total_limit == 1:
@@ -57,12 +58,14 @@ class DurableCheckpoints(TrainerCallback):
                 "save_total_limit=1 deletes the previous checkpoint before the next is sealed, so a kill in between "
                 "would leave none. Set it to at least 2."
             )
-        self.stopped_at, self._asked = None, False
-        if threading.current_thread() is threading.main_thread() and self._previous is None:
-            self._previous = signal.signal(signal.SIGTERM, self._ask)
+        self.stopped_at = None
+        listener = self._runs.begin(state, _Listener(state))
+        if threading.current_thread() is threading.main_thread():
+            listener.install()
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
-        if self._anyone_asked(args):
+        listener = self._runs.of(state)
+        if listener is not None and _anyone(listener.asked, args):
             self.stopped_at = state.global_step
             control.should_save = control.should_training_stop = True
             if state.is_world_process_zero:
@@ -75,23 +78,57 @@ class DurableCheckpoints(TrainerCallback):
             write_manifest(checkpoint_folder(args, state))
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
-        if self._previous is not None:
-            signal.signal(signal.SIGTERM, self._previous)
-            self._previous = None
+        if (listener := self._runs.end(state)) is not None:
+            listener.remove()
 
-    def _ask(self, signum: int, frame: FrameType | None) -> None:
-        if self._asked:
+
+class _Listener:
+    """The handler of SIGTERM of one training: remembers the first, and passes on a second.
+
+    A training that an error ended cannot take its handler away. Such a handler passes on the first signal, too.
+
+    Attributes:
+        asked: whether the signal has come.
+    """
+
+    def __init__(self, state: TrainerState):
+        self.asked = False
+        self._state = weakref.ref(state)
+        self._previous: Any = signal.SIG_DFL
+
+    def install(self) -> None:
+        self._previous = _not_left_over(signal.getsignal(signal.SIGTERM))
+        signal.signal(signal.SIGTERM, self)
+
+    def remove(self) -> None:
+        present: Any = signal.getsignal(signal.SIGTERM)
+        if present is self:
+            signal.signal(signal.SIGTERM, self._previous)
+
+    def __call__(self, signum: int, frame: FrameType | None) -> None:
+        if self.asked or not is_running(self._state(), frame):
             signal.signal(signal.SIGTERM, self._previous)
             os.kill(os.getpid(), signal.SIGTERM)
-        self._asked = True
+            return
+        self.asked = True
+        if isinstance(self._previous, _Listener):  # of a training that this one is nested in
+            self._previous(signum, frame)
 
-    def _anyone_asked(self, args: TrainingArguments) -> bool:
-        """Whether any rank has got the signal: all must save and stop in the same step."""
-        if processes() == 1:
-            return self._asked
-        asked = torch.tensor(int(self._asked), device=args.device)
-        dist.all_reduce(asked, op=dist.ReduceOp.MAX)
-        return bool(asked)
+
+def _not_left_over(handler: Any) -> Any:
+    """The handler, or if a training that an error ended left it, the one from before."""
+    if isinstance(handler, _Listener) and not is_running(handler._state()):
+        return _not_left_over(handler._previous)
+    return signal.SIG_DFL if handler is None else handler  # None: one that was not installed from Python
+
+
+def _anyone(asked: bool, args: TrainingArguments) -> bool:
+    """Whether any rank has got the signal: all must save and stop in the same step."""
+    if processes() == 1:
+        return asked
+    flag = torch.tensor(int(asked), device=args.device)
+    dist.all_reduce(flag, op=dist.ReduceOp.MAX)
+    return bool(flag)
 
 
 def write_manifest(folder: str | os.PathLike[str]) -> None:

@@ -53,12 +53,22 @@ def verify_checkpoint(folder: str | os.PathLike[str]) -> None:
     prefix = f"{model.base_model_prefix}."
     prefix = prefix if any(key.startswith(prefix) for key in shapes) else ""
     _compare(model, shapes, prefix, folder)
-    exported = _read_trainer_state(folder).stateful_callbacks.get("CompreSSMCallback")  # type: ignore[union-attr]
+    exported = exported_state(folder, "CompreSSMCallback")
     records, judging = ([], None) if exported is None else read_exported(exported)
     check_history(records, model)
     _check_pickles(folder, shapes)
     if (tensors := load_callback_state([folder])) is not None:
         pending_work(tensors, model, str(folder / STATE_NAME), prefix)
+
+
+def exported_state(folder: str | os.PathLike[str], name: str) -> Any:
+    """What a callback of this name exported into a checkpoint; None if it did not.
+
+    Raises:
+        FileNotFoundError, ValueError: the Trainer's state is missing or damaged.
+    """
+    callbacks: Any = _read_trainer_state(Path(folder)).stateful_callbacks
+    return callbacks.get(name)
 
 
 def read_exported(exported: Any) -> tuple[list[dict[str, Any]], dict[str, Any] | None]:

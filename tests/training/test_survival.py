@@ -146,3 +146,44 @@ def test_the_program_stops_on_sigterm_and_goes_on_by_itself(tmp_path):
         from hf_compressm.pretraining import execute, parse_run
 
         execute(parse_run([*command[2:], "--resume_from_checkpoint", "true"]))
+
+
+def test_an_error_leaves_sigterm_as_it_was_and_a_used_callback_is_as_new(tmp_path):
+    """Nothing tells a callback that an error ended a training: the next signal, or the next training, finds out."""
+
+    def fail():
+        raise KeyError("here")
+
+    got, before = [], signal.getsignal(signal.SIGTERM)
+    signal.signal(signal.SIGTERM, own := lambda *_: got.append("own"))
+    try:
+        for times in (1, 2):
+            with pytest.raises(KeyError):
+                trainer_in(tmp_path / "broken", At(2, fail)).train()
+            os.kill(os.getpid(), signal.SIGTERM)
+            assert got == ["own"] * times and signal.getsignal(signal.SIGTERM) is own
+        broken = trainer_in(tmp_path / "broken", At(2, fail))
+        with pytest.raises(KeyError):
+            broken.train()
+        durable = next(cb for cb in broken.callback_handler.callbacks if isinstance(cb, DurableCheckpoints))
+        again = trainer_in(tmp_path / "again", At(3, lambda: os.kill(os.getpid(), signal.SIGTERM)))
+        again.remove_callback(DurableCheckpoints)
+        again.add_callback(durable)
+        again.train()
+        assert durable.stopped_at == 3 and len(got) == 2 and signal.getsignal(signal.SIGTERM) is own
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def test_sigterm_stops_a_training_and_the_one_that_it_is_nested_in(tmp_path):
+    durable = DurableCheckpoints()
+    inner = trainer_in(tmp_path / "inner", At(3, lambda: os.kill(os.getpid(), signal.SIGTERM)))
+    outer = trainer_in(tmp_path / "outer", At(2, inner.train))
+    before = signal.getsignal(signal.SIGTERM)
+    for trainer in (inner, outer):
+        trainer.remove_callback(DurableCheckpoints)
+        trainer.add_callback(durable)
+    outer.train()
+    assert (inner.state.global_step, outer.state.global_step) == (3, 2) and signal.getsignal(signal.SIGTERM) is before
+    for folder, step in (("inner", 3), ("outer", 2)):
+        assert newest_checkpoint(tmp_path / folder) == tmp_path / folder / f"checkpoint-{step}"

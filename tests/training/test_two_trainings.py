@@ -1,15 +1,19 @@
 """One callback, several trainings: each is as if it had a callback of its own."""
 
 import json
+import random as python_random
+import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from helpers import arguments, small_data, small_model
 from safetensors.torch import load_file
-from transformers import Trainer
+from transformers import Trainer, TrainerCallback
 
-from hf_compressm import CompreSSMCallback
+from hf_compressm import CompreSSMCallback, state_sizes
+from hf_compressm.surgery import history
 from hf_compressm.training.checkpoint import STATE_NAME
 
 STEPS = 8
@@ -99,3 +103,99 @@ def test_a_callback_used_twice_is_as_two(tmp_path, alone, mode):
         assert same(saved(tmp_path / str(seed)), saved(alone(mode, seed))), (mode, seed)
     assert callback.timer.segments[0].first_step == 0
     assert sum(segment.steps for segment in callback.timer.segments) == STEPS
+
+
+@pytest.mark.parametrize("mode", ["energy", "stability", "rollback undone", "rollback not judged at the end"])
+def test_a_resumed_training_with_a_used_callback_is_as_one_with_its_own(tmp_path, alone, mode):
+    """The callback comes from a training whose ranking was followed and whose cut was never judged."""
+    settings, options = MODES[mode]
+    callback = CompreSSMCallback(**settings)
+    make_trainer(tmp_path / "first", callback, 1, **options | {"save_steps": 3}).train()
+    for step in (3, 6):
+        shutil.copytree(alone(mode, 0), tmp_path / str(step))
+        shutil.rmtree(checkpoint(tmp_path / str(step)))
+        trainer = make_trainer(tmp_path / str(step), callback, 2, **options | {"save_steps": 3})
+        trainer.train(resume_from_checkpoint=str(checkpoint(tmp_path / str(step), step)))
+        assert same(saved(tmp_path / str(step)), saved(alone(mode, 0))), step
+
+
+def test_trainings_of_one_callback_may_be_nested(tmp_path, alone):
+    """An outer training that trains another model in the middle of its steps, before and after its own cut."""
+    mode = "rollback undone"
+    settings, options = MODES[mode]
+    callback = CompreSSMCallback(**settings)
+
+    class TrainInside(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            if state.global_step in (2, 5):
+                random = torch.random.get_rng_state(), np.random.get_state(), python_random.getstate()
+                folder = tmp_path / f"inner-{state.global_step}"
+                make_trainer(folder, callback, 1, **options | {"save_steps": 3}).train()
+                torch.random.set_rng_state(random[0]), np.random.set_state(random[1])
+                python_random.setstate(random[2])
+
+    make_trainer(tmp_path / "outer", callback, 0, callbacks=[TrainInside()], **options | {"save_steps": 3}).train()
+    assert same(saved(tmp_path / "outer"), saved(alone(mode, 0)))
+    for step in (2, 5):
+        assert same(saved(tmp_path / f"inner-{step}"), saved(alone(mode, 1))), step
+
+
+class FailAt(TrainerCallback):
+    """Raises in a step, the first time it comes."""
+
+    def __init__(self, step, error):
+        self.step, self.error = step, error
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == self.step and self.error is not None:
+            error, self.error = self.error, None
+            raise error
+
+
+@pytest.mark.parametrize("mode", ["stability", "rollback undone", "rollback due at the end"])
+def test_a_training_that_an_error_ended_leaves_nothing(tmp_path, alone, mode):
+    settings, options = MODES[mode]
+    callback = CompreSSMCallback(**settings)
+    broken = make_trainer(tmp_path / "broken", callback, 1, [FailAt(5, KeyError("here"))], **options)
+    with pytest.raises(KeyError, match="here"):
+        broken.train()
+    make_trainer(tmp_path / "whole", callback, 0, **options | {"save_steps": 3}).train()
+    assert same(saved(tmp_path / "whole"), saved(alone(mode, 0)))
+
+
+def test_a_smaller_batch_after_too_little_memory_begins_again_with_the_model_as_it_is(tmp_path):
+    """`auto_find_batch_size` starts training anew with a model that is cut already, and a cut not judged yet."""
+    settings, options = MODES["rollback undone"]
+    callback = CompreSSMCallback(**settings | {"cut_steps": [3, 6], "rollback_greater_is_better": False})
+    error = RuntimeError("CUDA out of memory.")
+    trainer = make_trainer(tmp_path, callback, callbacks=[FailAt(3, error)], auto_find_batch_size=True, **options)
+    trainer.train()
+    events = [(record["event"], record["step"]) for record in history(trainer.model)]
+    assert events == [("cut", 3), ("cut", 3), ("cut", 6)]  # a share of the first size, not of the present one
+    assert state_sizes(trainer.model) == trainer.model.config.state_sizes == [6, 6]
+    assert trainer.state.global_step == STEPS == sum(segment.steps for segment in callback.timer.segments)
+    held = {id(p) for group in trainer.optimizer.param_groups for p in group["params"]}
+    assert held == {id(p) for p in trainer.model.parameters()}
+    assert callback.timer.segments[0].first_step == 0
+
+
+def test_folds_by_model_init_and_train_called_twice(tmp_path, alone):
+    """One Trainer that makes a fresh model for each training, also one that is resumed at another size."""
+    settings, options = MODES["rollback due at the end"]
+    data = small_data(32, 6)
+
+    def make(folder, callback):
+        args = arguments(folder, max_steps=STEPS, save_strategy="steps", save_steps=2, **options)
+        both = {"train_dataset": data, "eval_dataset": data}
+        return Trainer(None, args, model_init=lambda: small_model(dropout=0.2), callbacks=[callback], **both)
+
+    one, callback = make(tmp_path / "one", CompreSSMCallback(**settings)), CompreSSMCallback(**settings)
+    one.train()
+    expected = saved(tmp_path / "one")
+    two = make(tmp_path / "two", callback)
+    first = two.model
+    for resumed in (None, str(checkpoint(tmp_path / "one", 6)), None):
+        two.train(resume_from_checkpoint=resumed)
+        assert same(saved(tmp_path / "two"), expected), resumed
+        assert not two.model._load_state_dict_pre_hooks
+    assert first is not two.model and state_sizes(first) == [12, 12]
