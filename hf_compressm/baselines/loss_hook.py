@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import weakref
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -102,9 +103,14 @@ class _Hook:
         # In other threads are only replicas, whose call stack does not lead back to the Trainer.
         return threading.get_ident() == self._thread and not is_running(self._state())
 
-    def __reduce__(self) -> str:
-        return "_no_hook"
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _in_a_copy, ()
 
 
-def _no_hook(*_: Any) -> None:
+def _in_a_copy() -> Callable[..., None]:
     """What a hook is in a copy of its model."""
+    return _nothing
+
+
+def _nothing(*_: Any) -> None:
+    pass

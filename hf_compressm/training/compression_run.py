@@ -168,7 +168,7 @@ class CompressionRun:
         if has_tuners(model):
             self._load_mixers(model, tensors, optimizer)
         check_history(records, model)
-        if records:
+        if records or history(model):  # of the model: what came after the checkpoint, if it was trained before
             set_history(model, records)
         snapshot, tracker = pending_work(tensors or {}, model, STATE_NAME)
         self.rollback.resume(judging, snapshot)
