@@ -1,5 +1,6 @@
 """State-space models that shrink while they train, with the Hugging Face Trainer."""
 
+from . import compatibility as compatibility  # stops at once where the installed transformers does not fit
 from .models import (
     CompreSSMMamba2Config,
     CompreSSMMamba2ForCausalLM,

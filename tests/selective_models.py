@@ -9,6 +9,7 @@ from hf_compressm import (
     CompreSSMMambaConfig,
     CompreSSMMambaForCausalLM,
 )
+from hf_compressm.compatibility import mamba2_norm_is_by_group
 
 COMMON = {
     "vocab_size": 50,
@@ -19,7 +20,7 @@ COMMON = {
     "bos_token_id": None,
     "eos_token_id": None,
 }
-HEADS = {"num_heads": 8, "head_dim": 8, "n_groups": 2, "chunk_size": 8}
+HEADS = {"num_heads": 8, "head_dim": 8, "n_groups": 2 if mamba2_norm_is_by_group() else 1, "chunk_size": 8}
 STOCK = {"mamba": (MambaForCausalLM, MambaConfig, {}), "mamba2": (Mamba2ForCausalLM, Mamba2Config, HEADS)}
 OWN = {
     "mamba": (CompreSSMMambaForCausalLM, CompreSSMMambaConfig, {}),

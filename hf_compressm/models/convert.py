@@ -20,6 +20,7 @@ from transformers import (
     PreTrainedModel,
 )
 
+from ..compatibility import mamba2_norm_is_by_group
 from .compressm_mamba import CompreSSMMambaConfig, CompreSSMMambaForCausalLM, CompreSSMMambaModel
 from .compressm_mamba2 import CompreSSMMamba2Config, CompreSSMMamba2ForCausalLM, CompreSSMMamba2Model
 
@@ -53,7 +54,8 @@ def from_stock(model: PreTrainedModel | str | os.PathLike[str], **kwargs: Any) -
     Raises:
         TypeError: if the model is of another class; for hybrids and kin compress the stock model itself.
         ValueError: if a name stands for another architecture; if the config has other layer types, or an activation
-            with parameters; if the model is quantized.
+            with parameters; if the model is quantized; if a Mamba-2 has several groups, which transformers before 5.23
+            normalises in another way.
     """
     stock: Any = _load(model, kwargs) if isinstance(model, str | os.PathLike) else model
     if type(stock) not in _PAIRS:
@@ -64,6 +66,7 @@ def from_stock(model: PreTrainedModel | str | os.PathLike[str], **kwargs: Any) -
     if others := sorted(set(stock.config.layer_types) - {"linear_attention"}):
         raise ValueError(f"the model has layers of types {', '.join(others)}; only pure Mamba models can be converted")
     _refuse_quantized(stock)
+    _require_equal_norms(stock.config)
     own_class, config_class = _PAIRS[type(stock)]
     return _rebuilt(stock, own_class, config_class, _fields(stock.config), stock.state_dict())
 
@@ -85,7 +88,8 @@ def to_stock(model: PreTrainedModel, state_size: int | None = None) -> PreTraine
     Raises:
         TypeError: if the model is of another class; a classifier's head has no stock class.
         ValueError: if `state_size` is too small; if the model reads continuous values or is quantized; if a layer of a
-            Mamba-2 has a read-in and read-out that mix states, or needs padding that its activation would make nonzero.
+            Mamba-2 has a read-in and read-out that mix states, or needs padding that its activation would make nonzero,
+            or has several groups, before transformers 5.23.
     """
     if type(model) not in _STOCK:
         raise TypeError(
@@ -96,6 +100,7 @@ def to_stock(model: PreTrainedModel, state_size: int | None = None) -> PreTraine
     if config.num_channels is not None:
         raise ValueError("stock models read token ids; a model with config.num_channels cannot be written as one")
     _refuse_quantized(model)
+    _require_equal_norms(config)
     stock_class, config_class = _STOCK[type(model)]
     largest = max(config.state_sizes)
     state_size = largest if state_size is None else state_size
@@ -105,6 +110,16 @@ def to_stock(model: PreTrainedModel, state_size: int | None = None) -> PreTraine
     tensors = convert(model, state_size)
     fields = {name: value for name, value in _fields(config).items() if name not in OWN_FIELDS}
     return _rebuilt(model, stock_class, config_class, fields | {"state_size": state_size}, tensors)
+
+
+def _require_equal_norms(config: Any) -> None:
+    """Raise ValueError where the installed stock Mamba-2 normalises in another way than this package's does."""
+    if isinstance(config, Mamba2Config) and config.n_groups > 1 and not mamba2_norm_is_by_group():
+        raise ValueError(
+            f"this Mamba-2 has n_groups={config.n_groups}, which the installed transformers normalises all at once, "
+            "and this package, like transformers from 5.23 on, each by itself; outputs would change. Install "
+            "transformers 5.23 or newer to convert it."
+        )
 
 
 def _load(name: str | os.PathLike[str], kwargs: dict[str, Any]) -> PreTrainedModel:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.integrations import accelerate
 
-from ..compatibility import check_keywords, one_cache
+from ..compatibility import check_keywords, one_cache, unknown_parameters
 from ..layers.mamba import convolve, is_step, real_positions, recurrent_state, time_steps
 from ..ops.selective_scan import selective_scan, selective_state_update
 from ..ops.ssd_scan import ssd_scan, ssd_state_update
@@ -130,6 +130,7 @@ def _require(mixer: nn.Module) -> None:
     missing += [f"cache_utils.Cache.{name}" for name in methods if not hasattr(cache_utils.Cache, name)]
     if not hasattr(accelerate, "force_accelerate_hooks"):
         missing.append("integrations.accelerate.force_accelerate_hooks")
+    missing += [f"knowledge of {name}" for name in sorted(unknown_parameters(mixer_class(mixer)))]
     if missing:
         import transformers
 

@@ -9,12 +9,13 @@ peft is optional, and imported by nobody here: where it was not imported, there 
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import nn
+
+from ..compatibility import peft_class
 
 _BASE = ".base_layer."
 _FOLLOWING = ("lora_B", "lora_magnitude_vector")
@@ -22,17 +23,17 @@ _FOLLOWING = ("lora_B", "lora_magnitude_vector")
 
 def is_tuner(module: Any) -> bool:
     """Whether a module is a layer that PEFT has put around another."""
-    return _is(module, "peft.tuners.tuners_utils", "BaseTunerLayer")
+    return _is(module, "tuners.tuners_utils", "BaseTunerLayer")
 
 
 def is_copy_wrapper(module: Any) -> bool:
     """Whether a module is PEFT's holder of trainable copies, as `modules_to_save` makes it."""
-    return _is(module, "peft.utils.other", "AuxiliaryTrainingWrapper")
+    return _is(module, "utils.other", "AuxiliaryTrainingWrapper")
 
 
 def is_lora_linear(module: Any) -> bool:
     """Whether a module is LoRA around a plain linear layer, not around a quantised or another one."""
-    cls = _find("peft.tuners.lora.layer", "Linear")
+    cls = peft_class("tuners.lora.layer", "Linear")
     return cls is not None and type(module) is cls
 
 
@@ -103,9 +104,5 @@ def fit_features(mixer: nn.Module) -> None:
 
 
 def _is(module: Any, path: str, name: str) -> bool:
-    cls = _find(path, name)
+    cls = peft_class(path, name)
     return cls is not None and isinstance(module, cls)
-
-
-def _find(path: str, name: str) -> Any:
-    return getattr(sys.modules.get(path), name, None)

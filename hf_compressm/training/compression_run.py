@@ -11,6 +11,7 @@ from transformers import TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, IntervalStrategy
 from transformers.utils import logging
 
+from ..compatibility import raise_recompile_limit
 from ..surgery import (
     ReductionError,
     apply_plan,
@@ -35,7 +36,6 @@ from .distributed import (
     gather_together,
     plan_together,
     processes,
-    raise_recompile_limit,
     rebuild_reducer,
     verify_replicas,
 )

@@ -221,20 +221,6 @@ def verify_replicas(model: nn.Module, optimizer: Any = None) -> None:
     )
 
 
-def raise_recompile_limit(cuts: int) -> None:
-    """Let torch.compile compile once for every shape that `cuts` cuts bring; beyond its limit it would run eagerly."""
-    config: Any = torch._dynamo.config
-    needed = cuts + 8
-    for name in ("recompile_limit", "cache_size_limit"):
-        if hasattr(config, name):
-            setattr(config, name, max(getattr(config, name), needed))
-            return
-    raise RuntimeError(
-        f"torch {torch.__version__} has no torch._dynamo.config.recompile_limit, so cuts could end in eager mode "
-        "unnoticed. Train without torch_compile, or with a version of torch that this package is tested with."
-    )
-
-
 def _tensors(model: nn.Module, optimizer: Any) -> Iterator[tuple[str, Tensor]]:
     yield from model.named_parameters()
     if optimizer is None:

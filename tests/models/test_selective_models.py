@@ -28,7 +28,7 @@ def test_mamba2_with_identities_is_the_stock_model_too():
     ours = make(OWN, "mamba2")
     expected = ours(IDS).logits
     for layer in ours.backbone.layers:
-        eye = torch.eye(8).expand(2, 8, 8)
+        eye = torch.eye(8).expand(layer.mixer.n_groups, 8, 8)
         layer.mixer.read_in, layer.mixer.read_out = (torch.nn.Parameter(eye.clone()) for _ in range(2))
     assert torch.allclose(ours(IDS).logits, expected, atol=1e-6)
 

@@ -12,7 +12,8 @@ from helpers import arguments, small_model
 from transformers import Trainer
 
 from hf_compressm import CompreSSMCallback
-from hf_compressm.training.distributed import find_ddp, raise_recompile_limit
+from hf_compressm.compatibility import raise_recompile_limit
+from hf_compressm.training.distributed import find_ddp
 
 ROOT = Path(__file__).resolve().parents[2]
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone"]
