@@ -196,3 +196,21 @@ def test_what_cannot_run_is_refused_before_anything_is_measured(
     with pytest.raises(SystemExit, match="2"):
         common.parse(parser, repeats=1)
     assert message in capsys.readouterr().err
+
+
+def test_compatibility_counts_and_judges_outcomes(monkeypatch):
+    monkeypatch.syspath_prepend(str(FOLDER))
+    import compatibility
+
+    (case, test), why = next(iter(compatibility.KNOWN.items()))
+    outcomes = {(case, test): "failed", (case, "test_a"): "passed", ("MimoSSM", "test_a"): "skipped"}
+    assert f"| {case} | 1 | 0 | 1 |" in compatibility.table(outcomes)
+    assert "| **all** | 1 | 1 | 1 |" in compatibility.table(outcomes)
+    assert compatibility.verdict(outcomes, {}) == ([f"expected: {case} {test}: {why}"], True)
+    for wrong in ({("MimoSSM", "test_b"): "failed"}, {(case, test): "passed"}):
+        assert not compatibility.verdict(outcomes | wrong, {})[1]
+
+
+def test_compatibility_runs_the_own_list():
+    printed = script("compatibility.py", "--only-own-list", "-k", "classes_generate")
+    assert "| **all** | 3 | 0 | 0 |" in printed
