@@ -25,6 +25,7 @@ from .surgery import (
     Policy,
     Target,
     apply_plan,
+    check_parameters,
     find_mixers,
     history,
     save_base_model,
@@ -233,6 +234,7 @@ def execute(run: FinetuneRun) -> FinetuneResult:
     scores = {"before": _scores(model, task, training)}
     sizes_before = state_sizes(model)
     if policy is not None:
+        check_parameters(model)
         batches = calibration(model, run.source(), task, training.process_index, processes())
         plan = plan_together(
             model,

@@ -22,6 +22,7 @@ from ..surgery import (
     state_sizes,
 )
 from ..surgery.lora import effective_site, followed
+from ..surgery.parameters import outside_inference_mode
 from ..training import CompressionConfig
 from ..training.calibration import Batches, calibration_batches
 from ..training.distributed import processes, refuse_unsupported
@@ -30,6 +31,7 @@ from ..training.trainer_log import log_to_trackers
 from .selection import METHODS, check_method, gather_rival_statistics, rival_selection
 
 
+@outside_inference_mode
 def rival_cut(
     model: nn.Module,
     method: str,

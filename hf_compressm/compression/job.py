@@ -12,7 +12,7 @@ from typing import Any
 from ..data import Task
 from ..models import CompreSSMMambaForCausalLM, to_stock
 from ..reduction import SizeConstraints
-from ..surgery import Policy, Target, compress, history, state_sizes, with_ties
+from ..surgery import Policy, Target, check_parameters, compress, history, state_sizes, with_ties
 from ..surgery.policies import describe_policy
 from ..surgery.refit import STEPS
 from .folders import checked_output, new_folder
@@ -78,6 +78,7 @@ def run(job: CompressionJob) -> CompressionResult:
     """
     output = checked_output(job.output, job.model, job.overwrite)
     model = load_model(job.model, job.device)
+    check_parameters(model)
     if job.stock and not _is_stock(model) and not isinstance(model, CompreSSMMambaForCausalLM):
         # What has no stock class is refused here. A Mamba-2 mixes states when it is cut, which stock ones cannot.
         model = _as_stock(model)

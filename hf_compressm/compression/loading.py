@@ -25,7 +25,9 @@ def load_model(name: str, device: str = "auto") -> Any:
     architecture = (config.architectures or [""])[0]
     for auto in HEADS.values():
         if architecture in [known.__name__ for known in model_classes(auto, type(config))]:
-            return auto.from_pretrained(name, dtype="auto").to(place).eval()
+            model = auto.from_pretrained(name, dtype="auto").eval()
+            # A quantised model is where its quantiser has put it, and may not be moved.
+            return model if getattr(config, "quantization_config", None) else model.to(place)
     raise ValueError(
         f"{name} was saved as {architecture or 'an unnamed architecture'}; supported are causal language models and "
         "sequence classifiers"

@@ -87,9 +87,14 @@ def has_stock_mixers(model: nn.Module) -> bool:
 
 
 def mixer_class(module: nn.Module) -> type[nn.Module]:
-    """The class of a module; for a mixer that runs by this package's ops, the transformers class it is made from."""
+    """The class of a module; for a mixer that runs by this package's ops, the transformers class it is made from.
+
+    So too for one with a parametrisation, whose class torch derives from its own.
+    """
     cls = type(module)
-    return cls.__bases__[0] if cls.__module__ == __name__ else cls
+    while cls.__module__ in (__name__, "torch.nn.utils.parametrize"):
+        cls = cls.__bases__[0]
+    return cls
 
 
 def _stock_mixers(model: nn.Module) -> dict[str, nn.Module]:

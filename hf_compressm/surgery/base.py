@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from .adapters import find_mixers
 from .optimizer import unwrap_optimizer
+from .parameters import outside_inference_mode
 from .resize import resize_mixers
 from .snapshot import to_cpu
 from .tuners import is_copy_wrapper, is_tuner
@@ -60,6 +61,7 @@ def mixer_state(model: nn.Module) -> dict[str, Any]:
     }
 
 
+@outside_inference_mode
 def restore_mixer_state(model: nn.Module, saved: Mapping[str, Any], optimizer: Any = None) -> None:
     """Give the mixers the sizes and parameters of `mixer_state`; the optimizer, if any, learns of new parameters."""
     resize_mixers(model, saved["sizes"], None if optimizer is None else unwrap_optimizer(optimizer))

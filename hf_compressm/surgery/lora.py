@@ -68,9 +68,6 @@ def check_adapters(model: nn.Module, site: MixerSite) -> None:
             if method == "lora" and not hasattr(layer, "parameter_name"):
                 reason = "the layer in it is quantised or not linear, so its rows cannot be mixed"
             _refuse(f"{site.name}.{path}", f"{type(layer).__module__}.{type(layer).__qualname__}", reason)
-        weight = getattr(layer, "weight", None)
-        if isinstance(weight, Tensor) and not weight.is_floating_point():
-            _refuse(f"{site.name}.{path}", f"a quantised weight ({weight.dtype})", "its rows cannot be mixed")
 
 
 def _check_lora(path: str, layer: Any) -> None:

@@ -14,9 +14,10 @@ from .adapters import MixerReduction, ReductionError, find_mixers
 from .calibration import Batches, gather_statistics
 from .gradients import carried_gradients, warn_of_added
 from .history import append_history, original_sizes
-from .lora import check_adapters, effective_site, followed
+from .lora import effective_site, followed
 from .optimizer import State, carried_state, unwrap_optimizer
 from .owners import with_ties, write_sizes
+from .parameters import check_replaceable, outside_inference_mode
 from .policies import Energy, Policy, Target, describe_policy
 from .refit import STEPS, Recording, refit
 from .resize import replace_parameters
@@ -78,6 +79,7 @@ class CompressionPlan:
         }
 
 
+@outside_inference_mode
 def measure_model(
     model: nn.Module, calibration: Batches | None = None, recordings: dict[str, Recording] | None = None
 ) -> dict[str, Any]:
@@ -110,6 +112,7 @@ def measure_mixers(model: nn.Module, statistics: Mapping[str, Any]) -> dict[str,
     return measurements
 
 
+@outside_inference_mode
 def make_plan(
     model: nn.Module,
     policy: Policy | None = None,
@@ -134,7 +137,7 @@ def make_plan(
     policy, constraints = policy or Energy(), with_ties(model, constraints or SizeConstraints())
     sites = find_mixers(model)
     for site in sites:
-        check_adapters(model, site)
+        check_replaceable(model, site, trained=False)
     recordings: dict[str, Recording] = {}
     if measured is None:
         measured = measure_model(model, calibration, recordings if refit_steps else None), recordings
@@ -159,6 +162,7 @@ def make_plan(
     return CompressionPlan(layers, described)
 
 
+@outside_inference_mode
 def apply_plan(model: nn.Module, optimizer: Any, plan: CompressionPlan, step: int | None = None) -> dict[str, Any]:
     """Swap the planned parameters into the model and the optimizer, carry moments and gradients, update the config.
 
@@ -204,6 +208,7 @@ def apply_plan(model: nn.Module, optimizer: Any, plan: CompressionPlan, step: in
     return record
 
 
+@outside_inference_mode
 def compress(
     model: nn.Module,
     calibration: Batches | None = None,
@@ -227,7 +232,8 @@ def compress(
     Parameters that change are replaced by new, smaller `nn.Parameter`s, in the model and in the optimizer, whose
     moments are carried over; the model's config learns the new sizes and the history. Gradients, of an accumulation
     that is under way, are carried as well; only a Mamba-2 of this package, whose first cut adds matrices, starts those
-    without, and says so. References to the old parameters (a DDP wrapper, an average of weights) are not updated.
+    without, and says so. Attributes and hooks of a parameter go to the new one. References to the old parameters (a DDP
+    wrapper, an average of weights) are not updated.
 
     Args:
         model: a model with supported mixers; see `supported_mixers`.
@@ -248,8 +254,8 @@ def compress(
         A record of the cut: per layer its name, old and new size, bound or residual, and singular values.
 
     Raises:
-        ValueError: no compressible layer, a policy that cannot be met, a frozen or shared parameter; calibration
-            batches that are missing, empty, too short or of the wrong fields.
+        ValueError: no compressible layer, a policy that cannot be met, a frozen or shared parameter, one that is
+            offloaded or quantised; calibration batches that are missing, empty, too short or of the wrong fields.
         TypeError: an optimizer whose state cannot be carried; a calibration batch that is not a mapping.
         ReductionError: NaN or infinite weights, or a layer that cannot be reduced. The model is unchanged.
     """
@@ -269,7 +275,8 @@ def check_parameters(model: nn.Module, optimizer: Any = None) -> None:
     Raises:
         ValueError: if a parameter of a mixer is shared with another module or, when there is an optimizer, is frozen
             (unless PEFT trains the model, which freezes on purpose) or missing from it; if an adapter of PEFT around a
-            parameter cannot follow a cut. The message names the parameter.
+            parameter cannot follow a cut; if a parameter is offloaded, quantised or of a class of its own. The message
+            names the parameter.
         TypeError: if the optimizer's state cannot be carried.
     """
     owners: dict[int, list[str]] = {}
@@ -280,7 +287,7 @@ def check_parameters(model: nn.Module, optimizer: Any = None) -> None:
         groups = unwrap_optimizer(optimizer).param_groups
         held = {id(parameter) for group in groups for parameter in group["params"]}
     for site in find_mixers(model):
-        check_adapters(model, site)
+        check_replaceable(model, site, trained=optimizer is not None)
         for name, parameter in site.parameters().items():
             path = f"{site.name}.{name}"
             if len(names := owners[id(parameter)]) > 1:

@@ -80,9 +80,15 @@ def refit(site: MixerSite, reduction: MixerReduction, recording: Recording, step
         steps: optimizer steps, >= 1.
 
     Raises:
+        ValueError: if a quantised layer in the mixer cannot be copied.
         ReductionError: if the reduced mixer puts out NaN or infinite values.
     """
-    mixer = copy.deepcopy(site.mixer).eval().float().requires_grad_(False)
+    try:
+        mixer = copy.deepcopy(site.mixer).eval().float().requires_grad_(False)
+    except RuntimeError as error:
+        raise ValueError(
+            f"{site.name} cannot be copied to refit it ({error}). Give refit_steps=0, or load the model unquantised."
+        ) from error
     reduced = MixerSite(site.name, mixer, site.adapter)
     values = {name: change.value.clone() for name, change in reduction.changes.items()}
     replace_parameters([reduced], {site.name: values})

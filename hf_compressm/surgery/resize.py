@@ -12,9 +12,11 @@ from .adapters import MixerSite, find_mixers
 from .gradients import drop_gradients, set_gradient
 from .optimizer import State, insert_parameter, remove_parameters, swap_parameters
 from .owners import write_sizes
+from .parameters import outside_inference_mode, successor
 from .tuners import fit_features, place, plain_shapes
 
 
+@outside_inference_mode
 def replace_parameters(
     sites: Sequence[MixerSite],
     values: Mapping[str, Mapping[str, Tensor]],
@@ -41,11 +43,11 @@ def replace_parameters(
         if site.name not in values:
             continue
         old, own = site.parameters(), states.get(site.name, {})
-        like = next(parameter for parameter in site.mixer.parameters() if parameter.ndim > 1)
+        like = next(p for p in site.mixer.parameters() if p.ndim > 1 and p.is_floating_point())
         new = {
-            name: nn.Parameter(
-                value.to(old.get(name, like), copy=True), requires_grad=old.get(name, like).requires_grad
-            )
+            name: successor(old[name], value)
+            if name in old
+            else nn.Parameter(value.to(like, copy=True), requires_grad=like.requires_grad)
             for name, value in values[site.name].items()
         }
         for name, parameter in new.items():
@@ -65,6 +67,7 @@ def replace_parameters(
         fit_features(site.mixer)
 
 
+@outside_inference_mode
 def resize_mixers(model: nn.Module, sizes: Mapping[str, int], optimizer: torch.optim.Optimizer | None = None) -> None:
     """Give the named mixers a number of states each, with values still to be loaded, and tell their configs.
 

@@ -13,6 +13,7 @@ from .adapters import find_mixers
 from .gradients import set_gradient
 from .history import history, set_history
 from .optimizer import unwrap_optimizer
+from .parameters import outside_inference_mode
 from .resize import resize_mixers
 
 
@@ -35,6 +36,7 @@ class Snapshot:
     gradients: dict[str, Tensor] = field(default_factory=dict)
 
     @classmethod
+    @outside_inference_mode
     def take(cls, model: nn.Module, optimizer: Any = None) -> Snapshot:
         """Copy the present state of a model, its gradients and its optimizer."""
         state = {} if optimizer is None else unwrap_optimizer(optimizer).state_dict()["state"]
@@ -46,6 +48,7 @@ class Snapshot:
             gradients=to_cpu({name: p.grad for name, p in model.named_parameters() if p.grad is not None}),
         )
 
+    @outside_inference_mode
     def restore(self, model: nn.Module, optimizer: Any = None) -> None:
         """Bring weights, gradients, optimizer state and history back. Learning rates and schedules go on."""
         inner = None if optimizer is None else unwrap_optimizer(optimizer)

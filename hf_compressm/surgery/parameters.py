@@ -1,0 +1,127 @@
+"""Which parameters can be replaced by others of another shape, and what of the old one the new one keeps."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import wraps
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from .adapters import MixerSite
+from .lora import check_adapters
+from .tuners import place
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+_WHOLE = "Load the model whole and unquantised, compress it then, and offload or quantise the result."
+_COMPUTED = {
+    "_g": "weight_norm computes it; call torch.nn.utils.remove_weight_norm first",
+    "_u": "spectral_norm computes it; call torch.nn.utils.remove_spectral_norm first",
+    "_orig": "pruning computes it from a mask; call torch.nn.utils.prune.remove first",
+}
+"""By what is added to a parameter's name where its value is made anew for each call, and kept otherwise."""
+
+
+def outside_inference_mode(function: Function) -> Function:
+    """A function whose results can be trained, even where it is called in `torch.inference_mode`."""
+
+    @wraps(function)
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        if not torch.is_inference_mode_enabled():
+            return function(*args, **kwargs)
+        with torch.inference_mode(False), torch.no_grad():
+            return function(*args, **kwargs)
+
+    return wrapped  # type: ignore[return-value]
+
+
+def successor(old: nn.Parameter, value: Tensor) -> nn.Parameter:
+    """A parameter in place of another: of its dtype, device and requires_grad, with its attributes and hooks.
+
+    Hooks get the new gradient; handles that were handed out for them remove them still.
+    """
+    new = nn.Parameter(value.to(old, copy=True), requires_grad=old.requires_grad)
+    vars(new).update(vars(old))
+    for hooks in ("_backward_hooks", "_post_accumulate_grad_hooks"):
+        if getattr(old, hooks, None):
+            setattr(new, hooks, getattr(old, hooks))
+    if getattr(old, "grad_dtype", old.dtype) != old.dtype:
+        new.grad_dtype = old.grad_dtype
+    return new
+
+
+def check_replaceable(model: nn.Module, site: MixerSite, trained: bool) -> None:
+    """Raise unless the parameters that a cut of a mixer replaces are plain tensors whose rows can be removed.
+
+    Args:
+        model: the model.
+        site: a mixer in it.
+        trained: whether an optimizer is to go on training it.
+
+    Raises:
+        ValueError: naming what is offloaded, quantised, computed from others or of a class of its own, and why that
+            cannot be cut; and as `check_adapters`.
+    """
+    for name, tensor in (*site.mixer.named_parameters(), *site.mixer.named_buffers()):
+        if tensor.device.type == "meta":
+            raise ValueError(
+                f"{site.name}.{name} is on the meta device and holds no values: it was never loaded, or accelerate "
+                "keeps it elsewhere (device_map, cpu_offload, disk_offload) and brings it in for a call only, where a "
+                f"cut does not reach it. {_WHOLE}"
+            )
+    try:
+        places = {name: place(site.mixer, name) for name in site.adapter.parameter_shapes(site.mixer, site.state_size)}
+    except (AttributeError, IndexError, TypeError) as error:
+        raise ValueError(
+            f"{site.name} has a layer without a plain weight ({error}), as quantisation and sharding leave it, so its "
+            f"rows cannot be removed. {_WHOLE}"
+        ) from error
+    check_adapters(model, site)
+    for name, (owner, attribute) in places.items():
+        _check(f"{site.name}.{name}", owner, attribute, trained)
+
+
+def _check(path: str, owner: Any, attribute: str, trained: bool) -> None:
+    parameter = owner._parameters.get(attribute)
+    if parameter is None:
+        if (reason := _origin(owner, attribute)) is not None:
+            raise ValueError(f"{path} is no parameter but computed for every call, so a cut would be undone: {reason}.")
+        raise ValueError(
+            f"{path} is no parameter of its layer, a {type(owner).__module__}.{type(owner).__qualname__}, as "
+            f"quantisation makes them: its rows cannot be removed. {_WHOLE}"
+        )
+    if not parameter.is_floating_point() or parameter.element_size() == 1:
+        raise ValueError(
+            f"{path} is a quantised weight ({parameter.dtype}), a {type(parameter).__name__}: its rows cannot be "
+            f"removed or mixed. {_WHOLE} Or leave this layer out of the quantisation."
+        )
+    if type(parameter) is not nn.Parameter or type(parameter.data) is not Tensor:
+        raise ValueError(
+            f"{path} is a {type(parameter).__module__}.{type(parameter).__qualname__}, no plain nn.Parameter: what "
+            f"quantisation, sharding or a class of its own keep in it would be lost. {_WHOLE}"
+        )
+    if trained and parameter.is_inference():
+        raise ValueError(
+            f"{path} was made in torch.inference_mode, so it cannot be trained. Build or load the model outside of it."
+        )
+    if hasattr(parameter, "_in_backward_optimizers"):
+        raise ValueError(
+            f"{path} has an optimizer of its own that steps in the backward pass and knows the parameter that a cut "
+            "replaces. Use one optimizer for the model, or compress before or after training."
+        )
+    for name, value in vars(parameter).items():
+        if isinstance(value, Tensor) and value.shape == parameter.shape and value.ndim:
+            raise ValueError(
+                f"{path} has the attribute {name!r}, a tensor with an entry for each of its own, which cannot follow a "
+                "cut. Delete it before the cut, and set it anew afterwards."
+            )
+
+
+def _origin(owner: nn.Module, attribute: str) -> str | None:
+    """What computes a tensor that is no parameter, and how to end that; None if nothing known does."""
+    if parametrize.is_parametrized(owner, attribute):
+        return "a parametrisation computes it; call torch.nn.utils.parametrize.remove_parametrizations first"
+    return next((reason for ending, reason in _COMPUTED.items() if hasattr(owner, attribute + ending)), None)
