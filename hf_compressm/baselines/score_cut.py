@@ -24,9 +24,10 @@ from ..surgery import (
 from ..surgery.lora import effective_site, followed
 from ..surgery.parameters import outside_inference_mode
 from ..training import CompressionConfig
-from ..training.calibration import Batches, calibration_batches
+from ..training.calibration import Batches, TrainingData
 from ..training.distributed import processes, refuse_unsupported
 from ..training.records import CutLoss
+from ..training.run_state import PerRun
 from ..training.trainer_log import log_to_trackers
 from .selection import METHODS, check_method, gather_rival_statistics, rival_selection
 
@@ -141,6 +142,7 @@ class RivalCutCallback(TrainerCallback):
             cut_steps=None if cut_steps is None else list(cut_steps),
             calibration_batches=calibration_batches,
         )
+        self._data: PerRun[TrainingData] = PerRun()
 
     def on_train_begin(
         self,
@@ -161,7 +163,9 @@ class RivalCutCallback(TrainerCallback):
             raise ValueError("RivalCutCallback cannot go on with a run that was interrupted; start it afresh")
         check_method(model, self.method)
         check_parameters(model, optimizer)
-        self._config.attempt_steps(state.max_steps)  # raises if no step is in the window
+        attempts = self._config.attempt_steps(state.max_steps)  # raises if no step is in the window
+        data = TrainingData(kwargs.get("train_dataloader"), self._config.calibration_batches)
+        self._data.begin(state, data).follow(model, attempts[0])
 
     def on_step_end(
         self,
@@ -170,23 +174,28 @@ class RivalCutCallback(TrainerCallback):
         control: TrainerControl,
         model: Any = None,
         optimizer: Any = None,
-        train_dataloader: Any = None,
         **kwargs: Any,
     ) -> None:
-        step, count = state.global_step, self._config.calibration_batches
+        step, data = state.global_step, self._data.of(state)
         attempts = self._config.attempt_steps(state.max_steps)
-        if step not in attempts:
+        if step not in attempts or data is None:
             return
         orders = self._orders(model, sum(attempt >= step for attempt in attempts))
         if not orders:
             return
-        batches = calibration_batches(train_dataloader, count, step) if needs_calibration(model) else None
-        loss = CutLoss(batches, train_dataloader, count, step, 0)
+        batches = data.batches(step) if needs_calibration(model) else None
+        loss = CutLoss(lambda: data.batches(step) if batches is None else batches)
         loss.measure("compression/loss_before", model)
         generator = torch.Generator().manual_seed(args.seed * 1_000_003 + step)
         rival_cut(model, self.method, orders, batches, optimizer, generator, step)
         loss.measure("compression/loss_after", model)
         log_to_trackers(loss.values | {"compression/mean_state_size": sum(sizes := state_sizes(model)) / len(sizes)})
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if (data := self._data.end(state)) is not None:
+            data.leave()
 
     def _orders(self, model: nn.Module, left: int) -> dict[str, int]:
         """States after this attempt, the first of `left`, by mixer name, of the mixers that lose any."""

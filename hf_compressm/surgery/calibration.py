@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from .adapters import MixerSite, ReductionError, Statistics, find_mixers
+from .batches import model_inputs
 from .refit import Recording
 
 Batches = Iterable[Mapping[str, Any]]
@@ -28,6 +29,8 @@ def gather_statistics(
     batches: Batches | None,
     recordings: dict[str, Recording] | None = None,
     make: Callable[[MixerSite], Any] = lambda site: site.adapter.statistics(site.mixer),
+    otherwise: Callable[[Any], Any] | None = None,
+    complete: bool = True,
 ) -> dict[str, Any]:
     """Pass calibration batches through a model once and let every mixer that asks for it gather statistics.
 
@@ -38,16 +41,19 @@ def gather_statistics(
     Args:
         model: a model with supported mixers, on its device.
         batches: mappings with what the model's forward takes, for example from a DataLoader; a single mapping counts as
-            one batch. Labels are not used. May be None if no mixer needs statistics.
+            one batch. Labels are not used, nor fields that the forward does not name; see `model_inputs`, which keeps
+            packed sequences apart. May be None if no mixer needs statistics.
         recordings: filled, by mixer name, with inputs and outputs to refit on, if given.
         make: makes the empty statistics of a mixer, or None where none are needed; by default its adapter does.
+        otherwise: runs the model on a batch that is not what its forward takes, if given.
+        complete: whether there must be as many tokens as states.
 
     Returns:
         Statistics by mixer name, for the mixers that need them.
 
     Raises:
-        ValueError: no batches where they are needed; fewer tokens than a layer has states; a field that the model
-            does not take.
+        ValueError: no batches where they are needed; fewer tokens than a layer has states; a batch that lacks what the
+            model's forward needs.
         TypeError: a batch that is not a mapping.
         ReductionError: statistics that are not finite.
     """
@@ -63,35 +69,23 @@ def gather_statistics(
     count = 0
     with undisturbed(model), _observing(sites, gathered), _recording(sites, recordings):
         for batch in [batches] if isinstance(batches, Mapping) else batches:
-            model(**_inputs(model, batch))
+            _read(model, batch, otherwise)
             count += 1
-    _check(sites, gathered, count)
+    if complete:
+        _check(sites, gathered, count)
     return gathered
 
 
-def _inputs(model: nn.Module, batch: Any) -> dict[str, Any]:
-    """The batch on the model's device, without labels, and with what saves work."""
-    if not isinstance(batch, Mapping):
-        raise TypeError(
-            f"a calibration batch must be a mapping from names to tensors; got {type(batch).__name__}. "
-            "For a list of examples use a DataLoader with a collator."
-        )
-    device = next(model.parameters()).device
-    # A model within PEFT's names what it takes; PEFT's own forward passes on whatever it is given.
-    named = getattr(model, "get_base_model", lambda: model)()
-    accepted = inspect.signature(named.forward).parameters
-    fields = {name: value for name, value in batch.items() if name not in ("labels", "label", "label_ids")}
-    unknown = [name for name in fields if name not in accepted]
-    inputs = {"input_ids", "inputs_embeds", "input_values"} & accepted.keys()
-    if unknown or not inputs & fields.keys():
-        problem = f"{', '.join(unknown)} is not taken by" if unknown else "there is no input for"
-        raise ValueError(
-            f"calibration batch with fields {', '.join(map(str, batch))}: {problem} {type(model).__name__}.forward, "
-            f"which takes {', '.join(sorted(inputs))} and attention_mask"
-        )
-    economy = {"use_cache": False, "logits_to_keep": 1}
-    moved = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in fields.items()}
-    return {name: value for name, value in economy.items() if name in accepted} | moved
+def _read(model: nn.Module, batch: Any, otherwise: Callable[[Any], Any] | None) -> None:
+    try:
+        passes = list(model_inputs(model, batch))
+    except (TypeError, ValueError):
+        if otherwise is None:
+            raise
+        otherwise(batch)
+        return
+    for inputs in passes:
+        model(**inputs)
 
 
 def _check(sites: list[MixerSite], gathered: Mapping[str, Statistics], count: int) -> None:

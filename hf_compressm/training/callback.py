@@ -93,7 +93,9 @@ class CompreSSMCallback(TrainerCallback, ExportableState):
         # A checkpoint written without this callback has no entry, and the Trainer's next save would fail without one.
         saved = exported.setdefault(type(self).__name__, self.state())
         resumed = saved if state.global_step > 0 else None
-        run = self._runs.begin(state, CompressionRun(self.config, args, state, model, optimizer, resumed))
+        run = self._runs.begin(
+            state, CompressionRun(self.config, args, state, model, optimizer, resumed, kwargs.get("train_dataloader"))
+        )
         self.timer = run.timer
 
     def on_step_begin(
@@ -120,7 +122,7 @@ class CompreSSMCallback(TrainerCallback, ExportableState):
         **kwargs: Any,
     ):
         if (run := self._runs.of(state)) is not None:
-            run.end_step(args, state, model, optimizer, kwargs.get("train_dataloader"))
+            run.end_step(state, model, optimizer)
 
     def on_evaluate(
         self,

@@ -27,7 +27,7 @@ from ..surgery import (
     state_sizes,
     with_ties,
 )
-from .calibration import Batches, calibration_batches
+from .calibration import Batches, TrainingData
 from .checkpoint import STATE_NAME, checkpoint_folder, load_callback_state, save_callback_state
 from .config import CompressionConfig
 from .distributed import (
@@ -58,6 +58,7 @@ class CompressionRun:
     Args:
         config: the callback's settings.
         args, state, model, optimizer: of the training.
+        train_dataloader: what the Trainer iterates over.
         exported: what the callback exported into the checkpoint, if training is resumed.
 
     Raises:
@@ -73,6 +74,7 @@ class CompressionRun:
         model: nn.Module,
         optimizer: Any = None,
         exported: Any = None,
+        train_dataloader: Any = None,
     ):
         self.config, self.timer, self.rollback = config, StepTimer(), Rollback(config)
         self.tracker = StabilityTracker(config.stability_threshold) if config.trigger == "stability" else None
@@ -82,6 +84,8 @@ class CompressionRun:
         self._check_settings(args, model)
         if args.torch_compile:
             raise_recompile_limit(len(self._attempts))
+        self.data = TrainingData(train_dataloader, config.calibration_batches, args.process_index, processes())
+        self.data.follow(model, self._seed(self._attempts[0] if self._attempts else 0))
 
     def begin_step(self, state: TrainerState, model: nn.Module, optimizer: Any) -> None:
         """Undo a cut that was found to hurt, before the step's first forward pass."""
@@ -93,13 +97,11 @@ class CompressionRun:
             report_undo(state, record)
         self.timer.begin_step()
 
-    def end_step(
-        self, args: TrainingArguments, state: TrainerState, model: nn.Module, optimizer: Any, train_dataloader: Any
-    ) -> None:
+    def end_step(self, state: TrainerState, model: nn.Module, optimizer: Any) -> None:
         """Cut, or measure, if an attempt is due after this optimizer step."""
         self.timer.end_step()
         if state.global_step in self._attempts and self._may_cut(model):
-            self._attempt(args, state, model, optimizer, train_dataloader)
+            self._attempt(state, model, optimizer)
 
     def save(self, args: TrainingArguments, state: TrainerState, model: nn.Module) -> None:
         """Write into the checkpoint of this step what its other files lack."""
@@ -119,6 +121,7 @@ class CompressionRun:
         Args:
             name: under which the callback's state is in a checkpoint.
         """
+        self.data.leave()
         self.timer.close_segment(state.global_step, mean_size(state_sizes(model)))
         if args.load_best_model_at_end and state.best_model_checkpoint:
             if has_tuners(model):
@@ -203,22 +206,16 @@ class CompressionRun:
             return False
         return not (self.config.trigger == "stability" and records)
 
-    def _attempt(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        model: nn.Module,
-        optimizer: Any,
-        train_dataloader: Any,
-    ) -> None:
+    def _seed(self, step: int) -> int:
+        return self.config.selection_seed * 1_000_003 + step
+
+    def _attempt(self, state: TrainerState, model: nn.Module, optimizer: Any) -> None:
         step, config = state.global_step, self.config
-        seed = config.selection_seed * 1_000_003 + step
+        seed = self._seed(step)
         batches, watch = None, Stopwatch()
         if needs_calibration(model):
             with watch("statistics"):
-                batches = calibration_batches(
-                    train_dataloader, config.calibration_batches, seed, args.process_index, processes()
-                )
+                batches = self.data.batches(seed)
         try:
             if self.tracker is not None and not self._settled(model, batches):
                 return
@@ -245,7 +242,7 @@ class CompressionRun:
             self.rollback.keep(state, model, optimizer)
         self.timer.close_segment(step, mean_size([layer.old_size for layer in plan.layers]))
         with watch("loss"):
-            loss = CutLoss(batches, train_dataloader, config.calibration_batches, seed, args.process_index)
+            loss = CutLoss(lambda: self.data.batches(seed) if batches is None else batches)
             loss.measure("compression/loss_before", model)
         with watch("surgery"):
             apply_plan(model, optimizer, plan, step)

@@ -21,6 +21,7 @@ from transformers import TrainingArguments
 
 from ..surgery import CompressionPlan, gather_statistics, make_plan, measure_mixers, unwrap_optimizer
 from ..surgery.refit import Recording
+from .calibration import as_the_trainer_does
 from .timing import Stopwatch
 
 Value = TypeVar("Value")
@@ -155,7 +156,7 @@ def gather_together(model: nn.Module, batches: Any, recordings: dict[str, Record
     problem: Exception | None = None
     statistics: dict[str, Any] = {}
     try:
-        statistics = gather_statistics(model, batches, recordings)
+        statistics = gather_statistics(model, batches, recordings, otherwise=as_the_trainer_does(model))
     except Exception as error:  # the other ranks must not wait for this one's sums
         problem = error
     if processes() > 1:

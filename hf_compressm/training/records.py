@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -10,8 +10,7 @@ from torch import Tensor, nn
 from transformers.utils import logging
 
 from ..surgery import undisturbed
-from .calibration import Batches, calibration_batches
-from .distributed import processes
+from .calibration import Batches, trainer_loss
 from .trainer_log import keep_in_history, running_trainer
 
 logger = logging.get_logger(__name__)
@@ -39,36 +38,35 @@ def _compact(values: Tensor) -> dict[str, Any]:
     return record | {"singular_values": [float(f"{value:.4g}") for value in kept.tolist()]}
 
 
+_ERRORS = (ValueError, TypeError, LookupError, AttributeError, RuntimeError)
+
+
 class CutLoss:
     """The loss of the running Trainer on a few batches of training data, before and after a change of the model.
 
     It is a by-product: where a loss cannot be had it is left out, and training goes on.
 
     Args:
-        batches: what to measure on; None draws as many as `count` from the training data.
-        count, seed, rank: as for `calibration_batches`.
+        batches: gives what to measure on; nothing is measured if it fails.
     """
 
-    def __init__(self, batches: Batches | None, dataloader: Any, count: int, seed: int, rank: int):
+    def __init__(self, batches: Callable[[], Batches]):
         self.values: dict[str, float] = {}
-        self._batches = batches or []
-        if batches is None and hasattr(getattr(dataloader, "dataset", None), "__getitem__"):
-            self._batches = calibration_batches(dataloader, count, seed, rank, processes())
+        self._batches: Batches = []
+        try:
+            self._batches = batches()
+        except _ERRORS as error:
+            logger.warning(f"the loss around this cut is not measured: {error}")
 
     def measure(self, name: str, model: nn.Module) -> None:
         """Add the present loss to `values`, in nats where the loss is a cross-entropy."""
         trainer = running_trainer()
         if trainer is None or not self._batches:
             return
-        device = next(model.parameters()).device
-        losses = []
         try:
-            with undisturbed(model), trainer.compute_loss_context_manager():
-                for batch in self._batches:
-                    inputs = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}
-                    loss: Any = trainer.compute_loss(model, inputs)
-                    losses.append(float(loss))
-        except (ValueError, TypeError, KeyError, AttributeError, RuntimeError) as error:
+            with undisturbed(model):
+                losses = [float(trainer_loss(trainer, model, batch)) for batch in self._batches]
+        except _ERRORS as error:
             logger.warning(f"the loss around this cut was not measured: {error}")
             self._batches = []
             return

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import sys
+from collections import defaultdict
 from collections.abc import Iterator
+from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
@@ -45,15 +47,31 @@ def log_to_trackers(logs: dict[str, Any], event: str | None = None) -> bool:
     if trainer is None:
         return False
     handler = trainer.callback_handler
-    callbacks = handler.callbacks
+    callbacks, due = handler.callbacks, trainer.control.should_log
     handler.callbacks = [cb for cb in callbacks if not isinstance(cb, (PrinterCallback, ProgressCallback))]
     try:
-        trainer.log(logs)
+        with metrics_apart(trainer):
+            trainer.log(logs)
     finally:
         handler.callbacks = callbacks
+        trainer.control.should_log = due  # the loss of this step, which logging would take for logged
     if event is not None and trainer.is_world_process_zero():
         _show_event(callbacks, event, trainer.state.global_step)
     return True
+
+
+@contextmanager
+def metrics_apart(trainer: Any) -> Iterator[None]:
+    """Metrics that a Trainer keeps between logs, as TRL's do, are neither added to nor logged meanwhile."""
+    kept = vars(trainer).get("_metrics")
+    if not isinstance(kept, dict) or not all(isinstance(values, dict) for values in kept.values()):
+        yield
+        return
+    trainer._metrics = {mode: defaultdict(list) for mode in kept}
+    try:
+        yield
+    finally:
+        trainer._metrics = kept
 
 
 def _show_event(callbacks: list[Any], event: str, step: int) -> None:

@@ -184,7 +184,6 @@ def test_a_refit_that_does_not_help_is_dropped():
             ValueError,
             "too short: 2 real tokens cannot rank the 8 states of backbone.layers.0",
         ),
-        ([{"input_ids": IDS, "tokens": IDS}], ValueError, "tokens is not taken by MambaForCausalLM.forward"),
         (
             [{"attention_mask": IDS}],
             ValueError,
