@@ -79,10 +79,13 @@ def gather_statistics(
 def _read(model: nn.Module, batch: Any, otherwise: Callable[[Any], Any] | None) -> None:
     try:
         passes = list(model_inputs(model, batch))
-    except (TypeError, ValueError):
+    except (TypeError, ValueError) as problem:
         if otherwise is None:
             raise
-        otherwise(batch)
+        try:
+            otherwise(batch)
+        except Exception as error:
+            raise problem from error
         return
     for inputs in passes:
         model(**inputs)
