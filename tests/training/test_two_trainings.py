@@ -3,7 +3,10 @@
 import json
 import random as python_random
 import shutil
+import sys
+from importlib.machinery import ModuleSpec
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,6 +17,7 @@ from transformers import Trainer, TrainerCallback
 
 from hf_compressm import CompreSSMCallback, state_sizes
 from hf_compressm.surgery import history
+from hf_compressm.training import DurableCheckpoints, newest_checkpoint
 from hf_compressm.training.checkpoint import STATE_NAME
 
 STEPS = 8
@@ -199,3 +203,59 @@ def test_folds_by_model_init_and_train_called_twice(tmp_path, alone):
         assert same(saved(tmp_path / "two"), expected), resumed
         assert not two.model._load_state_dict_pre_hooks
     assert first is not two.model and state_sizes(first) == [12, 12]
+
+
+class Optuna(ModuleType):
+    """What `Trainer.hyperparameter_search` uses of optuna."""
+
+    class TrialPruned(Exception):
+        pass
+
+    class Trial:
+        def __init__(self, number, study, pruned):
+            self.number, self.study, self.pruned, self.params = number, study, pruned, {}
+
+        def report(self, value, step):
+            self.step = step
+
+        def should_prune(self):
+            return self.number == self.pruned and self.step > 4
+
+    def __init__(self, pruned):
+        super().__init__("optuna")
+        self.__spec__, self.pruned = ModuleSpec("optuna", None), pruned
+        self.trial = SimpleNamespace(BaseTrial=self.Trial)
+
+    def create_study(self, **kwargs):
+        return self
+
+    def _is_multi_objective(self):
+        return False
+
+    def optimize(self, objective, n_trials, **kwargs):
+        for number in range(n_trials):
+            self.best_trial = self.Trial(number, self, self.pruned)
+            try:
+                self.best_trial.value = objective(self.best_trial)
+            except self.TrialPruned:
+                assert number == self.pruned
+
+
+def test_hyperparameter_search_with_a_trial_that_is_pruned(tmp_path, monkeypatch):
+    """Every trial is as a training of its own, also after one that ended with a cut that was to be undone."""
+    monkeypatch.setitem(sys.modules, "optuna", Optuna(pruned=1))
+    settings, options = MODES["rollback undone"]
+    data, callback = small_data(32, 6), CompreSSMCallback(**settings)
+    args = arguments(tmp_path, max_steps=STEPS, save_strategy="steps", save_steps=3, **options)
+    trainer = Trainer(
+        model_init=lambda: small_model(dropout=0.2),
+        args=args,
+        train_dataset=data,
+        eval_dataset=data,
+        callbacks=[callback, DurableCheckpoints()],
+    )
+    trainer.hyperparameter_search(lambda trial: {"learning_rate": 3e-2}, backend="optuna", n_trials=3)
+    found = [saved(tmp_path / f"run-{number}") for number in (0, 2)]
+    assert same(*found) and len(found[0]["callback"]["attributes"]["saved"]["history"]) == 2
+    assert newest_checkpoint(tmp_path / "run-2") == checkpoint(tmp_path / "run-2")
+    assert newest_checkpoint(tmp_path / "run-1") == checkpoint(tmp_path / "run-1", 3)
