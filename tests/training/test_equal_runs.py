@@ -30,7 +30,8 @@ def language_model():
 def train(folder, **settings):
     ids = torch.randint(0, 7, (32, 8), generator=torch.Generator().manual_seed(0)).tolist()
     data = Dataset.from_dict({"input_ids": ids, "labels": ids}).with_format("torch")
-    args = arguments(folder, max_steps=LAST, save_strategy="steps", save_steps=2, eval_strategy="steps", eval_steps=3)
+    evaluated = {"eval_strategy": "steps", "eval_steps": 3, "learning_rate": 1e-4}  # a ranking that stays
+    args = arguments(folder, max_steps=LAST, save_strategy="steps", save_steps=2, **evaluated)
     callbacks = [CompreSSMCallback(**HALF, **settings), DurableCheckpoints()]
     trainer = Trainer(language_model(), args, train_dataset=data, eval_dataset=data, callbacks=callbacks)
     trainer.train()
@@ -48,7 +49,7 @@ def keys(tree) -> set:
     "settings",
     [
         {"cut_steps": [CUT], "rollback": True},
-        {"trigger": "stability", "stability_interval": 1, "stability_threshold": 0.01, "window_end": 1.0},
+        {"trigger": "stability", "stability_interval": 0.17, "stability_threshold": 0.3, "window_end": 1.0},
     ],
     ids=["rollback", "stability"],
 )
