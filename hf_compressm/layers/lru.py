@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..ops.diag_scan import diag_system
+from .padding import RealFirst
 
 SMALLEST_DECAY = 1e-6
 """-log|lambda| at initialisation is at least this: float32 tells |lambda| from 1 down to about 6e-8."""
@@ -116,7 +117,9 @@ class LRU(nn.Module):
         for name, value in self.initial_values(generator).items():
             getattr(self, name).copy_(value)
 
-    def forward(self, u: Tensor, initial_state: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, u: Tensor, initial_state: Tensor | None = None, real: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Run the system over a sequence, or over one step of it (L = 1) from a state.
 
         The poles and the recurrence are computed in float32 (float64 if the parameters are), whatever dtype
@@ -125,9 +128,12 @@ class LRU(nn.Module):
         Args:
             u: (B, L, H), any floating dtype, L >= 1.
             initial_state: h_{-1}, (B, N) complex64 (complex128 if the parameters are float64); zero if None.
+            real: (B, L) bool. Where it is False there is no step: real positions have the outputs that they have
+                without the others, whose outputs mean nothing. With an initial state it takes two scans. None if all
+                are real.
 
         Returns:
-            y (B, L, H) in the dtype of `u`, and the final state h_{L-1} (B, N), complex.
+            y (B, L, H) in the dtype of `u`, and the state after the last real step (B, N), complex.
 
         Raises:
             ValueError: if a shape or the state's dtype does not fit.
@@ -136,8 +142,19 @@ class LRU(nn.Module):
             raise ValueError(f"u must have shape (B, L, H) with H = {self.hidden_size}, got {tuple(u.shape)}")
         dtype = torch.promote_types(u.dtype, self.B_re.dtype)
         B, C, D = (weight.to(dtype) for weight in (self._input_weight(), self._output_weight(), self.D))
-        y, final_state = diag_system(u.to(dtype), self._poles(), B, C, D, initial_state)
-        return y.to(u.dtype), final_state
+        u_wide, poles, tokens = u.to(dtype), self._poles(), RealFirst.of(real, u)
+        if tokens is None:
+            y, final_state = diag_system(u_wide, poles, B, C, D, initial_state)
+            return y.to(u.dtype), final_state
+        # Behind the last real step the state would decay: that at it is the end of a scan with the padding in front.
+        first = tokens.bring(u_wide)
+        y, final_state = diag_system(tokens.to_end(first), poles, B, C, D, None)
+        if initial_state is None:
+            y = tokens.from_end(y)
+        else:
+            y, _ = diag_system(first, poles, B, C, D, initial_state)
+            final_state = final_state + self._poles(tokens.counts[:, None]) * initial_state
+        return tokens.take_back(y).to(u.dtype), final_state
 
     @torch.no_grad()
     def system(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -164,10 +181,11 @@ class LRU(nn.Module):
     def _real_dtype(self) -> torch.dtype:
         return torch.float64 if self.nu_log.dtype == torch.float64 else torch.float32
 
-    def _poles(self) -> Tensor:
+    def _poles(self, steps: Tensor | int = 1) -> Tensor:
+        """lambda to the power of a number of steps, which broadcasts with (N,)."""
         decay = self.nu_log.to(self._real_dtype).exp()
         phase = self.theta_log.to(self._real_dtype).exp()
-        return torch.exp(torch.complex(-decay, phase))
+        return torch.exp(torch.complex(-decay, phase) * steps)
 
     def _input_weight(self) -> Tensor:
         """(2 N, H): the rows of gamma B, real and imaginary parts alternating."""

@@ -15,8 +15,11 @@ from torch.nn import functional as F
 from ..compatibility import check_keywords, one_cache
 from ..ops.causal_conv import causal_conv, causal_conv_step
 from ..ops.selective_scan import selective_scan, selective_state_update
+from .padding import RealFirst
 from .plain import innermost, is_plain
 
+NO_TIME = -1e4
+"""A time step before its softplus that leaves the state as it is: exp underflows to zero in any dtype."""
 SILU = ("silu", "swish")
 """Names of the activation that the op `causal_conv` has built in."""
 
@@ -28,7 +31,7 @@ def real_positions(hidden_states: Tensor, attention_mask: Tensor | None) -> Tens
     return hidden_states * attention_mask[:, -hidden_states.shape[1] :, None].to(hidden_states.dtype)
 
 
-def convolve(mixer: Any, channels: Tensor, cache: Any = None) -> Tensor:
+def convolve(mixer: Any, channels: Tensor, cache: Any = None, tokens: RealFirst | None = None) -> Tensor:
     """Activation of a mixer's depthwise causal convolution that goes on from a cache, if there is one.
 
     The number of channels is that of the weight, whatever the modules' attributes say.
@@ -37,12 +40,13 @@ def convolve(mixer: Any, channels: Tensor, cache: Any = None) -> Tensor:
         mixer: has `conv1d`, `layer_idx`, and the activation as a name, `activation`, and as a module, `act`.
         channels: (B, L, I).
         cache: of transformers, or None. It is updated.
+        tokens: where padding is, behind the real tokens, so that the cache holds inputs of real tokens only.
 
     Returns:
         (B, L, I), in the dtype of `channels`.
     """
     length, convolution = channels.shape[1], mixer.conv1d
-    signal = remembered(channels, convolution, cache, mixer.layer_idx)
+    signal = remembered(channels, convolution, cache, mixer.layer_idx, tokens)
     if mixer.activation not in SILU or not is_plain(convolution, nn.Conv1d):
         return mixer.act(called_convolution(signal, convolution))[:, -length:]
     weight = convolution.weight.squeeze(1)
@@ -70,12 +74,19 @@ def time_steps(projection: Any, step: Tensor) -> tuple[Tensor, Tensor | None]:
     return F.linear(step, weight), None if bias is None else bias.float()
 
 
-def remembered(channels: Tensor, convolution: nn.Conv1d, cache: Any, layer_idx: int) -> Tensor:
+def remembered(
+    channels: Tensor, convolution: nn.Conv1d, cache: Any, layer_idx: int, tokens: RealFirst | None = None
+) -> Tensor:
     """The convolution's input (B, L, I) with what the cache holds of earlier steps before it; updates the cache."""
     if cache is None:
         return channels
     taps = convolution.weight.shape[-1]
-    return cache.update_conv_state(channels.transpose(1, 2), layer_idx, conv_kernel_size=taps).transpose(1, 2)
+    signal = cache.update_conv_state(channels.transpose(1, 2), layer_idx, conv_kernel_size=taps)
+    if tokens is not None:
+        ends = tokens.counts + signal.shape[-1] - channels.shape[1]
+        places = (ends[:, None] + torch.arange(taps, device=ends.device))[:, None].expand(-1, signal.shape[1], -1)
+        cache.layers[layer_idx].conv_states[0].copy_(F.pad(signal, (taps, 0)).gather(-1, places))
+    return signal.transpose(1, 2)
 
 
 def recurrent_state(cache: Any, layer_idx: int) -> Tensor | None:
@@ -162,9 +173,12 @@ class CompreSSMMambaMixer(nn.Module):
         cache_params: Any = None,
         **kwargs: Any,
     ) -> Tensor:
-        """(B, L, H) -> (B, L, H); a cache is gone on from and updated. Padding (mask 0) leaves no trace.
+        """(B, L, H) -> (B, L, H); a cache is gone on from and updated.
+
+        Padding, wherever it is, leaves no trace: outputs of real tokens and the cache are as without it.
 
         Args:
+            attention_mask: (B, L), zero at padding; of a longer one the last L columns count.
             cache, cache_params: one of the two, by the names that versions of transformers use.
             **kwargs: what models hand to all their layers, without meaning here.
 
@@ -174,12 +188,14 @@ class CompreSSMMambaMixer(nn.Module):
         check_keywords(self, kwargs)
         cache = one_cache(self, cache=cache, cache_params=cache_params)
         state = recurrent_state(cache, self.layer_idx)
-        projected = self.in_proj(real_positions(hidden_states, attention_mask))
-        u, gate = projected.chunk(2, dim=-1)
-        u = real_positions(convolve(self, u, cache), attention_mask)
+        tokens = RealFirst.of(attention_mask, hidden_states)
+        u, gate = self.in_proj(hidden_states if tokens is None else tokens.bring(hidden_states)).chunk(2, dim=-1)
+        u = convolve(self, u if tokens is None else tokens.clear(u), cache, tokens)
+        u = u if tokens is None else tokens.clear(u)
         projected, size = self.x_proj(u), self.state_size
         step, B, C = projected.split([projected.shape[-1] - 2 * size, size, size], dim=-1)
         delta, bias = time_steps(self.dt_proj, step)
+        delta = delta if tokens is None else tokens.clear(delta, NO_TIME)
         A = -self.A_log.float().exp()
         options: dict[str, Any] = {"D": self.D.float(), "delta_bias": bias, "delta_softplus": True}
         if state is not None and is_step(self, u):
@@ -193,7 +209,8 @@ class CompreSSMMambaMixer(nn.Module):
                 u, delta, A, B, C, z=gate, initial_state=state, return_final_state=True, **options
             )
             cache.update_recurrent_state(final, self.layer_idx)
-        return self.out_proj(y.to(hidden_states.dtype))
+        y = self.out_proj(y.to(hidden_states.dtype))
+        return y if tokens is None else tokens.take_back(y)
 
     def extra_repr(self) -> str:
         return f"state_size={self.state_size}"

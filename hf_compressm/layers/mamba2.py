@@ -14,7 +14,9 @@ from torch.nn import functional as F
 
 from ..compatibility import check_keywords, one_cache
 from ..ops.ssd_scan import ssd_scan, ssd_state_update
-from .mamba import convolve, inverse_softplus_of_time_steps, is_step, real_positions, recurrent_state
+from ..ops.ssd_scan.step import time_steps
+from .mamba import convolve, inverse_softplus_of_time_steps, is_step, recurrent_state
+from .padding import RealFirst
 
 
 class GatedRMSNorm(nn.Module):
@@ -124,9 +126,12 @@ class CompreSSMMamba2Mixer(nn.Module):
         cache_params: Any = None,
         **kwargs: Any,
     ) -> Tensor:
-        """(B, L, H) -> (B, L, H); a cache is gone on from and updated. Padding (mask 0) leaves no trace.
+        """(B, L, H) -> (B, L, H); a cache is gone on from and updated.
+
+        Padding, wherever it is, leaves no trace: outputs of real tokens and the cache are as without it.
 
         Args:
+            attention_mask: (B, L), zero at padding; of a longer one the last L columns count.
             cache, cache_params: one of the two, by the names that versions of transformers use.
             **kwargs: what models hand to all their layers, without meaning here.
 
@@ -137,9 +142,11 @@ class CompreSSMMamba2Mixer(nn.Module):
         cache = one_cache(self, cache=cache, cache_params=cache_params)
         state = recurrent_state(cache, self.layer_idx)
         channels, heads = self.norm.weight.shape[0], len(self.A_log)
-        projected = self.in_proj(real_positions(hidden_states, attention_mask))
+        tokens = RealFirst.of(attention_mask, hidden_states)
+        projected = self.in_proj(hidden_states if tokens is None else tokens.bring(hidden_states))
         gate, signal, dt = projected.split([channels, len(self.conv1d.weight), heads], dim=-1)
-        signal = real_positions(convolve(self, signal, cache), attention_mask)
+        signal = convolve(self, signal if tokens is None else tokens.clear(signal), cache, tokens)
+        signal = signal if tokens is None else tokens.clear(signal)
         block = self.n_groups * self.conv_states
         x, B, C = signal.split([channels, block, block], dim=-1)
         x = x.unflatten(-1, (heads, -1))
@@ -152,6 +159,10 @@ class CompreSSMMamba2Mixer(nn.Module):
             "dt_softplus": True,
             "dt_limit": self.time_step_limit,
         }
+        if tokens is not None:
+            wide = dt.to(torch.promote_types(dt.dtype, torch.float32))
+            dt = tokens.clear(time_steps(wide, self.dt_bias, True, self.time_step_limit))  # none at all at padding
+            options = {"D": self.D.float(), "dt_bias": None, "dt_softplus": False, "dt_limit": (0.0, float("inf"))}
         A = -self.A_log.float().exp()
         if state is not None and is_step(self, signal):
             y = ssd_state_update(state, x[:, 0], dt[:, 0], A, B[:, 0], C[:, 0], **options)[:, None]
@@ -161,7 +172,8 @@ class CompreSSMMamba2Mixer(nn.Module):
             options |= {"chunk_size": self.chunk_size, "initial_state": state, "return_final_state": True}
             y, final = ssd_scan(x, dt, A, B, C, **options)
             cache.update_recurrent_state(final, self.layer_idx)
-        return self.out_proj(self.norm(y.flatten(2), gate).to(hidden_states.dtype))
+        y = self.out_proj(self.norm(y.flatten(2), gate).to(hidden_states.dtype))
+        return y if tokens is None else tokens.take_back(y)
 
     def extra_repr(self) -> str:
         return f"state_size={self.state_size}"

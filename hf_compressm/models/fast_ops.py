@@ -29,8 +29,10 @@ def use_fast_ops(model: nn.Module, enable: bool = True) -> list[str]:
 
     Weights, state dict, config and outputs stay as they are, but for rounding and for what transformers' PyTorch code
     does not do: several tokens behind a cache go on from the cached state in Mamba, FalconMamba and Jamba too, and a
-    single token behind a cache has its time step clamped to the config's limits as all others have. The choice is kept
-    by copies and pickles of the model, and not saved in checkpoints. Calling it again changes nothing.
+    single token behind a cache has its time step clamped to the config's limits as all others have. Padding is treated
+    as transformers does: what a prefill with padding on the right leaves in the cache is not what the text alone would
+    leave (`from_stock` gives models in which it is). The choice is kept by copies and pickles of the model, and not
+    saved in checkpoints. Calling it again changes nothing.
 
     An adapter or hook on `dt_proj` or `conv1d` takes effect, as it does once merged; transformers' own code passes it
     over.

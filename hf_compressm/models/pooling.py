@@ -25,6 +25,13 @@ def mask_of_steps(attention_mask: Tensor | None, hidden_states: Tensor) -> Tenso
     return attention_mask[:, -L:].bool()
 
 
+def padding_of_steps(attention_mask: Tensor | None, inputs: Tensor) -> Tensor | None:
+    """`mask_of_steps` for inputs (B, L) or (B, L, H), and None where all positions are real."""
+    mask = mask_of_steps(attention_mask, inputs)
+    # Compiled code must not depend on values, and is right with a mask of ones too.
+    return None if mask is None or (not torch.compiler.is_compiling() and bool(mask.all())) else mask
+
+
 def pooled(hidden_states: Tensor, attention_mask: Tensor | None, pooling: str) -> Tensor:
     """(B, L, H) -> (B, H): the "mean" over real positions, zero for none, or the "last" of them."""
     mask = mask_of_steps(attention_mask, hidden_states)

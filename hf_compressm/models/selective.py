@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor, nn
@@ -84,3 +86,23 @@ def initialise_convolution_and_output(module: Any, config: Any) -> None:
     init.kaiming_uniform_(module.out_proj.weight, a=math.sqrt(5))
     if config.rescale_prenorm_residual:
         init.copy_(module.out_proj.weight, module.out_proj.weight / math.sqrt(config.num_hidden_layers))
+
+
+@contextmanager
+def rows_of_padding_kept(cache: Any, mask: Tensor | None) -> Iterator[None]:
+    """A single step in which rows of padding leave a cache as it was; transformers' Mamba-2 drops the mask of one.
+
+    Args:
+        cache: of transformers, or None.
+        mask: bool (B, L), False at padding, or None if there is none.
+    """
+    if cache is None or mask is None or mask.shape[1] > 1:
+        yield
+        return
+    layers = [(layer.conv_states, layer.recurrent_states) for layer in cache.layers]
+    before = [[None if states[0] is None else states[0].clone() for states in both] for both in layers]
+    yield
+    padding = ~mask[:, 0]
+    for both, kept in zip(layers, before, strict=True):
+        for states, old in zip(both, kept, strict=True):
+            states[0][padding] = 0 if old is None else old[padding]

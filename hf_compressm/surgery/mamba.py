@@ -15,7 +15,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..layers.mamba import convolve, real_positions, time_steps
+from ..layers.mamba import CompreSSMMambaMixer, convolve, real_positions, time_steps
+from ..layers.mamba2 import CompreSSMMamba2Mixer
+from ..layers.padding import RealFirst
 from ..layers.plain import innermost
 from ..reduction import Selection, output_residual, read_out_correction
 from .adapters import MixerAdapter, MixerReduction, ReductionError, register_adapter
@@ -182,15 +184,34 @@ class MambaAdapter(MixerAdapter[Any]):
 def mamba_signals(mixer: Any, hidden_states: Tensor, attention_mask: Tensor | None) -> Signals:
     """What the mixer gives its scan for the hidden states (B, L, H) that it gets."""
     projected = mixer.in_proj(real_positions(hidden_states, attention_mask))
-    u = convolve(mixer, projected.chunk(2, dim=-1)[0])
-    u = real_positions(u, attention_mask)
+    u = convolved_tokens(mixer, projected.chunk(2, dim=-1)[0], attention_mask)
     size, projected = mixer.A_log.shape[1], mixer.x_proj(u)
     step, B, C = projected.split([projected.shape[-1] - 2 * size, size, size], dim=-1)
     if _norms(mixer):
         step, B, C = mixer.dt_layernorm(step), mixer.b_layernorm(B), mixer.c_layernorm(C)
     delta, bias = time_steps(mixer.dt_proj, step)
     dt = F.softplus(delta.float() if bias is None else delta.float() + bias)
-    return Signals(u, dt, -mixer.A_log.float().exp(), B[:, :, None], C[:, :, None])
+    return Signals(
+        u, time_of_tokens(mixer, dt, attention_mask), -mixer.A_log.float().exp(), B[:, :, None], C[:, :, None]
+    )
+
+
+def convolved_tokens(mixer: Any, channels: Tensor, attention_mask: Tensor | None) -> Tensor:
+    """What a mixer makes of the channels (B, L, I) by its convolution, zero at padding."""
+    tokens = RealFirst.of(attention_mask, channels) if _skips_padding(mixer) else None
+    if tokens is None:
+        return real_positions(convolve(mixer, channels), attention_mask)
+    return tokens.take_back(tokens.clear(convolve(mixer, tokens.bring(channels))))
+
+
+def time_of_tokens(mixer: Any, dt: Tensor, attention_mask: Tensor | None) -> Tensor:
+    """Time steps (B, L, I), zero where a mixer lets no time pass."""
+    return real_positions(dt, attention_mask) if _skips_padding(mixer) else dt
+
+
+def _skips_padding(mixer: Any) -> bool:
+    """Whether padding leaves no trace in a mixer, as in this package's own; in transformers' it may."""
+    return isinstance(mixer, CompreSSMMambaMixer | CompreSSMMamba2Mixer)
 
 
 def _rank(mixer: Any) -> int:

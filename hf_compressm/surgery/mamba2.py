@@ -18,11 +18,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..layers.mamba import convolve, real_positions
+from ..layers.mamba import real_positions
 from ..layers.plain import innermost
 from ..reduction import Selection, low_rank_basis, output_residual
 from .adapters import MixerAdapter, MixerReduction, ReductionError, register_adapter
 from .changes import ParameterChange, Term
+from .mamba import convolved_tokens, time_of_tokens
 from .selective import (
     SelectiveMeasurement,
     SelectiveStatistics,
@@ -211,13 +212,14 @@ def mamba2_signals(mixer: Any, hidden_states: Tensor, attention_mask: Tensor | N
     channels, heads, groups = _channels(mixer), mixer.A_log.shape[0], mixer.n_groups
     convolved = len(mixer.conv1d.weight)
     _, convolved, step = projected.split([channels, convolved, heads], dim=-1)
-    convolved = real_positions(convolve(mixer, convolved), attention_mask)
+    convolved = convolved_tokens(mixer, convolved, attention_mask)
     size = _conv_states(mixer)
     u, B, C = convolved.split([channels, groups * size, groups * size], dim=-1)
     B, C = (signal.unflatten(-1, (groups, size)) for signal in (B, C))
     if getattr(mixer, "read_in", None) is not None:
         B, C = torch.einsum("blgn,grn->blgr", B, mixer.read_in), torch.einsum("blgn,grn->blgr", C, mixer.read_out)
     dt = F.softplus(step.float() + mixer.dt_bias.float()).clamp(*mixer.time_step_limit)
+    dt = time_of_tokens(mixer, dt, attention_mask)
     per_head = channels // heads
     A = -mixer.A_log.float().exp().repeat_interleave(per_head)[:, None]
     return Signals(u, dt.repeat_interleave(per_head, dim=-1), A, B, C)

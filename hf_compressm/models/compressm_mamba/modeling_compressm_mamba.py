@@ -23,6 +23,7 @@ from ...layers.mamba import CompreSSMMambaMixer
 from ..classification import SequenceClassification
 from ..known_by_name import KnownCausalLM, KnownModel
 from ..loading import SizesFromConfig
+from ..pooling import padding_of_steps
 from ..selective import (
     embedded,
     initialise_convolution_and_output,
@@ -100,11 +101,19 @@ class CompreSSMMambaModel(KnownModel, CompreSSMMambaPreTrainedModel, MambaModel)
         cache: Any = None,
         **kwargs: Any,
     ) -> Any:
-        """As transformers' `MambaModel`; also takes `input_values` (B, L, num_channels), and a cache by each name."""
+        """As transformers' `MambaModel`; also takes `input_values` (B, L, num_channels), and a cache by each name.
+
+        Padding, where `attention_mask` (B, L) is zero, leaves no trace in other positions or the cache; of a longer
+        mask the last L columns count.
+        """
+        inputs_embeds = embedded(self.embeddings, input_values, inputs_embeds)
+        inputs = inputs_embeds if input_ids is None else input_ids
+        if inputs is not None:
+            attention_mask = padding_of_steps(attention_mask, inputs)
         return STOCK_FORWARD(
             self,
             input_ids=input_ids,
-            inputs_embeds=embedded(self.embeddings, input_values, inputs_embeds),
+            inputs_embeds=inputs_embeds,
             cache=cache,
             cache_params=cache_params,
             use_cache=use_cache,

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import GenerationMixin
+from transformers import DynamicCache, GenerationMixin
 from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -18,15 +18,17 @@ from transformers.models.mamba2.modeling_mamba2 import (
     Mamba2RMSNorm,
 )
 
-from ...compatibility import takes_any_cache_name
+from ...compatibility import one_cache, takes_any_cache_name
 from ...layers.mamba2 import CompreSSMMamba2Mixer
 from ..classification import SequenceClassification
 from ..known_by_name import KnownCausalLM, KnownModel
 from ..loading import SizesFromConfig
+from ..pooling import padding_of_steps
 from ..selective import (
     embedded,
     initialise_convolution_and_output,
     make_embeddings,
+    rows_of_padding_kept,
 )
 from .configuration_compressm_mamba2 import CompreSSMMamba2Config
 
@@ -104,19 +106,30 @@ class CompreSSMMamba2Model(KnownModel, CompreSSMMamba2PreTrainedModel, Mamba2Mod
         cache: Any = None,
         **kwargs: Any,
     ) -> Any:
-        """As transformers' `Mamba2Model`; also takes `input_values` (B, L, num_channels), and a cache by each name."""
-        return STOCK_FORWARD(
-            self,
-            input_ids=input_ids,
-            inputs_embeds=embedded(self.embeddings, input_values, inputs_embeds),
-            cache=cache,
-            cache_params=cache_params,
-            use_cache=use_cache,
-            output_hidden_states=output_hidden_states,
-            return_dict=return_dict,
-            attention_mask=attention_mask,
-            **kwargs,
-        )
+        """As transformers' `Mamba2Model`; also takes `input_values` (B, L, num_channels), and a cache by each name.
+
+        Padding, where `attention_mask` (B, L) is zero, leaves no trace in other positions or the cache; of a longer
+        mask the last L columns count.
+        """
+        inputs_embeds = embedded(self.embeddings, input_values, inputs_embeds)
+        inputs = inputs_embeds if input_ids is None else input_ids
+        if inputs is not None:
+            attention_mask = padding_of_steps(attention_mask, inputs)
+        cache = one_cache(self, cache=cache, cache_params=cache_params)
+        if cache is None and attention_mask is not None and attention_mask.shape[1] == 1 and not self.training:
+            cache = DynamicCache(config=self.config) if use_cache in (None, True) else None
+        with rows_of_padding_kept(cache, attention_mask):
+            return STOCK_FORWARD(
+                self,
+                input_ids=input_ids,
+                inputs_embeds=inputs_embeds,
+                cache=cache,
+                use_cache=use_cache,
+                output_hidden_states=output_hidden_states,
+                return_dict=return_dict,
+                attention_mask=attention_mask,
+                **kwargs,
+            )
 
 
 class CompreSSMMamba2ForCausalLM(KnownCausalLM, CompreSSMMamba2PreTrainedModel, Mamba2ForCausalLM, GenerationMixin):

@@ -23,11 +23,12 @@ from transformers.modeling_outputs import (
 
 from ...compatibility import cache_keyword, one_cache
 from ...layers.lru import LRU
+from ...layers.padding import is_scattered
 from ...layers.plain import innermost
 from ..classification import SequenceClassification, classification_loss, in_form
 from ..known_by_name import KnownCausalLM, KnownClassifier, KnownModel
 from ..loading import SizesFromConfig
-from ..pooling import mask_of_steps, pooled
+from ..pooling import padding_of_steps, pooled
 from .batch_norm import MimoSSMBatchNorm
 from .cache import MimoSSMCache
 from .configuration_mimo_ssm import MimoSSMConfig
@@ -60,19 +61,23 @@ class MimoSSMBlock(GradientCheckpointingLayer):
         self.out_proj = nn.Linear(config.hidden_size, 2 * config.hidden_size)
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, hidden_states: Tensor, mask: Tensor | None, state: Tensor | None) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, hidden_states: Tensor, mask: Tensor | None, state: Tensor | None, skips: bool = False
+    ) -> tuple[Tensor, Tensor]:
         """The block's output (B, L, H) and its final state (B, N), complex.
 
         Args:
             hidden_states: (B, L, H).
             mask: (B, L) bool, True at real positions, or None if all are real.
             state: (B, N) complex, the state to go on from; zero if None.
+            skips: whether no time passes at padding; otherwise the state decays there, which matters only for states
+                that are gone on from and for padding between real positions.
         """
         x = _normalise(self.norm, hidden_states, mask) if self.prenorm else hidden_states
         if mask is not None:
             # Without input the state stays zero, so a sequence behaves as if its left padding were not there.
             x = x.masked_fill(~mask[:, :, None], 0)
-        x, state = self.mixer(x, state)
+        x, state = self.mixer(x, state, mask if skips else None)
         x = F.glu(self.out_proj(self.dropout(self.act(x))), dim=-1)
         hidden_states = hidden_states + self.dropout(x)
         if not self.prenorm:
@@ -156,8 +161,7 @@ class MimoSSMModel(KnownModel, MimoSSMPreTrainedModel):
         Args:
             input_ids: (B, L) integers in [0, V), if the config has `vocab_size`.
             attention_mask: (B, L), nonzero at real positions; with a cache also (B, seen + L), of which the
-                last L count. Other positions put nothing into the states: left padding changes neither
-                states nor outputs of real positions, right padding lets the returned states decay.
+                last L count. Padding, wherever it is, leaves no trace in states and outputs of real positions.
             inputs_embeds: (B, L, H) floats, instead of `input_ids` or `input_values`.
             input_values: (B, L, num_channels) floats, if the config has `num_channels`.
             past_key_values: states to go on from, as an earlier call returned them; updated in place if
@@ -173,7 +177,7 @@ class MimoSSMModel(KnownModel, MimoSSMPreTrainedModel):
             TypeError: if `past_key_values` is not a `MimoSSMCache`, or two different ones are given.
         """
         hidden_states = self._embed(input_ids, input_values, inputs_embeds)
-        mask = mask_of_steps(attention_mask, hidden_states)
+        mask = padding_of_steps(attention_mask, hidden_states)
         if use_cache is None:
             use_cache = self.config.use_cache and not self.training
         if output_hidden_states is None:
@@ -186,10 +190,11 @@ class MimoSSMModel(KnownModel, MimoSSMPreTrainedModel):
                 f"past_key_values must be a MimoSSMCache, as this model returns it; got {type(cache).__name__}"
             )
 
+        skips = mask is not None and (use_cache or cache.is_initialized or is_scattered(mask))
         collected, states = [], []
         for layer, state in zip(self.layers, cache.states, strict=True):
             collected.append(hidden_states)
-            hidden_states, state = layer(hidden_states, mask, state)
+            hidden_states, state = layer(hidden_states, mask, state, skips)
             states.append(state)
         if self.norm is not None:
             hidden_states = _normalise(self.norm, hidden_states, mask)

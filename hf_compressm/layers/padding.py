@@ -1,0 +1,73 @@
+"""Sequences with padding anywhere, brought into an order in which the real tokens of each come first, and back.
+
+Shapes: batch B, length L, features H.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class RealFirst:
+    """An order of tokens for each sequence of a batch.
+
+    Attributes:
+        real: bool (B, L), True where a token in the new order is real: the first ones of each sequence.
+        counts: (B,), the number of real tokens.
+        order, back: (B, L), at which old place each new token is, and the reverse.
+    """
+
+    real: Tensor
+    counts: Tensor
+    order: Tensor
+    back: Tensor
+
+    @classmethod
+    def of(cls, attention_mask: Tensor | None, hidden_states: Tensor) -> RealFirst | None:
+        """The order for hidden states (B, L, H), None without a mask.
+
+        Args:
+            attention_mask: (B, L) or longer, of which the last L columns count; zero at padding.
+        """
+        if attention_mask is None:
+            return None
+        batch, length = hidden_states.shape[:2]
+        padding = (attention_mask[:, -length:].to(hidden_states.device) == 0).expand(batch, -1)
+        order = padding.int().argsort(dim=1, stable=True)
+        counts = (~padding).sum(1)
+        real = torch.arange(length, device=padding.device) < counts[:, None]
+        return cls(real, counts, order, order.argsort(dim=1))
+
+    def bring(self, x: Tensor) -> Tensor:
+        """(B, L, H) in the new order, zero at padding."""
+        return self.clear(_take(x, self.order))
+
+    def take_back(self, x: Tensor) -> Tensor:
+        """(B, L, H) from the new order in the old one."""
+        return _take(x, self.back)
+
+    def to_end(self, x: Tensor) -> Tensor:
+        """(B, L, H) from the new order in one with the real tokens last."""
+        return _take(x, (torch.arange(x.shape[1], device=x.device) + self.counts[:, None]) % x.shape[1])
+
+    def from_end(self, x: Tensor) -> Tensor:
+        """The reverse of `to_end`."""
+        return _take(x, (torch.arange(x.shape[1], device=x.device) - self.counts[:, None]) % x.shape[1])
+
+    def clear(self, x: Tensor, value: float = 0.0) -> Tensor:
+        """(B, L, H) in the new order with a value at padding, which gets no gradient."""
+        return x.masked_fill(~self.real[..., None], value)
+
+
+def _take(x: Tensor, places: Tensor) -> Tensor:
+    starts = torch.arange(len(x), device=x.device)[:, None] * x.shape[1]
+    return x.flatten(0, 1).index_select(0, (places + starts).flatten()).view(x.shape)
+
+
+def is_scattered(real: Tensor) -> bool:
+    """Whether some sequence of a bool mask (B, L) has padding between real tokens; True where nothing may be read."""
+    return torch.compiler.is_compiling() or bool(((real[:, 1:] & ~real[:, :-1]).sum(1) + real[:, 0] > 1).any())
