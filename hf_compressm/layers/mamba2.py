@@ -83,7 +83,7 @@ class CompreSSMMamba2Mixer(nn.Module):
         self.read_out: nn.Parameter | None
         self.activation, self.act = activation, act or nn.SiLU()
         self.n_groups, self.chunk_size, self.layer_idx = n_groups, chunk_size, layer_idx
-        self.time_step_limit, self.time_step_limits = tuple(time_step_limit), time_step_limits
+        self.time_step_limit, self.time_step_limits = (time_step_limit[0], time_step_limit[1]), time_step_limits
         self.dt_bias = nn.Parameter(torch.empty(num_heads))
         self.A_log = nn.Parameter(torch.empty(num_heads))
         self.D = nn.Parameter(torch.empty(num_heads))
