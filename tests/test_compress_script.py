@@ -317,3 +317,20 @@ def test_overwrite_touches_neither_the_model_nor_what_is_none(tmp_path, capsys):
         code, _, errors = call(capsys, *argv)
         assert code == 1 and message in errors
     assert (tmp_path / "photos/one.jpg").exists() and (tmp_path / "model/model.safetensors").exists()
+
+
+def test_a_quantised_layer_is_refused_before_the_data_is_read(saved, text, tmp_path, capsys, monkeypatch):
+    load = compression.job.load_model
+
+    def quantised(*arguments):
+        model = load(*arguments)
+        weight = model.backbone.layers[1].mixer.x_proj.weight
+        model.backbone.layers[1].mixer.x_proj.weight = torch.nn.Parameter(weight.to(torch.int8), requires_grad=False)
+        return model
+
+    monkeypatch.setattr(compression.job, "load_model", quantised)
+    monkeypatch.setattr(compression.job, "load_data", None)
+    code, _, error = call(capsys, "compress", saved(), "--data", text, "--target-state-size", 4,
+                          "--output", tmp_path / "out", *QUICK)  # fmt: skip
+    assert code and "layers.1.mixer.x_proj.weight is a quantised weight (torch.int8)" in " ".join(error.split())
+    assert not (tmp_path / "out").exists()
