@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from huggingface_hub.utils import enable_progress_bars
 from transformers.utils import logging
 
 from .compression import (
@@ -20,6 +21,7 @@ from .compression import (
 from .compression import run as run_job
 from .hub import Exported, Form, export, push, tolerances_plot, write_card, write_report
 from .hub.upload import TIMEOUT
+from .progress import GROUP
 from .reduction import SizeConstraints
 from .surgery import Energy, Fraction, Policy, Target
 from .surgery.refit import STEPS
@@ -52,6 +54,9 @@ Imports = Annotated[
     ),
 ]
 RunFolder = Annotated[Path, typer.Argument(help="Folder that a training run wrote.")]
+FastOps = Annotated[
+    bool, typer.Option("--fast-ops/--no-fast-ops", help="Run stock selective layers by this package's ops meanwhile.")
+]
 Device = Annotated[str, typer.Option(help="As torch names it; auto takes a GPU if there is one.")]
 
 
@@ -68,6 +73,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 def quiet() -> None:
     """State-space models that shrink while they train."""
     logging.disable_progress_bar()
+    enable_progress_bars(GROUP)
 
 
 @app.command()
@@ -82,6 +88,7 @@ def inspect(
     length: Length = None,
     seed: Seed = 0,
     device: Device = "auto",
+    fast_ops: FastOps = True,
     imports: Imports = [],  # noqa: B006
     plot: Annotated[Path | None, typer.Option(help="SVG file to write: the spectra, and what would be kept.")] = None,
     as_json: AsJson = False,
@@ -96,7 +103,7 @@ def inspect(
     """
     _import_all(imports)
     source = _source(data, task_options, data_dir, batches, batch_size, length, seed)
-    found = inspect_model(model, tau, source, device)
+    found = inspect_model(model, tau, source, device, fast_ops)
     if plot is not None:
         spectra = [layer.singular_values for layer in found.layers]
         plot.write_text(tolerances_plot(spectra, found.kept()), encoding="utf-8")
@@ -169,6 +176,7 @@ def compress_command(
     length: Length = None,
     seed: Seed = 0,
     device: Device = "auto",
+    fast_ops: FastOps = True,
     imports: Imports = [],  # noqa: B006
     to_stock: Annotated[bool, typer.Option("--to-stock", help="Write a plain transformers model.")] = False,
     evaluate: Annotated[bool, typer.Option("--evaluate", help="Print the held-out loss before and after.")] = False,
@@ -194,6 +202,7 @@ def compress_command(
         stock=to_stock,
         evaluate=evaluate,
         overwrite=overwrite,
+        fast_ops=fast_ops,
     )
     typer.echo(f"{summary(run_job(job))}\nsaved to {output}")
 

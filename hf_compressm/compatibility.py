@@ -11,7 +11,7 @@ import importlib
 import inspect
 import sys
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from importlib.metadata import version
 from typing import Any
 
@@ -58,7 +58,7 @@ def check_keywords(owner: Any, keywords: Mapping[str, Any], remedy: str = "") ->
         ValueError: if they separate sequences that are packed into one.
         TypeError: if there are others than models hand down to all their layers.
     """
-    given = [name for name, value in keywords.items() if value is not None and name not in HARMLESS_KEYWORDS]
+    given = unknown_keywords(keywords)
     if any(name in PACKED_KEYWORDS for name in given):
         raise ValueError(
             f"sequences packed into one are not kept apart by this package's ops ({', '.join(given)}); pass them one "
@@ -69,6 +69,20 @@ def check_keywords(owner: Any, keywords: Mapping[str, Any], remedy: str = "") ->
             f"{type(owner).__name__} does not know the keyword {', '.join(given)}, and passing over it could change "
             f"what is computed; leave it out{remedy}"
         )
+
+
+def unknown_keywords(keywords: Mapping[str, Any], known: Collection[str] = HARMLESS_KEYWORDS) -> list[str]:
+    """Names of keyword arguments that mean something, and are not among the known ones."""
+    return [name for name, value in keywords.items() if value is not None and name not in known]
+
+
+def transformed() -> bool:
+    """Whether what runs now is exported, traced, or under a transform of torch.func: our ops have no rules there."""
+    import torch
+
+    if torch.compiler.is_compiling():
+        return torch.compiler.is_exporting()
+    return torch.jit.is_tracing() or torch._C._are_functorch_transforms_active()
 
 
 def cache_keyword(taker: Callable) -> str:

@@ -15,8 +15,7 @@ from transformers.utils import cached_file
 
 from .compression import DataSource, evaluate, load_data, load_model, load_tokenizer
 from .hub import describe_environment
-from .models import use_fast_ops
-from .models.fast_ops import has_stock_mixers
+from .models.automatic import switch_on
 from .surgery import state_sizes
 
 ADAPTER_CONFIG = "adapter_config.json"
@@ -39,6 +38,7 @@ class EvaluationArguments:
     )
     seed: int = field(default=0, metadata={"help": "Of a task's data."})
     cpu: bool = field(default=False, metadata={"help": "Do not use a GPU."})
+    fast_ops: bool = field(default=True, metadata={"help": "Run stock selective mixers by this package's ops."})
     output: str | None = field(default=None, metadata={"help": "File for the result, as JSON; it is printed anyway."})
 
 
@@ -63,7 +63,7 @@ def execute(arguments: EvaluationArguments) -> dict[str, Any]:
         OSError: if the model or data cannot be found.
     """
     state = PartialState(cpu=arguments.cpu)
-    model = load_adapted(arguments.model, str(state.device))
+    model = load_adapted(arguments.model, str(state.device), arguments.fast_ops)
     task = load_data(_source(arguments), model, load_tokenizer(arguments.model))
     began = time.perf_counter()
     metrics = evaluate(
@@ -86,10 +86,10 @@ def execute(arguments: EvaluationArguments) -> dict[str, Any]:
     return result
 
 
-def load_adapted(name: str, device: str) -> Any:
+def load_adapted(name: str, device: str, fast_ops: bool = True) -> Any:
     """A saved model, or a saved PEFT adapter with the base that its config names; in evaluation mode.
 
-    Stock selective mixers run by this package's ops.
+    Stock selective mixers run by this package's ops unless `fast_ops` is False.
 
     Raises:
         ImportError: for an adapter, without peft.
@@ -99,8 +99,8 @@ def load_adapted(name: str, device: str) -> Any:
     except OSError:
         adapter = None
     model = load_model(name if adapter is None else adapter["base_model_name_or_path"], device)
-    if has_stock_mixers(model):
-        use_fast_ops(model)
+    if fast_ops:
+        switch_on(model)
     if adapter is None:
         return model
     try:

@@ -14,7 +14,7 @@ from transformers import HfArgumentParser, Trainer, TrainingArguments, default_d
 
 from .compression import DataSource, calibration, evaluate, load_data, load_model, load_tokenizer
 from .data import Task
-from .models import use_fast_ops
+from .models.automatic import switch_on
 from .models.fast_ops import has_stock_mixers
 from .pretraining import CACHES
 from .reduction import SizeConstraints
@@ -227,8 +227,8 @@ def execute(run: FinetuneRun) -> FinetuneResult:
     """
     arguments, training, policy = run.arguments, run.training, run.policy()
     model = load_model(arguments.model or "", str(training.device))
-    if arguments.fast_ops and has_stock_mixers(model):
-        use_fast_ops(model)
+    if arguments.fast_ops:
+        switch_on(model)
     tokenizer = load_tokenizer(arguments.model or "")
     task = load_data(run.source(), model, tokenizer)
     scores = {"before": _scores(model, task, training)}
@@ -242,6 +242,7 @@ def execute(run: FinetuneRun) -> FinetuneResult:
             arguments.refit_steps,
             policy=policy,
             constraints=SizeConstraints(minimum=arguments.min_state_size),
+            fast_ops=arguments.fast_ops,
         )
         apply_plan(model, None, plan)
         scores["cut"] = _scores(model, task, training)

@@ -27,7 +27,7 @@ from transformers.utils import logging
 from .compatibility import CACHE_KEYWORDS
 from .data import Task, load_task
 from .hub import describe_environment, keep_card, write_report
-from .models.fast_ops import has_stock_mixers, use_fast_ops
+from .models.automatic import switch_on
 from .models.heads import new_model
 from .run_file import Run, parse_run
 from .surgery import history, original_sizes, state_sizes
@@ -103,8 +103,8 @@ def build_model(run: Run, task: Task) -> PreTrainedModel:
         model = new_model(task.problem, config)
     except Exception as error:  # each architecture has ways of its own to fail on values that it does not check
         raise ValueError(f"no {kind} can be built with model = {run.model}: {error}") from error
-    if run.arguments.fast_ops and has_stock_mixers(model):
-        use_fast_ops(model)
+    if run.compression.fast_ops:
+        switch_on(model)
     return model
 
 

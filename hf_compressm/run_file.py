@@ -59,10 +59,6 @@ class RunArguments:
         default=True,
         metadata={"help": "Write report.html and a model card at the end of training; --no_report leaves them out."},
     )
-    fast_ops: bool = field(
-        default=True,
-        metadata={"help": "Run stock selective mixers by this package's ops; --no_fast_ops keeps transformers' own."},
-    )
 
 
 @dataclass

@@ -3,7 +3,7 @@
 from .inspection import InspectedLayer, Inspection, inspect_model
 from .job import CompressionJob, CompressionResult, run, summary
 from .loading import load_model, load_tokenizer
-from .source import DataSource, calibration, evaluate, load_data, progress
+from .source import DataSource, calibration, evaluate, load_data
 from .text_files import text_task
 
 __all__ = [
@@ -18,7 +18,6 @@ __all__ = [
     "load_data",
     "load_model",
     "load_tokenizer",
-    "progress",
     "run",
     "summary",
     "text_task",

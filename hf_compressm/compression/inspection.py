@@ -6,11 +6,10 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from ..models.fast_ops import has_stock_mixers, use_fast_ops
 from ..reduction import energy_orders, numerical_rank
 from ..surgery import measure_model
 from .loading import load_model, load_tokenizer
-from .source import DataSource, calibration, load_data, progress
+from .source import DataSource, calibration, load_data
 
 
 @dataclass(frozen=True)
@@ -60,7 +59,9 @@ class Inspection:
         return "\n".join(lines)
 
 
-def inspect_model(name: str, tau: Sequence[float], source: DataSource | None, device: str = "auto") -> Inspection:
+def inspect_model(
+    name: str, tau: Sequence[float], source: DataSource | None, device: str = "auto", fast_ops: bool = True
+) -> Inspection:
     """Measure a saved model.
 
     Args:
@@ -68,6 +69,7 @@ def inspect_model(name: str, tau: Sequence[float], source: DataSource | None, de
         tau: tolerances to try, each in (0, 1).
         source: data for layers that are ranked on data; None if there is none.
         device: as torch names it, or "auto".
+        fast_ops: let stock mixers run by this package's ops meanwhile.
 
     Raises:
         ValueError: a tolerance out of range, data that are missing or for another model, no such device or layer.
@@ -76,10 +78,8 @@ def inspect_model(name: str, tau: Sequence[float], source: DataSource | None, de
     if outside := [value for value in tau if not 0 < value < 1]:
         raise ValueError(f"tau must lie strictly between 0 and 1; got {outside[0]}")
     model = load_model(name, device)
-    if model.device.type == "cpu" and has_stock_mixers(model):
-        use_fast_ops(model)
     task = None if source is None else load_data(source, model, load_tokenizer(name))
-    measured = measure_model(model, progress(calibration(model, source, task)))
+    measured = measure_model(model, calibration(model, source, task), fast_ops=fast_ops)
     spectra = [measurement.spectrum() for measurement in measured.values()]
     orders = {f"{value:g}": energy_orders(spectra, value) for value in tau}
     layers = [

@@ -11,13 +11,14 @@ from typing import Any
 
 from ..data import Task
 from ..models import CompreSSMMambaForCausalLM, to_stock
+from ..models.automatic import by_fast_ops
 from ..reduction import SizeConstraints
 from ..surgery import Policy, Target, check_parameters, compress, history, state_sizes, with_ties
 from ..surgery.policies import describe_policy
 from ..surgery.refit import STEPS
 from .folders import checked_output, new_folder
 from .loading import load_model, load_tokenizer
-from .source import DataSource, calibration, evaluate, load_data, progress
+from .source import DataSource, calibration, evaluate, load_data
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,6 +34,7 @@ class CompressionJob:
         stock: write a plain transformers model; see `to_stock`.
         evaluate: measure the loss on held-out data before and after.
         overwrite: replace a model that `output` already holds.
+        fast_ops: let stock mixers run by this package's ops meanwhile; see `compress`.
     """
 
     model: str
@@ -45,6 +47,7 @@ class CompressionJob:
     stock: bool = False
     evaluate: bool = False
     overwrite: bool = False
+    fast_ops: bool = True
 
 
 @dataclass(frozen=True)
@@ -88,7 +91,12 @@ def run(job: CompressionJob) -> CompressionResult:
     batches = calibration(model, job.data, task)
     before = _losses(job, model, task)
     record = compress(
-        model, progress(batches), policy=job.policy, constraints=job.constraints, refit_steps=job.refit_steps
+        model,
+        batches,
+        policy=job.policy,
+        constraints=job.constraints,
+        refit_steps=job.refit_steps,
+        fast_ops=job.fast_ops,
     )
     if not any(layer["new_size"] < layer["old_size"] for layer in record["layers"]):
         raise ValueError(
@@ -142,7 +150,8 @@ def _losses(job: CompressionJob, model: Any, task: Task | None) -> dict[str, flo
         return {}
     if task is None or job.data is None:
         raise ValueError("there is nothing to evaluate on: give --data")
-    return evaluate(model, task, job.data.batch_size)
+    with by_fast_ops(model, job.fast_ops):
+        return evaluate(model, task, job.data.batch_size)
 
 
 def _is_stock(model: Any) -> bool:

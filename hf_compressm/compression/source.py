@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,12 +11,12 @@ import numpy as np
 import torch
 from accelerate.utils import gather_object
 from torch.utils.data import DataLoader
-from tqdm.auto import tqdm
 from transformers import EvalPrediction, default_data_collator
 
 from ..data import Task, load_task, task_names
 from ..data.language import IGNORED
 from ..models.heads import CLASS_ENDINGS
+from ..progress import with_progress
 from ..surgery import needs_calibration
 from ..training.calibration import calibration_batches
 from .loading import TOKENIZER_FILES
@@ -97,11 +97,6 @@ def calibration(
     return calibration_batches(loader, source.batches, source.seed, rank, processes)
 
 
-def progress(batches: list[Mapping[str, Any]] | None) -> Iterable[Mapping[str, Any]] | None:
-    """The same batches, with a progress bar on a terminal."""
-    return None if batches is None else tqdm(batches, "calibrating", unit="batch", disable=None)
-
-
 @torch.no_grad()
 def evaluate(
     model: Any, task: Task, batch_size: int, split: str = "test", rank: int = 0, processes: int = 1
@@ -124,7 +119,7 @@ def evaluate(
     found: list[tuple[float, int, np.ndarray, np.ndarray]] = []
     part = getattr(task, split)
     part = part.shard(processes, rank, contiguous=True) if processes > 1 else part
-    for batch in tqdm(_loader(task, part, batch_size), "evaluating", unit="batch", disable=True if rank else None):
+    for batch in with_progress(_loader(task, part, batch_size), "evaluating", "batch"):
         batch = {key: value.to(model.device) for key, value in batch.items()}
         outputs, labels = model(**batch), batch["labels"]
         scores = outputs.logits.float()

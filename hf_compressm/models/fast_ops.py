@@ -6,7 +6,9 @@ state dict and config are what they were, `isinstance` holds, and copies and pic
 
 from __future__ import annotations
 
+import functools
 import importlib
+import inspect
 from collections.abc import Callable
 from functools import cache
 from typing import Any
@@ -15,12 +17,21 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.integrations import accelerate
 
-from ..compatibility import check_keywords, one_cache, unknown_parameters
+from ..compatibility import (
+    HARMLESS_KEYWORDS,
+    check_keywords,
+    one_cache,
+    transformed,
+    unknown_keywords,
+    unknown_parameters,
+)
 from ..layers.mamba import convolve, is_step, real_positions, recurrent_state, time_steps
 from ..ops.selective_scan import selective_scan, selective_state_update
 from ..ops.ssd_scan import ssd_scan, ssd_state_update
 from .selective import has_parameters
 
+LENT = "_hf_compressm_lent"
+"""Set on a mixer that this package has switched on by itself, for a while."""
 _OR_STOCK = ", or call use_fast_ops(model, enable=False)"
 
 
@@ -50,7 +61,7 @@ def use_fast_ops(model: nn.Module, enable: bool = True) -> list[str]:
             activation has parameters, which transformers' own code does not read.
         RuntimeError: if the installed transformers lacks something that the ops need; the message names it.
     """
-    found = _stock_mixers(model)
+    found = stock_mixers(model)
     if not found:
         raise ValueError(
             f"{type(model).__name__} has no mixer that use_fast_ops can change; it knows "
@@ -63,7 +74,7 @@ def use_fast_ops(model: nn.Module, enable: bool = True) -> list[str]:
                 "use_fast_ops before that"
             )
         if enable:
-            _require(mixer)
+            require(mixer)
             if has_parameters(str(mixer.activation)):
                 raise ValueError(
                     f"the activation of {name}, {mixer.activation!r}, has parameters that transformers' forward never "
@@ -71,7 +82,8 @@ def use_fast_ops(model: nn.Module, enable: bool = True) -> list[str]:
                 )
     for mixer in found.values():
         stock = mixer_class(mixer)
-        mixer.__class__ = _fast_class(_path(stock)) if enable else stock
+        vars(mixer).pop(LENT, None)
+        mixer.__class__ = fast_class(stock) if enable else stock
     return list(found)
 
 
@@ -85,7 +97,7 @@ def passed_over(mixer: nn.Module) -> list[str]:
 
 def has_stock_mixers(model: nn.Module) -> bool:
     """Whether a model has mixers that `use_fast_ops` can change."""
-    return bool(_stock_mixers(model))
+    return bool(stock_mixers(model))
 
 
 def mixer_class(module: nn.Module) -> type[nn.Module]:
@@ -99,12 +111,18 @@ def mixer_class(module: nn.Module) -> type[nn.Module]:
     return cls
 
 
-def _stock_mixers(model: nn.Module) -> dict[str, nn.Module]:
+def stock_mixers(model: nn.Module) -> dict[str, nn.Module]:
+    """The mixers that `use_fast_ops` can change, and those that it has changed, by name."""
     return {name: module for name, module in model.named_modules() if _path(mixer_class(module)) in _FORWARDS}
 
 
 def _path(cls: type) -> str:
     return f"{cls.__module__}.{cls.__qualname__}"
+
+
+def fast_class(stock: type) -> type:
+    """The subclass of a transformers class that runs by this package's ops."""
+    return _fast_class(_path(stock))
 
 
 @cache
@@ -114,7 +132,31 @@ def _fast_class(path: str) -> type:
     used, forward = _FORWARDS[path]
     # Weights of children that are used without calling them must be brought in where accelerate offloads them.
     hooked = accelerate.force_accelerate_hooks(used)(forward)
-    return type(name, (stock,), {"forward": hooked, "__module__": __name__, "__doc__": stock.__doc__})
+    members = {"forward": _where_exact(hooked, stock.forward), "__reduce_ex__": _reduce, "__doc__": stock.__doc__}
+    return type(name, (stock,), members | {"__module__": __name__})
+
+
+def _where_exact(forward: Callable, stock: Callable) -> Callable:
+    """The forward, but transformers' own where a mixer that is only lent is asked for what the ops do not do."""
+
+    known = HARMLESS_KEYWORDS.union(inspect.signature(forward).parameters)
+
+    @functools.wraps(forward)
+    def chosen(self: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if getattr(self, LENT, False) and (unknown_keywords(kwargs, known) or transformed()):
+            return stock(self, hidden_states, *args, **kwargs)
+        return forward(self, hidden_states, *args, **kwargs)
+
+    return chosen
+
+
+def _reduce(self: Any, protocol: Any) -> tuple:
+    """A mixer that is only lent is copied and pickled as what it was."""
+    made: Any = nn.Module.__reduce_ex__(self, protocol)
+    if LENT not in vars(self):
+        return made
+    state = {name: value for name, value in made[2].items() if name != LENT}
+    return object.__new__, (mixer_class(self),), state, *made[3:]
 
 
 def __getattr__(name: str) -> Any:
@@ -125,8 +167,8 @@ def __getattr__(name: str) -> Any:
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
-def _require(mixer: nn.Module) -> None:
-    """Raises if the installed transformers is not as the forward functions below take it to be."""
+def require(mixer: nn.Module) -> None:
+    """Raise if the installed transformers is not as the forward functions below take it to be."""
     from transformers import cache_utils
 
     used, _ = _FORWARDS[_path(mixer_class(mixer))]

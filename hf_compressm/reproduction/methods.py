@@ -16,7 +16,7 @@ from transformers import AutoConfig, TrainerCallback
 from ..baselines import DistillationCallback, HankelNormCallback, RivalCutCallback, rival_cut
 from ..data import Task, load_task
 from ..hub import describe_environment
-from ..models.fast_ops import has_stock_mixers, use_fast_ops
+from ..models.automatic import switch_on
 from ..models.heads import HEADS
 from ..pretraining import CACHES, RunResult, build_trainer, execute
 from ..run_file import Run
@@ -128,8 +128,8 @@ def _scores(task: Task, metrics: Mapping[str, float]) -> dict[str, Any]:
 
 def _load(run: Run, task: Task, folder: str) -> nn.Module:
     model = HEADS[task.problem].from_pretrained(folder)
-    if run.arguments.fast_ops and has_stock_mixers(model):
-        use_fast_ops(model)
+    if run.compression.fast_ops:
+        switch_on(model)
     return model
 
 

@@ -12,6 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ..models.automatic import by_fast_ops
+from ..progress import with_progress
 from .adapters import MixerSite, ReductionError, Statistics, find_mixers
 from .batches import model_inputs
 from .refit import Recording
@@ -31,6 +33,7 @@ def gather_statistics(
     make: Callable[[MixerSite], Any] = lambda site: site.adapter.statistics(site.mixer),
     otherwise: Callable[[Any], Any] | None = None,
     complete: bool = True,
+    fast_ops: bool = True,
 ) -> dict[str, Any]:
     """Pass calibration batches through a model once and let every mixer that asks for it gather statistics.
 
@@ -47,6 +50,7 @@ def gather_statistics(
         make: makes the empty statistics of a mixer, or None where none are needed; by default its adapter does.
         otherwise: runs the model on a batch that is not what its forward takes, if given.
         complete: whether there must be as many tokens as states.
+        fast_ops: let stock mixers run by this package's ops meanwhile, where that is exact; see `use_fast_ops`.
 
     Returns:
         Statistics by mixer name, for the mixers that need them.
@@ -67,8 +71,9 @@ def gather_statistics(
             "mappings of what its forward takes, such as [{'input_ids': ...}] or a DataLoader"
         )
     count = 0
-    with undisturbed(model), _observing(sites, gathered), _recording(sites, recordings):
-        for batch in [batches] if isinstance(batches, Mapping) else batches:
+    batches = with_progress([batches] if isinstance(batches, Mapping) else batches, "calibrating", "batch")
+    with undisturbed(model), by_fast_ops(model, fast_ops), _observing(sites, gathered), _recording(sites, recordings):
+        for batch in batches:
             _read(model, batch, otherwise)
             count += 1
     if complete:

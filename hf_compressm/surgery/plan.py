@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..progress import with_progress
 from ..reduction import Selection, SizeConstraints
 from .adapters import MixerReduction, ReductionError, find_mixers
 from .calibration import Batches, gather_statistics
@@ -81,7 +82,10 @@ class CompressionPlan:
 
 @outside_inference_mode
 def measure_model(
-    model: nn.Module, calibration: Batches | None = None, recordings: dict[str, Recording] | None = None
+    model: nn.Module,
+    calibration: Batches | None = None,
+    recordings: dict[str, Recording] | None = None,
+    fast_ops: bool = True,
 ) -> dict[str, Any]:
     """Measure every mixer: name -> measurement, with `.spectrum()` giving its Hankel singular values.
 
@@ -89,12 +93,13 @@ def measure_model(
         model: a model with supported mixers.
         calibration: batches for mixers that are measured on data; see `gather_statistics`.
         recordings: filled with what a refit needs, by mixer name, if given.
+        fast_ops: as in `compress`.
 
     Raises:
         ReductionError: naming the first layer that cannot be measured and why.
         ValueError, TypeError: calibration batches that are missing, empty, too short or of the wrong fields.
     """
-    return measure_mixers(model, gather_statistics(model, calibration, recordings))
+    return measure_mixers(model, gather_statistics(model, calibration, recordings, fast_ops=fast_ops))
 
 
 def measure_mixers(model: nn.Module, statistics: Mapping[str, Any]) -> dict[str, Any]:
@@ -104,7 +109,7 @@ def measure_mixers(model: nn.Module, statistics: Mapping[str, Any]) -> dict[str,
         ReductionError: naming the first layer that cannot be measured and why.
     """
     measurements = {}
-    for site in find_mixers(model):
+    for site in with_progress(find_mixers(model), "measuring", "layer"):
         try:
             measurements[site.name] = site.adapter.measure(site.mixer, statistics.get(site.name))
         except ReductionError as error:
@@ -123,6 +128,7 @@ def make_plan(
     calibration: Batches | None = None,
     refit_steps: int = 0,
     measured: tuple[Mapping[str, Any], dict[str, Recording]] | None = None,
+    fast_ops: bool = True,
 ) -> CompressionPlan:
     """Measure a model and compute the reduced parameters of every layer that should shrink, changing nothing.
 
@@ -140,20 +146,21 @@ def make_plan(
         check_replaceable(model, site, trained=False)
     recordings: dict[str, Recording] = {}
     if measured is None:
-        measured = measure_model(model, calibration, recordings if refit_steps else None), recordings
+        measured = measure_model(model, calibration, recordings if refit_steps else None, fast_ops), recordings
     measurements, recordings = measured
     spectra = [measurements[site.name].spectrum() for site in sites]
     sizes = [site.state_size for site in sites]
     orders = policy.orders(spectra, original_sizes(model), constraints, attempts_left)
     layers = []
-    for site, spectrum, size, order in zip(sites, spectra, sizes, constraints.apply(orders, sizes), strict=True):
+    parts = zip(sites, spectra, sizes, constraints.apply(orders, sizes), strict=True)
+    for site, spectrum, size, order in with_progress(parts, "reducing", "layer", len(sites)):
         reduction = None
         if order < size:
             try:
                 plain = effective_site(site)
                 reduction = site.adapter.reduce(plain.mixer, measurements[site.name], order, selection, generator)
                 if site.name in recordings:
-                    reduction = refit(plain, reduction, recordings[site.name], refit_steps)
+                    reduction = refit(plain, reduction, recordings[site.name], refit_steps, fast_ops)
                 reduction = followed(site, reduction)
             except ReductionError as error:
                 raise ReductionError(f"{site.name}: {error}") from error
@@ -221,6 +228,7 @@ def compress(
     selection: Selection = "largest",
     generator: torch.Generator | None = None,
     step: int | None = None,
+    fast_ops: bool = True,
 ) -> dict[str, Any]:
     """Make a model smaller, now: between two optimizer steps of any training loop, or after training.
 
@@ -249,6 +257,8 @@ def compress(
         selection: which balanced states stay; "smallest" and "random" are controls for experiments.
         generator: CPU generator for selection "random".
         step: optimizer steps taken so far, for the history.
+        fast_ops: let stock mixers run by this package's ops while they are calibrated, where that is exact; afterwards
+            they are what they were. See `use_fast_ops`.
 
     Returns:
         A record of the cut: per layer its name, old and new size, bound or residual, and singular values.
@@ -265,7 +275,7 @@ def compress(
         raise ValueError(f"give target or policy, not both; got target={target} and policy={policy}")
     policy = Target(target) if target is not None else policy
     check_parameters(model, optimizer)
-    plan = make_plan(model, policy, constraints, selection, generator, 1, calibration, refit_steps)
+    plan = make_plan(model, policy, constraints, selection, generator, 1, calibration, refit_steps, fast_ops=fast_ops)
     return apply_plan(model, optimizer, plan, step)
 
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor, nn
 
+from ..models.automatic import by_fast_ops
 from .adapters import MixerReduction, MixerSite, ReductionError
 from .resize import replace_parameters
 from .selective import real_tokens
@@ -67,7 +68,9 @@ class Recording:
         return portions
 
 
-def refit(site: MixerSite, reduction: MixerReduction, recording: Recording, steps: int) -> MixerReduction:
+def refit(
+    site: MixerSite, reduction: MixerReduction, recording: Recording, steps: int, fast_ops: bool = True
+) -> MixerReduction:
     """The reduction with the values of state parameters refitted by `steps` steps of Adam on the recorded outputs.
 
     The error is measured before and after over the whole recording; a refit that does not lower it is dropped. All of
@@ -78,6 +81,7 @@ def refit(site: MixerSite, reduction: MixerReduction, recording: Recording, step
         reduction: its parameters after the cut.
         recording: inputs and outputs of the mixer before the cut.
         steps: optimizer steps, >= 1.
+        fast_ops: let a stock mixer run by this package's ops meanwhile, where that is exact.
 
     Raises:
         ValueError: if a quantised layer in the mixer cannot be copied.
@@ -95,7 +99,7 @@ def refit(site: MixerSite, reduction: MixerReduction, recording: Recording, step
     rows = site.adapter.refitted(mixer)
     fitted = {name: mixer.get_parameter(name).requires_grad_() for name in rows}
     portions = recording.batches()
-    with torch.enable_grad():
+    with torch.enable_grad(), by_fast_ops(mixer, fast_ops):
         before = _error(mixer, portions)
         if not before.isfinite():
             raise ReductionError("the reduced layer puts out NaN or infinite values on the calibration data")

@@ -16,6 +16,7 @@ from .config import CompressionConfig
 from .distributed import find_ddp, refuse_unsupported
 from .run_state import PerRun
 from .smoothing import refuse_unshifted_labels
+from .switching import switch_back_at_the_end
 from .timing import StepTimer
 from .trainer_log import running_trainer
 
@@ -74,6 +75,7 @@ class CompreSSMCallback(TrainerCallback, ExportableState):
         attach_resizing(kwargs["model"])
         if (trainer := running_trainer()) is not None:
             resize_every_load(trainer)
+            switch_back_at_the_end(trainer)
 
     def on_train_begin(
         self,

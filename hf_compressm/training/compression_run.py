@@ -12,6 +12,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, IntervalStrategy
 from transformers.utils import logging
 
 from ..compatibility import raise_recompile_limit
+from ..models.automatic import switch_back, switch_on
 from ..surgery import (
     ReductionError,
     apply_plan,
@@ -86,6 +87,7 @@ class CompressionRun:
             raise_recompile_limit(len(self._attempts))
         self.data = TrainingData(train_dataloader, config.calibration_batches, args.process_index, processes())
         self.data.follow(model, self._seed(self._attempts[0] if self._attempts else 0))
+        self._lent = switch_on(model) if config.fast_ops else []
 
     def begin_step(self, state: TrainerState, model: nn.Module, optimizer: Any) -> None:
         """Undo a cut that was found to hurt, before the step's first forward pass."""
@@ -122,6 +124,7 @@ class CompressionRun:
             name: under which the callback's state is in a checkpoint.
         """
         self.data.leave()
+        switch_back(self._lent)
         self.timer.close_segment(state.global_step, mean_size(state_sizes(model)))
         if args.load_best_model_at_end and state.best_model_checkpoint:
             if has_tuners(model):
@@ -225,6 +228,7 @@ class CompressionRun:
                 batches,
                 config.refit_steps,
                 watch,
+                fast_ops=config.fast_ops,
                 policy=config.order_policy(),
                 constraints=config.constraints(),
                 selection=config.selection,
@@ -254,7 +258,7 @@ class CompressionRun:
         report_attempt(state, plan, watch, loss.values, config.min_change)
 
     def _settled(self, model: nn.Module, batches: Batches | None) -> bool:
-        statistics = gather_together(model, batches)
+        statistics = gather_together(model, batches, fast_ops=self.config.fast_ops)
         return decided_by_rank_0(lambda: self._track(model, statistics))
 
     def _track(self, model: nn.Module, statistics: dict[str, Any]) -> bool:

@@ -107,6 +107,13 @@ class CompressionConfig:
         default=None,
         metadata={"help": "Whether a higher metric is better. Default: yes unless its name ends in 'loss'."},
     )
+    fast_ops: bool = field(
+        default=True,
+        metadata={
+            "help": "Run stock selective mixers by this package's ops while training, where that is exact; "
+            "fast_ops=False, or --no_fast_ops, keeps transformers' own."
+        },
+    )
 
     def __post_init__(self) -> None:
         if self.policy not in ("energy", "target", "fraction"):

@@ -147,7 +147,9 @@ def decided_by_rank_0(work: Callable[[], Value], watch: Stopwatch | None = None)
     return outcome[0]
 
 
-def gather_together(model: nn.Module, batches: Any, recordings: dict[str, Recording] | None = None) -> dict[str, Any]:
+def gather_together(
+    model: nn.Module, batches: Any, recordings: dict[str, Recording] | None = None, fast_ops: bool = True
+) -> dict[str, Any]:
     """Statistics of every mixer that needs them over the calibration batches of all ranks, on every rank.
 
     Raises:
@@ -156,7 +158,9 @@ def gather_together(model: nn.Module, batches: Any, recordings: dict[str, Record
     problem: Exception | None = None
     statistics: dict[str, Any] = {}
     try:
-        statistics = gather_statistics(model, batches, recordings, otherwise=as_the_trainer_does(model))
+        statistics = gather_statistics(
+            model, batches, recordings, otherwise=as_the_trainer_does(model), fast_ops=fast_ops
+        )
     except Exception as error:  # the other ranks must not wait for this one's sums
         problem = error
     if processes() > 1:
@@ -172,7 +176,12 @@ def gather_together(model: nn.Module, batches: Any, recordings: dict[str, Record
 
 
 def plan_together(
-    model: nn.Module, batches: Any, refit_steps: int, watch: Stopwatch | None = None, **settings: Any
+    model: nn.Module,
+    batches: Any,
+    refit_steps: int,
+    watch: Stopwatch | None = None,
+    fast_ops: bool = True,
+    **settings: Any,
 ) -> CompressionPlan:
     """`make_plan` on the calibration batches of all ranks, decided and computed on rank 0, equal on all.
 
@@ -180,12 +189,12 @@ def plan_together(
         model: the model, with equal parameters on all ranks.
         batches: this rank's calibration batches, or None if no mixer needs any.
         watch: takes the times of statistics, decision and broadcast.
-        refit_steps, settings: as `make_plan` takes them.
+        refit_steps, fast_ops, settings: as `make_plan` takes them.
     """
     watch = watch or Stopwatch()
     recordings: dict[str, Recording] = {}
     with watch("statistics"):
-        statistics = gather_together(model, batches, recordings if refit_steps else None)
+        statistics = gather_together(model, batches, recordings if refit_steps else None, fast_ops)
 
     def plan() -> CompressionPlan:
         measured = measure_mixers(model, statistics), recordings
