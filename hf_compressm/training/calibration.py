@@ -202,7 +202,7 @@ class TrainingData:
 def check_batch(model: nn.Module, batch: Any) -> None:
     """Raise what would stop a measurement of the model on a batch like this one; states may still be NaN."""
     with suppress(ReductionError):  # a cut that meets this is passed over, and training goes on
-        gather_statistics(model, [batch], otherwise=as_the_trainer_does(model), complete=False)
+        gather_statistics(model, [batch], otherwise=as_the_trainer_does(model), complete=False, fast_ops=False)
 
 
 def _check_tokens(model: nn.Module, batches: Batches) -> None:

@@ -85,9 +85,9 @@ class CompressionRun:
         self._check_settings(args, model)
         if args.torch_compile:
             raise_recompile_limit(len(self._attempts))
+        self._lent = switch_on(model) if config.fast_ops else []
         self.data = TrainingData(train_dataloader, config.calibration_batches, args.process_index, processes())
         self.data.follow(model, self._seed(self._attempts[0] if self._attempts else 0))
-        self._lent = switch_on(model) if config.fast_ops else []
 
     def begin_step(self, state: TrainerState, model: nn.Module, optimizer: Any) -> None:
         """Undo a cut that was found to hurt, before the step's first forward pass."""
