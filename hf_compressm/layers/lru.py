@@ -62,8 +62,10 @@ class LRU(nn.Module):
         if not 0 < max_phase <= 2 * math.pi:
             raise ValueError(f"max_phase must be in (0, 2 pi], got {max_phase}")
         self.r_min, self.r_max, self.max_phase = r_min, r_max, max_phase
-        self.nu_log = nn.Parameter(torch.empty(state_size))
-        self.theta_log = nn.Parameter(torch.empty(state_size))
+        # In half precision poles would move by about 1 % of their decay and 0.02 rad.
+        precise = torch.promote_types(torch.get_default_dtype(), torch.float32)
+        self.nu_log = nn.Parameter(torch.empty(state_size, dtype=precise))
+        self.theta_log = nn.Parameter(torch.empty(state_size, dtype=precise))
         self.gamma_log = nn.Parameter(torch.empty(state_size))
         self.B_re = nn.Parameter(torch.empty(state_size, hidden_size))
         self.B_im = nn.Parameter(torch.empty(state_size, hidden_size))

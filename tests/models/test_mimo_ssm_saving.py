@@ -128,3 +128,11 @@ def test_gradient_checkpointing_equals_plain(norm, reentrant):
         torch.testing.assert_close(a.grad, b.grad, rtol=1e-4, atol=1e-6, msg=name)
     for a, b in zip(plain.buffers(), checkpointed.buffers(), strict=True):
         close(a, b)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_poles_of_a_new_model_in_half_precision_are_float32(dtype):
+    model = AutoModelForCausalLM.from_config(config(), dtype=dtype)
+    found = {name.rpartition(".")[2]: parameter.dtype for name, parameter in model.named_parameters()}
+    assert found["nu_log"] == found["theta_log"] == torch.float32 and found["B_re"] == dtype
+    assert model(token_ids()).logits.isfinite().all()
