@@ -48,7 +48,8 @@ def in_steps(model, ids):
     cache, found = {}, []
     for part in (ids[:, :9], ids[:, 9:12], *ids[:, 12:16].split(1, dim=1)):
         output = model(part, use_cache=True, return_dict=True, **cache)
-        cache = {name: output[name] for name in ("cache", "cache_params", "past_key_values") if name in output}
+        name = next(name for name in ("cache", "cache_params", "past_key_values") if name in output)
+        cache = {name: output[name]}
         found.append(output.logits)
     return torch.cat(found, dim=1)
 

@@ -54,7 +54,8 @@ def padded(rows, length, side):
 
 
 def cache_of(output):
-    return {name: output[name] for name in ("cache", "cache_params", "past_key_values") if name in output}
+    name = next(name for name in ("cache", "cache_params", "past_key_values") if name in output)
+    return {name: output[name]}
 
 
 @KINDS
