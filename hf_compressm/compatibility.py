@@ -112,6 +112,13 @@ def takes_any_cache_name(forward: Callable) -> Callable:
     return renamed
 
 
+def saved_form(model: Any, state: Mapping[str, Any]) -> dict[str, Any]:
+    """A model's state dict by the names, and in the pieces, in which `save_pretrained` writes it."""
+    from transformers.core_model_loading import revert_weight_conversion
+
+    return dict(revert_weight_conversion(model, dict(state)))
+
+
 def parameters_of(function: Callable) -> set[str]:
     """Names of a function's parameters, beneath its decorators."""
     return set(inspect.signature(inspect.unwrap(function)).parameters)
@@ -133,6 +140,7 @@ _NEEDED: dict[str, tuple[str, ...]] = {
     "models.mamba2.modeling_mamba2.Mamba2Block.forward": _LAYER,
     "models.mamba2.modeling_mamba2.Mamba2Model.forward": _MODEL,
     "models.mamba2.modeling_mamba2.Mamba2ForCausalLM.forward": (*_MODEL, "labels", "logits_to_keep"),
+    "core_model_loading.revert_weight_conversion": ("model", "state_dict"),
     "cache_utils.Cache.update_conv_state": ("conv_states", "layer_idx"),
     "cache_utils.Cache.update_recurrent_state": ("recurrent_states", "layer_idx"),
     "cache_utils.Cache.has_previous_state": ("layer_idx",),

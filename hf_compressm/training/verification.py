@@ -20,14 +20,16 @@ from typing import Any
 
 import numpy as np
 import torch
+import transformers
 from safetensors import safe_open
 from torch import nn
-from transformers import AutoConfig, AutoModel, TrainerState
+from transformers import AutoConfig, AutoModel, PreTrainedModel, TrainerState
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.trainer import OPTIMIZER_NAME, SCALER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
 from transformers.trainer_pt_utils import safe_globals
 from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
+from ..compatibility import saved_form
 from ..surgery import Snapshot, check_fixed_tensors, find_mixers, last_sizes, sizes_in_state_dict
 from .checkpoint import STATE_NAME, load_callback_state
 from .stability import StabilityTracker
@@ -52,6 +54,8 @@ def verify_checkpoint(folder: str | os.PathLike[str]) -> None:
     shapes = _weight_shapes(folder)
     prefix = f"{model.base_model_prefix}."
     prefix = prefix if any(key.startswith(prefix) for key in shapes) else ""
+    if (renamed := _model_under_other_names(model.config, shapes, folder)) is not None:
+        model, shapes, prefix = renamed, dict(renamed.state_dict()), ""
     _compare(model, shapes, prefix, folder)
     exported = exported_state(folder, "CompreSSMCallback")
     records, judging = ([], None) if exported is None else read_exported(exported)
@@ -155,6 +159,38 @@ def _planned_model(folder: Path) -> Any:
             return AutoModel.from_config(config, trust_remote_code=False)
 
 
+def _model_under_other_names(config: Any, shapes: Mapping[str, torch.Tensor], folder: Path) -> Any:
+    """The saved model, without memory for its tensors, if transformers saves it under other names than it trains with.
+
+    None where the names are the model's own, or of no class of transformers.
+
+    Raises:
+        ValueError: if the shapes of tensors disagree with the config, or tensors are missing.
+    """
+    with _reading(folder / CONFIG_NAME), torch.device("meta"):
+        cls = getattr(transformers, (config.architectures or [""])[0], None)
+        if not (isinstance(cls, type) and issubclass(cls, PreTrainedModel)):
+            return None
+        model: Any = cls(config)
+    own = model.state_dict(keep_vars=True)
+    if not shapes.keys() - own.keys():
+        return None
+    expected = saved_form(model, own)
+    if shapes.keys() - expected.keys():
+        return None
+    wrong = [
+        f"{name} is {tuple(shape.shape)}, the config wants {tuple(expected[name].shape)}"
+        for name, shape in shapes.items()
+        if shape.shape != expected[name].shape
+    ]
+    present = {id(expected[name]) for name in shapes}
+    wrong += [
+        f"{name} is missing, and would start anew" for name, tensor in expected.items() if id(tensor) not in present
+    ]
+    _refuse(wrong, folder)
+    return model
+
+
 def _weight_shapes(folder: Path) -> dict[str, torch.Tensor]:
     """Tensors on the meta device, of the shapes in a checkpoint's weight files."""
     index, files = folder / SAFE_WEIGHTS_INDEX_NAME, {SAFE_WEIGHTS_NAME}
@@ -183,10 +219,13 @@ def _compare(model: nn.Module, shapes: Mapping[str, torch.Tensor], prefix: str, 
         if prefix + name in shapes and shapes[prefix + name].shape != tensor.shape
     ]
     present = {id(tensor) for name, tensor in own.items() if prefix + name in shapes}  # one of several names will do
-    # Some classes of transformers save under other names than they train with, which only `from_pretrained` undoes.
     wrong += [
         f"{prefix}{name} is missing, and would start anew" for name, tensor in own.items() if id(tensor) not in present
     ]
+    _refuse(wrong, folder)
+
+
+def _refuse(wrong: list[str], folder: Path) -> None:
     if wrong:
         raise ValueError(
             f"the tensors in {folder} disagree with its {CONFIG_NAME}: {'; '.join(wrong[:4])}"

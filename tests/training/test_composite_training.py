@@ -9,7 +9,7 @@ import torch
 from composite_models import Classifier, mimo, multimodal
 from datasets import Dataset
 from helpers import arguments, small_data
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from stock_models import CONFIGS
 from torch import nn
 from transformers import AutoModelForCausalLM, LlavaForConditionalGeneration, Trainer, TrainerCallback
@@ -21,6 +21,8 @@ from hf_compressm.hub.export import export
 from hf_compressm.hub.record import read_run
 from hf_compressm.layers.lru import LRU
 from hf_compressm.surgery import history, original_sizes
+from hf_compressm.training import verify_checkpoint
+from hf_compressm.training.checkpoint import STATE_NAME
 
 
 class Bare(nn.Module):
@@ -169,6 +171,31 @@ def test_a_multimodal_checkpoint_loads_is_reported_and_exported(tmp_path, capsys
     with pytest.raises(SystemExit):
         main(["inspect", str(folder)])
     assert "supported are causal language models and sequence classifiers" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("kind", ["multimodal", *RENAMED])
+def test_a_checkpoint_under_other_names_is_verified(kind, tmp_path):
+    callback = CompreSSMCallback(
+        cut_steps=[1],
+        policy="fraction",
+        keep_fraction=0.5,
+        rollback=True,
+        calibration_batches=1,
+        refit_steps=0,
+    )
+    settings = {"max_steps": 2, "save_steps": 1, "eval_on_start": True, "eval_steps": 10}
+    trainer_of(kind, tmp_path, callback, **settings).train()
+    folder = tmp_path / "checkpoint-1"
+    assert (folder / STATE_NAME).is_file()  # with the copy of the model from before the cut
+    verify_checkpoint(folder)
+    weights = load_file(folder / "model.safetensors")
+    name = next(name for name in weights if name.endswith("A_log"))
+    save_file({key: value for key, value in weights.items() if key != name}, folder / "model.safetensors")
+    with pytest.raises(ValueError, match=f"{name} is missing, and would start anew"):
+        verify_checkpoint(folder)
+    save_file(weights | {name: weights[name][:-1]}, folder / "model.safetensors")
+    with pytest.raises(ValueError, match=f"{name} is .*, the config wants"):
+        verify_checkpoint(folder)
 
 
 def test_a_report_reads_the_history_within_a_composite_config(tmp_path):
