@@ -44,7 +44,7 @@ RUN = {
     "scripts/benchmarks/ops.py": "--ops diag_scan --sizes 1 3 --shape 1 9 4 --repeats 1 --threads 1",
     "scripts/benchmarks/training.py": "--models mimo_ssm --sizes 3 1 --hidden 8 --length 12 --batch 2 --repeats 1 "
     "--threads 1",
-    "scripts/benchmarks/fast_ops.py": "mamba2-16 --repeats 1 --budget 1 --threads 1",
+    "scripts/benchmarks/fast_ops.py": "--families mamba2 --quick --repeats 1 --budget 0.1 --threads 1",
     "scripts/benchmarks/reduction.py": "--systems 4 --repeats 1",
     "scripts/benchmarks/moments.py": "--seeds 1 --before 3 --after 2",
     "scripts/benchmarks/selection.py": f"--seeds 0 --orders 2 --refit-steps 1 --batches 1 -- {MAMBA}",
