@@ -252,7 +252,9 @@ def _found(path: str) -> Any:
     for split in range(len(parts), 0, -1):
         try:
             found: Any = importlib.import_module(".".join(["transformers", *parts[:split]]))
-        except ImportError:
+        except ModuleNotFoundError as error:
+            if not (error.name or "").startswith("transformers"):
+                raise  # something else is broken, and says what
             continue
         for name in parts[split:]:
             found = getattr(found, name, None)
