@@ -83,15 +83,17 @@ def test_refit_lowers_the_error_of_the_outputs(family):
     assert outputs[1] < 0.9 * outputs[0]
 
 
-def test_the_chosen_subset_beats_a_random_one():
-    errors = {}
-    for selection in ("largest", "random", "smallest"):
-        model = make("mamba")
-        full = model(IDS).logits.detach()
-        generator = torch.Generator().manual_seed(0)
-        compress(model, {"input_ids": IDS}, target=4, refit_steps=0, selection=selection, generator=generator)
-        errors[selection] = (model(IDS).logits - full).square().mean()
-    assert errors["largest"] < errors["random"] < errors["smallest"]
+def test_the_chosen_subset_beats_others():
+    """On average over models: on so few tokens one random choice may happen to be as good."""
+    errors = dict.fromkeys(("largest", "random", "smallest"), 0.0)
+    for selection in errors:
+        for seed in range(3):
+            model = make("mamba", seed)
+            full = model(IDS).logits.detach()
+            generator = torch.Generator().manual_seed(seed)
+            compress(model, {"input_ids": IDS}, target=4, refit_steps=0, selection=selection, generator=generator)
+            errors[selection] += float((model(IDS).logits - full).detach().square().mean())
+    assert errors["largest"] < 0.95 * min(errors["random"], errors["smallest"])
 
 
 def test_sizes_stay_uniform_and_uneven_ones_are_refused():
