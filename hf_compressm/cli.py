@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from huggingface_hub.constants import HF_HUB_DISABLE_PROGRESS_BARS
 from huggingface_hub.utils import enable_progress_bars
 from transformers.utils import logging
 
@@ -73,7 +74,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 def quiet() -> None:
     """State-space models that shrink while they train."""
     logging.disable_progress_bar()
-    enable_progress_bars(GROUP)
+    if not HF_HUB_DISABLE_PROGRESS_BARS:  # the variable has priority, and huggingface_hub would warn
+        enable_progress_bars(GROUP)
 
 
 @app.command()

@@ -69,6 +69,7 @@ NOT_RUN = {
     "hf-compressm report outputs/decay": "part of the program of docs/adapters.md",
     "hf-compressm inspect outputs/tutorial": "part of the program of docs/tutorial.md",
     "hf-compressm compress outputs/mamba": "part of the program of docs/tutorial.md",
+    "scripts/benchmarks/compatibility.py": "downloads transformers' sdist; tests/test_benchmarks.py runs its parts",
     "scripts/benchmarks/cut_cost.py": "several processes; tests/training/test_cut_cost.py runs it small",
     "scripts/benchmarks/ddp.py": "several processes for each setting; takes minutes at any size",
     "scripts/benchmarks/faults.py": "kills and restarts dozens of runs",
