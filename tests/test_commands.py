@@ -141,7 +141,8 @@ def workspace(tmp_path_factory):
         )
     outputs = folder / "outputs"
     shutil.copytree(outputs / "stdlib_mamba", outputs / "small")
-    shutil.copytree(outputs / "stdlib_mamba", outputs / "healing/stdlib_mamba_32_0")
+    for seed in range(3):
+        shutil.copytree(outputs / "stdlib_mamba", outputs / f"healing/stdlib_mamba_32_{seed}")
     (folder / "corpus.txt").write_text("It is a truth universally acknowledged, that a single byte is in want. " * 40)
     return folder
 
