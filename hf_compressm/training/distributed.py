@@ -198,7 +198,7 @@ def plan_together(
 
     def plan() -> CompressionPlan:
         measured = measure_mixers(model, statistics), recordings
-        return make_plan(model, measured=measured, refit_steps=refit_steps, **settings)
+        return make_plan(model, measured=measured, refit_steps=refit_steps, fast_ops=fast_ops, **settings)
 
     return decided_by_rank_0(plan, watch)
 
