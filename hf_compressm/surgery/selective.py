@@ -104,6 +104,7 @@ class SelectiveStatistics:
         states: float64 (G, N, N), sum of h h^T over tokens and the channels of a group, estimated by `look_weights`.
         read_outs: float64 (G, N, N), sum of c c^T over tokens.
         drives: float64 (G, N), sum of b^2 over tokens.
+        looked: number of tokens looked at for `states`.
         tokens: number of tokens.
     """
 
@@ -112,7 +113,7 @@ class SelectiveStatistics:
         self.states: Tensor | None = None
         self.read_outs: Tensor | None = None
         self.drives: Tensor | None = None
-        self.tokens = 0
+        self.looked = self.tokens = 0
 
     @torch.no_grad()
     def observe(self, mixer: nn.Module, hidden_states: Tensor, attention_mask: Tensor | None) -> None:
@@ -130,16 +131,17 @@ class SelectiveStatistics:
         self.read_outs = read_outs if self.read_outs is None else self.read_outs + read_outs
         self.drives = drives if self.drives is None else self.drives + drives
         self.tokens += int(real.sum())
+        self.looked += int(weights.count_nonzero())
 
     def sum_with(self, all_reduce: Callable[[Tensor], Any]) -> None:
         """Sum everything over processes, in place, by a function that does so for one tensor."""
         assert self.states is not None and self.read_outs is not None and self.drives is not None
-        sums = (self.states, self.read_outs, self.drives, self.states.new_tensor([self.tokens]))
+        sums = (self.states, self.read_outs, self.drives, self.states.new_tensor([self.looked, self.tokens]))
         flat = torch.cat([tensor.flatten() for tensor in sums])  # at many ranks a collective costs latency most
         all_reduce(flat)
         parts = [part.view_as(tensor) for part, tensor in zip(flat.split([t.numel() for t in sums]), sums, strict=True)]
         self.states, self.read_outs, self.drives = parts[:3]
-        self.tokens = int(parts[3])
+        self.looked, self.tokens = (int(count) for count in parts[3])
 
 
 @dataclass(frozen=True)
