@@ -10,8 +10,9 @@ from selective_models import STOCK, make
 from test_selective_training import data
 from transformers import Trainer, TrainerCallback
 
-from hf_compressm import CompressionConfig, CompreSSMCallback, use_fast_ops
+from hf_compressm import CompressionConfig, CompreSSMCallback, Target, use_fast_ops
 from hf_compressm.models.automatic import lent_mixers
+from hf_compressm.training.distributed import plan_together
 
 KINDS = pytest.mark.parametrize("kind", ["mamba", "mamba2"])
 CUT = {"policy": "target", "target_state_size": 3, "cut_steps": [2]}
@@ -90,3 +91,11 @@ def test_a_model_of_model_init(tmp_path):
     )
     trainer.train()
     assert watch.lent == [3, 3] and not lent_mixers(trainer.model)
+
+
+def test_the_switch_reaches_the_refit_of_a_cut(monkeypatch):
+    monkeypatch.setattr("hf_compressm.models.automatic.switch_on", lambda model: pytest.fail("switched on"))
+    model = make(STOCK, "mamba2")
+    batches = [{"input_ids": torch.arange(48).reshape(2, 24) % model.config.vocab_size}]
+    plan = plan_together(model, batches, 1, policy=Target(3), fast_ops=False)
+    assert plan.cuts
