@@ -1,6 +1,7 @@
 """State-space models that shrink while they train, with the Hugging Face Trainer."""
 
 from . import compatibility as compatibility  # stops at once where the installed transformers does not fit
+from . import moved as _moved
 from .models import (
     CompreSSMMamba2Config,
     CompreSSMMamba2ForCausalLM,
@@ -24,6 +25,8 @@ from .surgery import Energy, Fraction, MixerAdapter, Target, compress, register_
 from .training import CompressionConfig, CompreSSMCallback
 
 __version__ = "0.1.0"
+
+_moved.install()
 
 __all__ = [
     "CompreSSMCallback",

@@ -13,20 +13,18 @@ from huggingface_hub.constants import HF_HUB_DISABLE_PROGRESS_BARS
 from huggingface_hub.utils import enable_progress_bars
 from transformers.utils import logging
 
-from .compression import (
-    CompressionJob,
-    DataSource,
-    inspect_model,
-    summary,
-)
-from .compression import run as run_job
-from .hub import Exported, Form, export, push, tolerances_plot, write_card, write_report
+from .hub import Exported, Form, export, push
 from .hub.upload import TIMEOUT
 from .progress import GROUP
 from .reduction import SizeConstraints
+from .report import tolerances_plot, write_card, write_report
+from .runs.compression import CompressionJob, summary
+from .runs.compression import run as run_job
+from .runs.data_source import DataSource
+from .runs.inspection import inspect_model
+from .runs.user_code import import_user_module
 from .surgery import Energy, Fraction, Policy, Target
 from .surgery.refit import STEPS
-from .user_code import import_user_module
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False)
 Model = Annotated[str, typer.Argument(help="Folder of a saved model, or its name on the hub.")]

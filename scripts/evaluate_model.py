@@ -15,7 +15,7 @@ import sys
 
 from accelerate import PartialState
 
-from hf_compressm.evaluation import execute, parse_evaluation
+from hf_compressm.runs.evaluation import execute, parse_evaluation
 
 
 def main(argv: list[str]) -> None:

@@ -14,7 +14,7 @@ healed.
 
 import sys
 
-from hf_compressm.finetuning import execute, parse_finetune, summary
+from hf_compressm.runs.finetuning import execute, parse_finetune, summary
 
 
 def main(argv: list[str]) -> None:

@@ -13,7 +13,7 @@ train_results.json, test_results.json and compression.json, which holds the hist
 
 import sys
 
-from hf_compressm.pretraining import execute, parse_run, summary
+from hf_compressm.runs.pretraining import execute, parse_run, summary
 
 
 def main(argv: list[str]) -> None:

@@ -20,7 +20,7 @@ from pathlib import Path
 from hf_compressm.reproduction.dry_run import dry_suite
 from hf_compressm.reproduction.runner import Runner, current, read_records
 from hf_compressm.reproduction.suite import jobs, load_suite, select
-from hf_compressm.reproduction.tables import results_table
+from hf_compressm.reproduction.summary import results_table
 
 
 def main() -> None:

@@ -2,7 +2,7 @@
 
 import torch
 
-from hf_compressm.surgery.selective import SelectiveMeasurement
+from hf_compressm.surgery.adapters.selective import SelectiveMeasurement
 
 
 def rows_of(lengths, seed=0):

@@ -16,7 +16,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from hf_compressm import cli, compression, state_sizes
-from hf_compressm.compression import text_task
+from hf_compressm.data.text_files import text_task
 from hf_compressm.models.compressm_mamba import CompreSSMMambaForSequenceClassification
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -294,7 +294,7 @@ def test_output_folder_is_complete_or_not_there(tmp_path, capsys, monkeypatch):
         raise OSError("the disk is full")
 
     with monkeypatch.context() as patch:
-        patch.setattr("hf_compressm.compression.job.describe_policy", fail)
+        patch.setattr("hf_compressm.runs.compression.describe_policy", fail)
         code, _, errors = call(capsys, *argv, output)
     assert code == 1 and "the disk is full" in errors
     assert [path.name for path in tmp_path.iterdir()] == ["model"]

@@ -20,9 +20,9 @@ from documents import BLOCK, PAGES, ROOT, blocks, commands, commands_of
 from torch.distributed.run import get_args_parser
 
 from hf_compressm.cli import app
-from hf_compressm.evaluation import parse_evaluation
-from hf_compressm.finetuning import parse_finetune
-from hf_compressm.pretraining import parse_run
+from hf_compressm.runs.evaluation import parse_evaluation
+from hf_compressm.runs.finetuning import parse_finetune
+from hf_compressm.runs.pretraining import parse_run
 
 
 def program(page: Path, shell: bool = True) -> str:

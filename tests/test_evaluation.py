@@ -11,7 +11,7 @@ from selective_models import OWN, STOCK, make
 
 from hf_compressm import MimoSSMConfig, MimoSSMForSequenceClassification
 from hf_compressm.data import load_task
-from hf_compressm.evaluation import execute, parse_evaluation
+from hf_compressm.runs.evaluation import execute, parse_evaluation
 
 ROOT = Path(__file__).resolve().parents[1]
 OPTIONS = ["--data", "stdlib_bytes", "--task_options", '{"length": 32, "evaluation_bytes": 1120}', "--cpu"]

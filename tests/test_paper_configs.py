@@ -7,10 +7,10 @@ import pytest
 
 from hf_compressm import state_sizes
 from hf_compressm.data import load_task
-from hf_compressm.data.stand_ins import write_stand_in
-from hf_compressm.pretraining import build_model, build_trainer
+from hf_compressm.data.random_files import write_stand_in
 from hf_compressm.reproduction.suite import load_suite
-from hf_compressm.run_file import parse_run
+from hf_compressm.runs.pretraining import build_model, build_trainer
+from hf_compressm.runs.run_file import parse_run
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 PAPER = sorted((CONFIGS / "runs" / "paper").glob("*.yaml"))

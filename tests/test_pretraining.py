@@ -13,7 +13,7 @@ from transformers.models.mamba.modeling_mamba import MambaMixer
 
 from hf_compressm import state_sizes
 from hf_compressm.data import load_task
-from hf_compressm.pretraining import build_model, execute, parse_run, summary
+from hf_compressm.runs.pretraining import build_model, execute, parse_run, summary
 from hf_compressm.training import write_manifest
 
 ROOT = Path(__file__).resolve().parents[1]

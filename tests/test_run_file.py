@@ -9,8 +9,8 @@ import yaml
 from helpers import error_of, random_damage
 
 from hf_compressm.data import load_task
-from hf_compressm.pretraining import build_model, build_trainer
-from hf_compressm.run_file import parse_run
+from hf_compressm.runs.pretraining import build_model, build_trainer
+from hf_compressm.runs.run_file import parse_run
 
 GOOD = Path(__file__).resolve().parents[1] / "configs" / "runs" / "digits_narrow.yaml"
 

@@ -6,7 +6,7 @@ import pytest
 from typer.testing import CliRunner
 
 from hf_compressm import cli
-from hf_compressm.user_code import import_user_module
+from hf_compressm.runs.user_code import import_user_module
 
 
 @pytest.fixture(autouse=True)

@@ -21,8 +21,8 @@ from ..surgery import (
     needs_calibration,
     state_sizes,
 )
-from ..surgery.lora import effective_site, followed
 from ..surgery.parameters import outside_inference_mode
+from ..surgery.peft.lora import effective_site, followed
 from ..training import CompressionConfig
 from ..training.calibration import Batches, TrainingData
 from ..training.distributed import processes, refuse_unsupported

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from ..layers.lru import LRU
 from ..reduction import DiagonalSystem
 from ..surgery import ReductionError, Signals, find_mixers, gather_statistics, selective_signals
-from ..surgery.selective import real_tokens
+from ..surgery.adapters.selective import real_tokens
 
 METHODS = ("first", "random", "ghost", "mean_lti", "last", "aire", "sparse_ssm")
 LTI_METHODS = ("first", "random", "last", "aire")

@@ -13,9 +13,9 @@ from huggingface_hub import snapshot_download
 from transformers import AutoConfig, PreTrainedModel
 
 from .. import models
-from ..compression.folders import checked_output, new_folder
-from ..compression.loading import load_tokenizer
+from ..files import checked_output, new_folder
 from ..models import to_stock
+from ..models.saved import load_tokenizer
 from ..surgery import state_sizes
 
 CARRIED = (

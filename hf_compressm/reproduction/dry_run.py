@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..data import takes_data_dir
-from ..data.stand_ins import write_stand_in
+from ..data.random_files import write_stand_in
 from .suite import Job, Method, Suite, TaskSuite, make_job_run
 
 SMALL = {

@@ -15,16 +15,16 @@ from transformers import AutoConfig, TrainerCallback
 
 from ..baselines import DistillationCallback, HankelNormCallback, RivalCutCallback, rival_cut
 from ..data import Task, load_task
-from ..hub import describe_environment
 from ..models.automatic import switch_on
 from ..models.heads import HEADS
-from ..pretraining import CACHES, RunResult, build_trainer, execute
-from ..run_file import Run
+from ..report import describe_environment
+from ..runs.pretraining import CACHES, RunResult, build_trainer, execute
+from ..runs.run_file import Run
 from ..surgery import compress, state_sizes
 from ..surgery.refit import STEPS
 from ..training.calibration import Batches, calibration_batches
 from ..training.run_state import PerRun
-from .stability import RankRecorder
+from .ranking_stability import RankRecorder
 from .suite import Job, make_job_run
 
 Needed = Mapping[str, Mapping[str, Any]]

@@ -8,7 +8,7 @@ from statistics import fmean, stdev
 from typing import Any
 
 from .suite import Suite, TaskSuite
-from .tables import by_method, relative_time, scaled
+from .summary import by_method, relative_time, scaled
 
 MARKERS = {
     "full": "*",

@@ -29,8 +29,8 @@ from ..reduction import (
 )
 from ..reduction.interpolative import RIDGE
 from ..surgery import CompreSSMMamba2Adapter, MixerAdapter
-from ..surgery.lru import LRUMeasurement
-from ..surgery.selective import SelectiveMeasurement
+from ..surgery.adapters.lru import LRUMeasurement
+from ..surgery.adapters.selective import SelectiveMeasurement
 
 TAIL = 1e-3
 """Share of the sum of singular values that the states at the bottom hold, among which ranks mean nothing."""

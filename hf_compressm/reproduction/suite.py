@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..run_file import MAPPINGS, Run, as_mapping, load_yaml, make_run
+from ..runs.run_file import MAPPINGS, Run, as_mapping, load_yaml, make_run
 
 KINDS: dict[str, tuple[set[str], set[str]]] = {
     "full": (set(), set()),

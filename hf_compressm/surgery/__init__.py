@@ -1,8 +1,8 @@
 """Surgery on live models and optimizers: measure, plan, cut, undo."""
 
-from . import lru as _lru  # noqa: F401  registers its adapter
-from . import refusals as _refusals  # noqa: F401
-from .adapters import (
+from .adapters import lru as _lru  # noqa: F401  registers its adapter
+from .adapters import refusals as _refusals  # noqa: F401
+from .adapters.base import (
     Measurement,
     MixerAdapter,
     MixerReduction,
@@ -16,14 +16,15 @@ from .adapters import (
     state_sizes,
     supported_mixers,
 )
-from .base import mixer_state, restore_mixer_state, save_base_model
-from .calibration import gather_statistics, needs_calibration, undisturbed
+from .adapters.mamba import MambaAdapter
+from .adapters.mamba2 import CompreSSMMamba2Adapter, StockMamba2Adapter
+from .adapters.selective import Signals, selective_signals
 from .changes import ParameterChange, Term
 from .history import append_history, history, last_sizes, merged, original_sizes, set_history
-from .mamba import MambaAdapter
-from .mamba2 import CompreSSMMamba2Adapter, StockMamba2Adapter
 from .optimizer import unwrap_optimizer
 from .owners import Owner, find_owners, with_ties
+from .peft.base_model import mixer_state, restore_mixer_state, save_base_model
+from .peft.tuners import has_tuners
 from .plan import (
     CompressionPlan,
     LayerPlan,
@@ -36,9 +37,8 @@ from .plan import (
 )
 from .policies import Energy, Fraction, Policy, Target
 from .resize import check_fixed_tensors, resize_mixers, sizes_in_state_dict
-from .selective import Signals, selective_signals
 from .snapshot import Snapshot
-from .tuners import has_tuners
+from .statistics import gather_statistics, needs_calibration, undisturbed
 
 __all__ = [
     "CompreSSMMamba2Adapter",

@@ -14,7 +14,7 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedConfig
 
-from .adapters import MixerSite, find_mixers
+from .adapters.base import MixerSite, find_mixers
 from .owners import Owner, find_owners
 
 Record = dict[str, Any]

@@ -18,7 +18,7 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..reduction import SizeConstraints
-from .adapters import MixerAdapter, MixerSite, find_mixers
+from .adapters.base import MixerAdapter, MixerSite, find_mixers
 
 
 @dataclass(frozen=True)

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from .adapters import MixerSite
-from .lora import check_adapters
-from .tuners import place
+from .adapters.base import MixerSite
+from .peft.lora import check_adapters
+from .peft.tuners import place
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 

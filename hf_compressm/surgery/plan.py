@@ -11,18 +11,18 @@ from torch import Tensor, nn
 
 from ..progress import with_progress
 from ..reduction import Selection, SizeConstraints
-from .adapters import MixerReduction, ReductionError, find_mixers
-from .calibration import Batches, gather_statistics
+from .adapters.base import MixerReduction, ReductionError, find_mixers
 from .gradients import carried_gradients, warn_of_added
 from .history import append_history, original_sizes
-from .lora import effective_site, followed
 from .optimizer import State, carried_state, unwrap_optimizer
 from .owners import with_ties, write_sizes
 from .parameters import check_replaceable, outside_inference_mode
+from .peft.lora import effective_site, followed
+from .peft.tuners import has_tuners
 from .policies import Energy, Policy, Target, describe_policy
 from .refit import STEPS, Recording, refit
 from .resize import replace_parameters
-from .tuners import has_tuners
+from .statistics import Batches, gather_statistics
 
 
 @dataclass(frozen=True)

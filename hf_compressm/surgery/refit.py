@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from ..models.automatic import by_fast_ops
-from .adapters import MixerReduction, MixerSite, ReductionError
+from .adapters.base import MixerReduction, MixerSite, ReductionError
+from .adapters.selective import real_tokens
 from .resize import replace_parameters
-from .selective import real_tokens
 
 STEPS = 60
 """Optimizer steps of a refit by default."""

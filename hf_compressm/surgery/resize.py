@@ -8,12 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .adapters import MixerSite, find_mixers
+from .adapters.base import MixerSite, find_mixers
 from .gradients import drop_gradients, set_gradient
 from .optimizer import State, insert_parameter, remove_parameters, swap_parameters
 from .owners import write_sizes
 from .parameters import outside_inference_mode, successor
-from .tuners import fit_features, place, plain_shapes
+from .peft.tuners import fit_features, place, plain_shapes
 
 
 @outside_inference_mode

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
-from .adapters import find_mixers
+from .adapters.base import find_mixers
 from .gradients import set_gradient
 from .history import history, set_history
 from .optimizer import unwrap_optimizer

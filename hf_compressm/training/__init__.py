@@ -1,12 +1,12 @@
 """Training with the Hugging Face Trainer: the callback, its settings, checkpoints across cuts."""
 
 from .callback import CompreSSMCallback
+from .checkpoints.durable import DurableCheckpoints, newest_checkpoint, verify_manifest, verify_sealed, write_manifest
+from .checkpoints.verification import verify_checkpoint
 from .config import CompressionConfig
 from .distributed import rebuild_reducer, verify_replicas
 from .groups import create_optimizer
 from .stability import StabilityTracker
-from .survival import DurableCheckpoints, newest_checkpoint, verify_manifest, verify_sealed, write_manifest
-from .verification import verify_checkpoint
 
 __all__ = [
     "CompreSSMCallback",

@@ -10,7 +10,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.trainer_callback import ExportableState
 
 from ..surgery import check_parameters, find_mixers, history
-from .checkpoint import attach_resizing, detach_resizing, resize_every_load
+from .checkpoints.resume import attach_resizing, detach_resizing, resize_every_load
 from .compression_run import CompressionRun
 from .config import CompressionConfig
 from .distributed import find_ddp, refuse_unsupported

@@ -29,7 +29,8 @@ from ..surgery import (
     with_ties,
 )
 from .calibration import Batches, TrainingData
-from .checkpoint import STATE_NAME, checkpoint_folder, load_callback_state, save_callback_state
+from .checkpoints.resume import STATE_NAME, checkpoint_folder, load_callback_state, save_callback_state
+from .checkpoints.verification import check_history, exported_state, pending_work, read_exported
 from .config import CompressionConfig
 from .distributed import (
     decided_by_rank_0,
@@ -46,7 +47,6 @@ from .rollback import Rollback
 from .stability import StabilityTracker
 from .timing import StepTimer, Stopwatch
 from .trainer_log import log_to_trackers, resumed_checkpoint, running_trainer
-from .verification import check_history, exported_state, pending_work, read_exported
 
 logger = logging.get_logger(__name__)
 

@@ -42,7 +42,7 @@ def job(argv: list[str]) -> None:
     from transformers import TrainerCallback
 
     from hf_compressm.data import load_task
-    from hf_compressm.pretraining import build_model, build_trainer, parse_run
+    from hf_compressm.runs.pretraining import build_model, build_trainer, parse_run
     from hf_compressm.surgery import state_sizes
     from hf_compressm.training import verify_replicas
     from hf_compressm.training.distributed import processes

@@ -21,9 +21,9 @@ from selection import trained
 
 from hf_compressm import compress
 from hf_compressm.baselines import rival_cut
-from hf_compressm.compression import calibration, evaluate, load_data
-from hf_compressm.finetuning import heal, parse_finetune
-from hf_compressm.pretraining import parse_run
+from hf_compressm.runs.data_source import calibration, evaluate, load_data
+from hf_compressm.runs.finetuning import heal, parse_finetune
+from hf_compressm.runs.pretraining import parse_run
 
 OWN = {"refitted": 60, "closed form": 0}
 

@@ -21,7 +21,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import MambaConfig, MambaForCausalLM, PreTrainedTokenizerFast
 
-from hf_compressm.hub import describe_environment
+from hf_compressm.report import describe_environment
 
 VOCABULARY = 50280
 PROGRAM = "from hf_compressm.cli import main; main()"

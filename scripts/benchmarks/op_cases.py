@@ -20,7 +20,7 @@ from hf_compressm.ops.diag_scan import diag_scan
 from hf_compressm.ops.selective_scan import selective_scan
 from hf_compressm.ops.ssd_scan import ssd_scan
 from hf_compressm.ops.state_statistics import state_gramian
-from hf_compressm.surgery.selective import look_weights
+from hf_compressm.surgery.adapters.selective import look_weights
 
 SMALL = (2, 67, 24)
 TOLERANCE = {"float64": 1e-9, "float32": 1e-4, "float16": 5e-3, "bfloat16": 3e-2}

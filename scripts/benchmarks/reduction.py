@@ -24,7 +24,7 @@ from tqdm.auto import tqdm
 from hf_compressm.layers.lru import LRU
 from hf_compressm.reduction import balance, gramian_factor, truncate
 from hf_compressm.reduction.random_systems import KINDS, random_system
-from hf_compressm.surgery.lru import LRUAdapter
+from hf_compressm.surgery.adapters.lru import LRUAdapter
 
 
 def draw(index: int):

@@ -25,7 +25,7 @@ from torch.utils.data import DataLoader, default_collate
 from hf_compressm import compress, to_stock
 from hf_compressm.baselines import METHODS, gather_rival_statistics, rival_cut
 from hf_compressm.data import load_task
-from hf_compressm.pretraining import execute, parse_run
+from hf_compressm.runs.pretraining import execute, parse_run
 
 
 def trained(config: str, size: int, seed: int, folder: Path, overrides: list[str]):

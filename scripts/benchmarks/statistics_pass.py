@@ -23,7 +23,7 @@ from torch.utils.data import DataLoader, default_collate
 
 from hf_compressm import compress
 from hf_compressm.data import load_task
-from hf_compressm.pretraining import build_model, parse_run
+from hf_compressm.runs.pretraining import build_model, parse_run
 from hf_compressm.surgery import gather_statistics
 
 

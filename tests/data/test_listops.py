@@ -14,7 +14,7 @@ import torch
 
 from hf_compressm.data import load_task
 from hf_compressm.data.listops import TOKENS, _expressions, _grow
-from hf_compressm.pretraining import execute, parse_run
+from hf_compressm.runs.pretraining import execute, parse_run
 
 SPLITS = ("train", "validation", "test")
 SMALL = {"min_length": 8, "max_length": 60, "num_train": 1500, "num_validation": 100, "num_test": 200}

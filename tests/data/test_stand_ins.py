@@ -7,7 +7,7 @@ import torch
 from transformers import default_data_collator
 
 from hf_compressm.data import load_task, takes_data_dir, task_names
-from hf_compressm.data.stand_ins import stand_in_names, write_stand_in
+from hf_compressm.data.random_files import stand_in_names, write_stand_in
 
 
 @pytest.fixture(autouse=True)

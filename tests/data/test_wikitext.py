@@ -16,7 +16,7 @@ from transformers import EvalPrediction, PreTrainedTokenizerFast
 
 from hf_compressm.data import load_task
 from hf_compressm.data.wikitext import ROWS, TITLE
-from hf_compressm.pretraining import execute, parse_run
+from hf_compressm.runs.pretraining import execute, parse_run
 
 SPLITS = ("train", "validation", "test")
 EOS, UNKNOWN = 0, 1

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from hf_compressm.pretraining import execute, parse_run
+from hf_compressm.runs.pretraining import execute, parse_run
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from made_up_runs import cut, undo, write_run
 
-from hf_compressm.hub import write_report
+from hf_compressm.report import write_report
 
 playwright = pytest.importorskip("playwright.sync_api", reason="needs playwright")
 CHROMIUM = os.environ.get("CHROMIUM") or next(filter(None, map(shutil.which, ("chromium", "google-chrome"))), None)

@@ -11,9 +11,9 @@ from transformers import Trainer
 from typer.testing import CliRunner
 
 from hf_compressm import cli
-from hf_compressm.hub import keep_card, read_run, render_card, write_card
-from hf_compressm.hub.card import card_template
-from hf_compressm.pretraining import build_model, build_trainer, parse_run
+from hf_compressm.report import keep_card, read_run, render_card, write_card
+from hf_compressm.report.card import card_template
+from hf_compressm.runs.pretraining import build_model, build_trainer, parse_run
 
 ROOT = Path(__file__).resolve().parents[2]
 RUN = {

@@ -10,10 +10,10 @@ from page import Page, contrast, themes
 from typer.testing import CliRunner
 
 from hf_compressm import cli
-from hf_compressm.hub import read_run, render_report, write_report
-from hf_compressm.hub.figures import metric_figure
-from hf_compressm.hub.svg import THEME, Axis, number
-from hf_compressm.hub.tables import layers_table
+from hf_compressm.report import read_run, render_report, write_report
+from hf_compressm.report.figures import metric_figure
+from hf_compressm.report.svg import THEME, Axis, number
+from hf_compressm.report.tables import layers_table
 
 LIMIT = 1_500_000
 

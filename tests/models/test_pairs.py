@@ -14,8 +14,8 @@ from hf_compressm import (
     MimoSSMForSequencePairClassification,
     state_sizes,
 )
-from hf_compressm.compression import load_model
 from hf_compressm.models.heads import new_model
+from hf_compressm.models.saved import load_model
 
 B, L, V = 3, 10, 20
 

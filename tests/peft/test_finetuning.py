@@ -10,7 +10,7 @@ from selective_models import OWN, STOCK, make
 from transformers import AutoModelForCausalLM, Trainer
 
 from hf_compressm import evaluation, state_sizes
-from hf_compressm.finetuning import add_lora, default_targets, execute, parse_finetune
+from hf_compressm.runs.finetuning import add_lora, default_targets, execute, parse_finetune
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIG = str(ROOT / "configs" / "runs" / "finetune" / "stdlib_mamba.yaml")

@@ -97,5 +97,5 @@ def test_saving_the_base_of_what_has_none(tmp_path):
 
 
 def test_peft_is_optional():
-    code = "import sys; sys.modules['peft'] = None; import hf_compressm, hf_compressm.cli, hf_compressm.finetuning"
+    code = "import sys; sys.modules['peft'] = None; import hf_compressm, hf_compressm.cli, hf_compressm.runs.finetuning"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)

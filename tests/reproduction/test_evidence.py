@@ -7,7 +7,7 @@ import pytest
 
 from hf_compressm.reproduction.runner import current, read_records
 from hf_compressm.reproduction.suite import jobs, load_suite
-from hf_compressm.reproduction.tables import results_table
+from hf_compressm.reproduction.summary import results_table
 
 ROOT = Path(__file__).resolve().parents[2]
 EVIDENCE = sorted(path.parent for path in (ROOT / "docs" / "evidence").glob("*/results.jsonl"))

@@ -10,7 +10,7 @@ from suites import METHODS, write_suite
 
 from hf_compressm.reproduction.runner import Runner, append_record, current, read_records
 from hf_compressm.reproduction.suite import jobs, load_suite
-from hf_compressm.reproduction.tables import results_table
+from hf_compressm.reproduction.summary import results_table
 
 SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "reproduce.py"
 

@@ -18,11 +18,11 @@ from hf_compressm.reduction import (
     upper_half_plane,
 )
 from hf_compressm.reduction.random_systems import random_system
+from hf_compressm.reproduction.ranking_stability import RankRecorder, stability_table
 from hf_compressm.reproduction.rankings import Ranking, agreement, kept_agreement, match, next_step, rankings
-from hf_compressm.reproduction.stability import RankRecorder, stability_table
 from hf_compressm.surgery import CompreSSMMamba2Adapter, MambaAdapter, find_mixers, measure_mixers
-from hf_compressm.surgery.lru import LRUAdapter
-from hf_compressm.surgery.selective import SelectiveMeasurement
+from hf_compressm.surgery.adapters.lru import LRUAdapter
+from hf_compressm.surgery.adapters.selective import SelectiveMeasurement
 
 KINDS = pytest.mark.parametrize("kind", ["lru", "own mamba", "own mamba2", "stock mamba", "stock mamba2"])
 SHARES = (0.0, 0.1, 0.5)

@@ -15,8 +15,8 @@ from hf_compressm.surgery import (
     register_subclass,
     state_sizes,
 )
-from hf_compressm.surgery.adapters import supported_mixers
-from hf_compressm.surgery.lru import LRUAdapter
+from hf_compressm.surgery.adapters.base import supported_mixers
+from hf_compressm.surgery.adapters.lru import LRUAdapter
 
 adapter = LRUAdapter()
 

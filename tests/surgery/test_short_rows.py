@@ -12,9 +12,9 @@ from transformers import AutoModelForCausalLM
 from hf_compressm import compress, state_sizes
 from hf_compressm.ops.state_statistics import state_gramian
 from hf_compressm.surgery import find_mixers, gather_statistics, selective_signals
+from hf_compressm.surgery.adapters.selective import SelectiveMeasurement, look_weights
 from hf_compressm.surgery.policies import Energy
 from hf_compressm.surgery.refit import Recording
-from hf_compressm.surgery.selective import SelectiveMeasurement, look_weights
 
 LENGTHS = [6, 1, 20, 3, 7, 8, 9, 2]
 MODELS = pytest.mark.parametrize("table", [STOCK, OWN], ids=["stock", "own"])

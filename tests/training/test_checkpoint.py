@@ -13,7 +13,7 @@ from transformers import AutoModelForSequenceClassification, Trainer, TrainerCal
 from hf_compressm import CompreSSMCallback, state_sizes
 from hf_compressm.surgery import history
 from hf_compressm.training import verify_checkpoint
-from hf_compressm.training.checkpoint import STATE_NAME
+from hf_compressm.training.checkpoints.resume import STATE_NAME
 
 CUT = 6
 

@@ -18,11 +18,11 @@ from transformers.modeling_outputs import SequenceClassifierOutput
 from hf_compressm import CompreSSMCallback, state_sizes
 from hf_compressm.cli import main
 from hf_compressm.hub.export import export
-from hf_compressm.hub.record import read_run
 from hf_compressm.layers.lru import LRU
+from hf_compressm.report.record import read_run
 from hf_compressm.surgery import history, original_sizes
 from hf_compressm.training import verify_checkpoint
-from hf_compressm.training.checkpoint import STATE_NAME
+from hf_compressm.training.checkpoints.resume import STATE_NAME
 
 
 class Bare(nn.Module):

@@ -10,11 +10,11 @@ from test_two_trainings import HALF, checkpoint, make_trainer
 from transformers import AutoModelForSequenceClassification, Trainer
 
 from hf_compressm import CompreSSMCallback, MimoSSMConfig, MimoSSMForCausalLM, compress, state_sizes
-from hf_compressm.hub import write_report
+from hf_compressm.report import write_report
 from hf_compressm.surgery import history
 from hf_compressm.training import DurableCheckpoints, verify_checkpoint
-from hf_compressm.training.checkpoint import STATE_NAME
-from hf_compressm.training.survival import MANIFEST_NAME
+from hf_compressm.training.checkpoints.durable import MANIFEST_NAME
+from hf_compressm.training.checkpoints.resume import STATE_NAME
 
 CUT, LAST = 4, 6
 TIMED = {"trainer_state.json", "training_args.bin"}

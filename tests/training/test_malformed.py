@@ -13,9 +13,9 @@ from damage import callback_tree, drop, edit, empty, put, remove, saved, tensors
 from helpers import error_of, random_damage
 
 from hf_compressm.data import load_task
-from hf_compressm.pretraining import build_model, build_trainer, execute, parse_run
+from hf_compressm.runs.pretraining import build_model, build_trainer, execute, parse_run
 from hf_compressm.training import newest_checkpoint, verify_checkpoint, verify_manifest, write_manifest
-from hf_compressm.training.survival import MANIFEST_NAME
+from hf_compressm.training.checkpoints.durable import MANIFEST_NAME
 
 ROOT = Path(__file__).resolve().parents[2]
 GOOD = ROOT / "configs" / "runs" / "digits_narrow.yaml"

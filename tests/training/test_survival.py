@@ -16,7 +16,7 @@ from transformers import Trainer, TrainerCallback
 
 from hf_compressm import CompreSSMCallback
 from hf_compressm.training import DurableCheckpoints, newest_checkpoint, verify_manifest, write_manifest
-from hf_compressm.training.survival import MANIFEST_NAME
+from hf_compressm.training.checkpoints.durable import MANIFEST_NAME
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -143,7 +143,7 @@ def test_the_program_stops_on_sigterm_and_goes_on_by_itself(tmp_path):
     done = subprocess.run([*command, "--max_steps", "60"], cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0 and "going on from" in done.stderr, done.stderr
     with pytest.raises(ValueError, match="give --resume or --resume_from_checkpoint, not both"):
-        from hf_compressm.pretraining import execute, parse_run
+        from hf_compressm.runs.pretraining import execute, parse_run
 
         execute(parse_run([*command[2:], "--resume_from_checkpoint", "true"]))
 

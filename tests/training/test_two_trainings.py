@@ -18,7 +18,7 @@ from transformers import Trainer, TrainerCallback
 from hf_compressm import CompreSSMCallback, state_sizes
 from hf_compressm.surgery import history
 from hf_compressm.training import DurableCheckpoints, newest_checkpoint
-from hf_compressm.training.checkpoint import STATE_NAME
+from hf_compressm.training.checkpoints.resume import STATE_NAME
 
 STEPS = 8
 EVALUATED = {"eval_strategy": "steps", "eval_steps": 3, "learning_rate": 3e-2}

@@ -1,0 +1,120 @@
+"""Old import paths: they still work, and warn where the names are now."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+import warnings
+from collections.abc import Callable, Sequence
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+from typing import Any
+
+PACKAGE = __package__
+MODULES: dict[str, tuple[str, ...]] = {
+    "compression": ("runs.compression", "runs.data_source", "runs.inspection", "models.saved", "data.text_files"),
+    "compression.folders": ("files",),
+    "compression.inspection": ("runs.inspection",),
+    "compression.job": ("runs.compression",),
+    "compression.loading": ("models.saved",),
+    "compression.source": ("runs.data_source",),
+    "compression.text_files": ("data.text_files",),
+    "data.stand_ins": ("data.random_files",),
+    "evaluation": ("runs.evaluation",),
+    "finetuning": ("runs.finetuning",),
+    "hub.card": ("report.card",),
+    "hub.environment": ("report.environment",),
+    "hub.figures": ("report.figures",),
+    "hub.record": ("report.record",),
+    "hub.report": ("report.page",),
+    "hub.spectra": ("report.spectra",),
+    "hub.tables": ("report.tables",),
+    "models.stand_ins": ("models.torch_ops",),
+    "pretraining": ("runs.pretraining",),
+    "reproduction.stability": ("reproduction.ranking_stability",),
+    "reproduction.tables": ("reproduction.summary",),
+    "run_file": ("runs.run_file",),
+    "surgery.base": ("surgery.peft.base_model",),
+    "surgery.calibration": ("surgery.statistics",),
+    "surgery.lora": ("surgery.peft.lora",),
+    "surgery.lru": ("surgery.adapters.lru",),
+    "surgery.mamba": ("surgery.adapters.mamba",),
+    "surgery.mamba2": ("surgery.adapters.mamba2",),
+    "surgery.refusals": ("surgery.adapters.refusals",),
+    "surgery.selective": ("surgery.adapters.selective",),
+    "surgery.tuners": ("surgery.peft.tuners",),
+    "training.checkpoint": ("training.checkpoints.resume",),
+    "training.survival": ("training.checkpoints.durable",),
+    "training.verification": ("training.checkpoints.verification",),
+    "user_code": ("runs.user_code",),
+}
+"""Modules of this package that are gone, and where their names are looked for, in this order."""
+
+NAMES: dict[str, dict[str, str]] = {
+    "hub": {
+        "RunRecord": "report",
+        "describe_environment": "report",
+        "keep_card": "report",
+        "read_run": "report",
+        "render_card": "report",
+        "render_report": "report",
+        "tolerances_plot": "report",
+        "write_card": "report",
+        "write_report": "report",
+    },
+}
+"""Names that have left a package which is still there, and where they are."""
+
+
+def old_names(module: str) -> Callable[[str], Any]:
+    """A module's `__getattr__` that finds what has moved from it to another, with a DeprecationWarning."""
+    moved = NAMES[module.removeprefix(f"{PACKAGE}.")]
+
+    def find(name: str) -> Any:
+        if name not in moved:
+            raise AttributeError(f"module {module!r} has no attribute {name!r}")
+        new = f"{PACKAGE}.{moved[name]}"
+        warnings.warn(f"{module}.{name} is now {new}.{name}", DeprecationWarning, stacklevel=2)
+        return getattr(importlib.import_module(new), name)
+
+    return find
+
+
+class _OldModule(Loader):
+    """A module whose names are those of others."""
+
+    def __init__(self, new: Sequence[str]):
+        self.new = new
+
+    def create_module(self, spec: ModuleSpec) -> None:
+        return None
+
+    def exec_module(self, module: ModuleType) -> None:
+        sources = [importlib.import_module(f"{PACKAGE}.{name}") for name in self.new]
+
+        def find(name: str) -> Any:
+            for source in sources:
+                if not name.startswith("__") and hasattr(source, name):
+                    return getattr(source, name)
+            raise AttributeError(f"module {module.__name__!r} has no attribute {name!r}")
+
+        module.__dict__["__getattr__"] = find
+
+
+class _OldModules(MetaPathFinder):
+    def find_spec(self, fullname: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
+        old = fullname.removeprefix(f"{PACKAGE}.")
+        if old == fullname or old not in MODULES:
+            return None
+        new = " and ".join(f"{PACKAGE}.{name}" for name in MODULES[old])
+        warnings.warn(f"{fullname} is now {new}", DeprecationWarning, stacklevel=_level_of_import())
+        return ModuleSpec(
+            fullname, _OldModule(MODULES[old]), is_package=any(name.startswith(f"{old}.") for name in MODULES)
+        )
+
+
+def install() -> None:
+    """Let the old paths be imported. Real modules go first."""
+    if not any(isinstance(finder, _OldModules) for finder in sys.meta_path):
+        sys.meta_path.append(_OldModules())

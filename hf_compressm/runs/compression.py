@@ -1,0 +1,182 @@
+"""Compression of a saved model as a program: what `scripts/compress.py` and `hf-compressm compress` call."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..data import Task
+from ..files import checked_output, new_folder
+from ..models import CompreSSMMambaForCausalLM, to_stock
+from ..models.automatic import by_fast_ops
+from ..models.saved import load_model, load_tokenizer
+from ..reduction import SizeConstraints
+from ..surgery import Policy, Target, check_parameters, compress, history, state_sizes, with_ties
+from ..surgery.policies import describe_policy
+from ..surgery.refit import STEPS
+from .data_source import DataSource, calibration, evaluate, load_data
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompressionJob:
+    """What to compress, how much and where to.
+
+    Attributes:
+        model: folder or hub name of a causal language model or sequence classifier.
+        output: folder for the result.
+        policy, constraints, refit_steps: as in `compress`.
+        data: needed by models with selective layers, and to evaluate.
+        device: as torch names it, or "auto" for a GPU if there is one.
+        stock: write a plain transformers model; see `to_stock`.
+        evaluate: measure the loss on held-out data before and after.
+        overwrite: replace a model that `output` already holds.
+        fast_ops: let stock mixers run by this package's ops meanwhile; see `compress`.
+    """
+
+    model: str
+    output: Path
+    policy: Policy
+    constraints: SizeConstraints = SizeConstraints()
+    data: DataSource | None = None
+    refit_steps: int = STEPS
+    device: str = "auto"
+    stock: bool = False
+    evaluate: bool = False
+    overwrite: bool = False
+    fast_ops: bool = True
+
+
+@dataclass(frozen=True)
+class CompressionResult:
+    """What a job did.
+
+    Attributes:
+        record: of the cut, as `compress` returns it.
+        sizes: state sizes of the saved model.
+        saved_class: name of its class.
+        positions: sequence positions that were calibrated on.
+        before, after: loss and metrics on held-out data, empty if not evaluated.
+    """
+
+    record: dict[str, Any]
+    sizes: list[int]
+    saved_class: str
+    positions: int
+    before: dict[str, float]
+    after: dict[str, float]
+
+
+def run(job: CompressionJob) -> CompressionResult:
+    """Load, calibrate, compress and save: model, config, tokenizer and `compression.json`.
+
+    The output folder appears when everything in it is complete, and not at all on an error.
+
+    Raises:
+        ValueError: on settings that contradict each other, the model or the data, and if there is nothing to cut.
+        OSError: if the model or data cannot be found, or the output folder is in use.
+    """
+    output = checked_output(job.output, job.model, job.overwrite)
+    model = load_model(job.model, job.device)
+    check_parameters(model)
+    if job.stock and not _is_stock(model) and not isinstance(model, CompreSSMMambaForCausalLM):
+        # What has no stock class is refused here. A Mamba-2 mixes states when it is cut, which stock ones cannot.
+        model = _as_stock(model)
+    _check_sizes(job, model)
+    tokenizer = load_tokenizer(job.model)
+    task = None if job.data is None else load_data(job.data, model, tokenizer)
+    batches = calibration(model, job.data, task)
+    before = _losses(job, model, task)
+    record = compress(
+        model,
+        batches,
+        policy=job.policy,
+        constraints=job.constraints,
+        refit_steps=job.refit_steps,
+        fast_ops=job.fast_ops,
+    )
+    if not any(layer["new_size"] < layer["old_size"] for layer in record["layers"]):
+        raise ValueError(
+            f"nothing to cut: no layer would lose {job.constraints.minimum_change:.0%} of its states, which are "
+            f"{state_sizes(model)}. Choose a larger tau, or a smaller target, fraction, minimum or multiple."
+        )
+    after = _losses(job, model, task)
+    records = history(model)
+    if job.stock and not _is_stock(model):
+        model = _as_stock(model)
+    positions = 0 if batches is None else sum(_positions(batch) for batch in batches)
+    result = CompressionResult(record, state_sizes(model), type(model).__name__, positions, before, after)
+    with new_folder(output) as folder:
+        model.save_pretrained(folder)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(folder)
+        content = {
+            "settings": dataclasses.asdict(job) | {"output": str(output), "policy": describe_policy(job.policy)},
+            "sizes_before": [layer["old_size"] for layer in record["layers"]],
+            "sizes_after": result.sizes,
+            "history": records,
+            "evaluation": {"before": before, "after": after} if job.evaluate else None,
+        }
+        (folder / "compression.json").write_text(json.dumps(content, indent=2) + "\n")
+    return result
+
+
+def summary(result: CompressionResult) -> str:
+    """The table that a job ends with: per layer the states before and after and what was lost, and the losses."""
+    layers = result.record["layers"]
+    width = max(len(layer["name"]) for layer in layers)
+    lines = [f"{'layer':{width}}  {'states before':>13}  {'after':>6}  lost"]
+    for layer in layers:
+        lost = [f"{kind} {layer[kind]:.4g}" for kind in ("residual", "bound") if layer[kind] is not None]
+        lines.append(
+            f"{layer['name']:{width}}  {layer['old_size']:>13}  {layer['new_size']:>6}  {', '.join(lost) or '-'}"
+        )
+    before, after = (sum(layer[size] for layer in layers) for size in ("old_size", "new_size"))
+    lines.append(f"{'total':{width}}  {before:>13}  {after:>6}  {after / before:.1%} kept")
+    if result.positions:
+        lines.append(f"calibrated on {result.positions} positions")
+    for name, value in result.before.items():
+        lines.append(f"held-out {name.replace('_', ' ')}: {value:.4f} -> {result.after[name]:.4f}")
+    if result.sizes != [layer["new_size"] for layer in layers]:
+        lines.append(f"written as {result.saved_class}, every layer padded to {result.sizes[0]} states")
+    return "\n".join(lines)
+
+
+def _losses(job: CompressionJob, model: Any, task: Task | None) -> dict[str, float]:
+    if not job.evaluate:
+        return {}
+    if task is None or job.data is None:
+        raise ValueError("there is nothing to evaluate on: give --data")
+    with by_fast_ops(model, job.fast_ops):
+        return evaluate(model, task, job.data.batch_size)
+
+
+def _is_stock(model: Any) -> bool:
+    return type(model).__module__.startswith("transformers.")
+
+
+def _as_stock(model: Any) -> Any:
+    try:
+        return to_stock(model)
+    except TypeError as error:
+        raise ValueError(f"{error} Leave --to-stock out.") from error
+
+
+def _check_sizes(job: CompressionJob, model: Any) -> None:
+    """Find out before the work whether sizes were asked for that cannot be."""
+    sizes, constraints = state_sizes(model), with_ties(model, job.constraints)
+    constraints.apply(sizes, sizes)
+    mean = sum(sizes) / len(sizes)
+    if isinstance(job.policy, Target) and not constraints.minimum <= job.policy.mean_state_size < mean:
+        raise ValueError(
+            f"the target state size must be at least the minimum, {constraints.minimum}, and below the present mean, "
+            f"{mean:g}; got {job.policy.mean_state_size:g}"
+        )
+
+
+def _positions(batch: Mapping[str, Any]) -> int:
+    values = batch["input_ids"] if "input_ids" in batch else batch["input_values"]
+    return values.shape[0] * values.shape[1]

@@ -1,0 +1,159 @@
+"""Data for a saved model: batches to calibrate on, and a held-out part to evaluate on."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate.utils import gather_object
+from torch.utils.data import DataLoader
+from transformers import EvalPrediction, default_data_collator
+
+from ..data import Task, load_task, task_names
+from ..data.language import IGNORED
+from ..data.text_files import text_task
+from ..models.heads import CLASS_ENDINGS
+from ..models.saved import TOKENIZER_FILES
+from ..progress import with_progress
+from ..surgery import needs_calibration
+from ..training.calibration import calibration_batches
+
+TOKENISED = ("wikitext",)
+"""Tasks with an option `tokenizer`, which here is the model's own unless given."""
+PADDING = 256
+"""A model's vocabulary is often padded to a multiple of a power of two; a larger excess is that of other data."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataSource:
+    """Where the data to calibrate and evaluate on comes from.
+
+    Attributes:
+        name: a registered task, or else the path of a text file, a parquet file or a folder; see `text_task`.
+        options: of the task; see its docstring.
+        data_dir: local folder with the task's data, instead of the hub.
+        batches: batches to calibrate on, >= 1; fewer if the data ends before.
+        batch_size: sequences of a batch, >= 1.
+        length: tokens of a sequence, >= 2. None: as the task has it, or 512 for files.
+        seed: of a task's data and of the order in which they are drawn.
+    """
+
+    name: str
+    options: Mapping[str, Any] = field(default_factory=dict)
+    data_dir: str | None = None
+    batches: int = 8
+    batch_size: int = 8
+    length: int | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.batches < 1 or self.batch_size < 1:
+            raise ValueError(f"batches and batch_size must be at least 1; got {self.batches} and {self.batch_size}")
+
+
+def load_data(source: DataSource, model: Any, tokenizer: Any) -> Task:
+    """The task or text that a source names, checked against the model.
+
+    Raises:
+        ValueError: if there is no such task or file, or the model was made for other data.
+    """
+    if source.name in task_names():
+        options = {} if source.length is None else {"length": source.length}
+        if source.name in TOKENISED and tokenizer is not None:
+            options["tokenizer"] = tokenizer.name_or_path
+        task = load_task(source.name, data_dir=source.data_dir, seed=source.seed, **(options | dict(source.options)))
+        _check_task(model, task)
+        return task
+    if not Path(source.name).expanduser().exists():
+        raise ValueError(
+            f"{source.name!r} is neither a file or folder nor a task; the tasks are {', '.join(task_names())}"
+        )
+    if source.options or source.data_dir is not None:
+        raise ValueError(f"task options and a data_dir are for tasks; {source.name!r} is a file or folder")
+    _check_vocabulary(model, tokenizer)
+    return text_task(source.name, tokenizer, length=source.length or 512, sequences=source.batches * source.batch_size)
+
+
+def calibration(
+    model: Any, source: DataSource | None, task: Task | None, rank: int = 0, processes: int = 1
+) -> list[Mapping[str, Any]] | None:
+    """Batches to calibrate on, or a process's part of them; None if the model has no layer that needs them.
+
+    Raises:
+        ValueError: if there is no data and the model needs it.
+    """
+    if not needs_calibration(model):
+        return None
+    if source is None or task is None:
+        raise ValueError(
+            f"{type(model).__name__} has layers whose states can only be ranked on data: give --data a task or a text "
+            f"file. Tasks: {', '.join(task_names())}"
+        )
+    loader = _loader(task, task.train, source.batch_size)
+    return calibration_batches(loader, source.batches, source.seed, rank, processes)
+
+
+@torch.no_grad()
+def evaluate(
+    model: Any, task: Task, batch_size: int, split: str = "test", rank: int = 0, processes: int = 1
+) -> dict[str, float]:
+    """The mean loss on the held-out part, per counted label, and the task's metrics.
+
+    Args:
+        model: causal language model or classifier.
+        task: as the model's head wants it.
+        batch_size: sequences of a batch.
+        split: of the task: train, validation or test.
+        rank, processes: with several processes each takes its own part; all get the same result.
+
+    Raises:
+        ValueError: if the model's head is not the task's.
+    """
+    head = CLASS_ENDINGS[task.problem]
+    if not type(model).__name__.endswith(head):
+        raise ValueError(f"{task.name!r} has labels for a model {head}, so {type(model).__name__} has no loss on it")
+    found: list[tuple[float, int, np.ndarray, np.ndarray]] = []
+    part = getattr(task, split)
+    part = part.shard(processes, rank, contiguous=True) if processes > 1 else part
+    for batch in with_progress(_loader(task, part, batch_size), "evaluating", "batch"):
+        batch = {key: value.to(model.device) for key, value in batch.items()}
+        outputs, labels = model(**batch), batch["labels"]
+        scores = outputs.logits.float()
+        if task.preprocess_logits_for_metrics is not None:
+            scores = task.preprocess_logits_for_metrics(scores, labels)
+        counted = labels[:, 1:] if task.problem == "causal_lm" else labels
+        weight = int((counted != IGNORED).sum())
+        found.append((float(outputs.loss), weight, scores.cpu().numpy(), labels.cpu().numpy()))
+    found = gather_object(found) if processes > 1 else found
+    losses, weights, predictions, references = zip(*found, strict=True)
+    prediction = EvalPrediction(np.concatenate(predictions), np.concatenate(references))
+    return {"loss": float(np.average(losses, weights=weights)), **task.compute_metrics(prediction)}
+
+
+def _check_task(model: Any, task: Task) -> None:
+    for key, slack in {"vocab_size": PADDING, "num_channels": 1}.items():
+        wanted, present = task.model_kwargs.get(key), getattr(model.config.get_text_config(), key, None)
+        if wanted is not None and (present is None or not 0 <= present - wanted < slack):
+            raise ValueError(f"the task {task.name!r} is for models with {key} {wanted}; this one has {present}")
+
+
+def _check_vocabulary(model: Any, tokenizer: Any) -> None:
+    config = model.config.get_text_config()
+    vocabulary = getattr(config, "vocab_size", None)
+    if getattr(config, "num_channels", None) is not None or vocabulary is None:
+        raise ValueError(f"this {type(model).__name__} reads continuous values, not text: give --data a task")
+    if tokenizer is None and vocabulary != 256:
+        raise ValueError(
+            f"the model has no tokenizer (no {' or '.join(TOKENIZER_FILES)} beside it), and its vocabulary of "
+            f"{vocabulary} is not that of bytes, 256. Save the tokenizer with the model, or give --data a task."
+        )
+    if tokenizer is not None and len(tokenizer) > (rows := model.get_input_embeddings().weight.shape[0]):
+        raise ValueError(f"the tokenizer has {len(tokenizer)} tokens, the model embeddings for {rows}")
+
+
+def _loader(task: Task, split: Any, batch_size: int) -> DataLoader:
+    return DataLoader(split, batch_size=batch_size, collate_fn=task.collator or default_data_collator)

@@ -1,0 +1,257 @@
+"""A whole training run from a YAML file: what `scripts/pretrain.py` and the benchmarks call."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+import signal
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from transformers import (
+    AutoConfig,
+    PreTrainedModel,
+    Trainer,
+    TrainerCallback,
+    default_data_collator,
+    set_seed,
+)
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.trainer_utils import get_last_checkpoint
+from transformers.utils import logging
+
+from ..compatibility import CACHE_KEYWORDS
+from ..data import Task, load_task
+from ..models.automatic import switch_on
+from ..models.heads import new_model
+from ..report import describe_environment, keep_card, write_report
+from ..surgery import history, original_sizes, state_sizes
+from ..training import (
+    CompreSSMCallback,
+    DurableCheckpoints,
+    create_optimizer,
+    newest_checkpoint,
+    verify_sealed,
+)
+from ..training.distributed import decided_by_rank_0
+from .run_file import Run, parse_run
+
+__all__ = ["Run", "RunResult", "build_model", "build_trainer", "execute", "parse_run", "summary"]
+
+logger = logging.get_logger(__name__)
+
+CACHES = list(CACHE_KEYWORDS)
+"""Outputs of models that are not predictions; stock state-space models do not say so themselves."""
+
+REPORTED = (
+    "seed",
+    "learning_rate",
+    "weight_decay",
+    "per_device_train_batch_size",
+    "gradient_accumulation_steps",
+    "bf16",
+)
+"""Training arguments that a report and a card name."""
+
+
+@dataclass
+class RunResult:
+    """What a run produced.
+
+    Attributes:
+        task: what it was trained and tested on.
+        model: the trained model.
+        metrics: Trainer's training metrics, and test metrics with the prefix `test_`.
+        sizes_before, sizes_after: state sizes per layer.
+        speed: segments of training between cuts, with their steps per second; see `SpeedSegment`.
+    """
+
+    task: Task
+    model: nn.Module
+    metrics: dict[str, float]
+    sizes_before: list[int]
+    sizes_after: list[int]
+    speed: list[dict[str, Any]]
+
+
+def build_model(run: Run, task: Task) -> PreTrainedModel:
+    """A freshly initialised model for the task, seeded by the run.
+
+    Raises:
+        ValueError: on an unknown architecture or config field.
+    """
+    kind = run.arguments.model_type
+    if kind not in CONFIG_MAPPING:
+        near = difflib.get_close_matches(kind, CONFIG_MAPPING, n=1)
+        raise ValueError(f"unknown model_type {kind!r}{f'; did you mean {near[0]!r}?' if near else ''}")
+    config = AutoConfig.for_model(kind)
+    if unknown := [key for key in run.model if not hasattr(config, key)]:
+        raise ValueError(
+            f"{type(config).__name__} has no field {', '.join(map(repr, unknown))}; it has "
+            f"{', '.join(sorted(key for key in config.to_dict() if not key.startswith('_')))}"
+        )
+    if decided := run.model.keys() & task.model_kwargs:
+        raise ValueError(f"the data decide {', '.join(sorted(decided))}; leave that out of `model`")
+    try:
+        config = AutoConfig.for_model(kind, **task.model_kwargs, **run.model)
+        config.validate()  # now, not at the first save
+        set_seed(run.training.seed)
+        model = new_model(task.problem, config)
+    except Exception as error:  # each architecture has ways of its own to fail on values that it does not check
+        raise ValueError(f"no {kind} can be built with model = {run.model}: {error}") from error
+    if run.compression.fast_ops:
+        switch_on(model)
+    return model
+
+
+def build_trainer(
+    run: Run, task: Task, model: nn.Module, callbacks: Sequence[TrainerCallback] = ()
+) -> tuple[Trainer, CompreSSMCallback | None]:
+    """A plain Trainer for the run, and its compression callback if the run compresses; `callbacks` come after it."""
+    optimizer = None
+    if run.arguments.ssm_learning_rate is not None:
+        optimizer = create_optimizer(model, run.training, run.arguments.ssm_learning_rate)
+    callback = CompreSSMCallback(run.compression) if run.arguments.compress else None
+    trainer = Trainer(
+        model=model,
+        args=run.training,
+        train_dataset=task.train,
+        eval_dataset=task.validation,
+        data_collator=task.collator or default_data_collator,  # never the one that pads by the tokenizer
+        processing_class=task.tokenizer,
+        compute_metrics=task.compute_metrics,
+        preprocess_logits_for_metrics=task.preprocess_logits_for_metrics,
+        callbacks=[*([callback] if callback else []), *callbacks, DurableCheckpoints()],
+        optimizers=(optimizer, None),
+    )
+    return trainer, callback
+
+
+def execute(run: Run, callbacks: Sequence[TrainerCallback] = ()) -> RunResult:
+    """Train, test and save; with further callbacks, if there are any.
+
+    Writes the model, `train_results.json`, `test_results.json`, `run.json`, `compression.json` and, unless told not to,
+    `report.html` and a model card.
+
+    Raises:
+        ValueError: on a checkpoint to resume from whose tensors disagree with its config, and as `build_model` does.
+        SystemExit: with code 143, after SIGTERM has ended training with a checkpoint.
+    """
+    task = load_task(
+        run.arguments.task or "", data_dir=run.arguments.data_dir, seed=run.training.seed, **run.task_options
+    )
+    model = build_model(run, task)
+    trainer, callback = build_trainer(run, task, model, callbacks)
+    if run.arguments.report:
+        keep_card(trainer)
+    parameters = model.num_parameters()
+    checkpoint = _checkpoint_to_resume(run)
+    trained = trainer.train(resume_from_checkpoint=checkpoint, ignore_keys_for_eval=CACHES)
+    durable = next(cb for cb in trainer.callback_handler.callbacks if isinstance(cb, DurableCheckpoints))
+    if durable.stopped_at is not None:
+        logger.warning(f"stopped by SIGTERM at step {durable.stopped_at}; go on with --resume auto")
+        raise SystemExit(128 + signal.SIGTERM)
+    trainer.save_model()
+    trainer.save_state()
+    trainer.save_metrics("train", trained.metrics)
+    tested = trainer.evaluate(task.test, ignore_keys=CACHES, metric_key_prefix="test")
+    trainer.save_metrics("test", tested)
+    result = RunResult(
+        task=task,
+        model=model,
+        metrics=trained.metrics | tested,
+        sizes_before=original_sizes(model),
+        sizes_after=state_sizes(model),
+        speed=[] if callback is None else callback.timer.as_records(),
+    )
+    output = Path(str(run.training.output_dir))
+    if not trainer.is_world_process_zero():
+        return result
+    _write(output / "run.json", _describe(run, task, checkpoint, parameters, model.num_parameters()))
+    if callback is not None:
+        record = {
+            "settings": dataclasses.asdict(run.compression),
+            "sizes_before": result.sizes_before,
+            "sizes_after": result.sizes_after,
+            "history": history(model),
+            "speed": result.speed,
+        }
+        _write(output / "compression.json", record)
+    if run.arguments.report:
+        write_report(output)
+        trainer.create_model_card()
+    return result
+
+
+def _write(path: Path, record: dict[str, Any]) -> None:
+    path.write_text(json.dumps(record, indent=2) + "\n")
+
+
+def _describe(
+    run: Run, task: Task, checkpoint: str | None, parameters_before: int, parameters_after: int
+) -> dict[str, Any]:
+    """What was run on what; see `hub.RunRecord`. No path or name of this machine, which would end up in a card."""
+    training = run.training
+    return {
+        "task": {
+            "name": task.name,
+            "problem": task.problem,
+            "input": "pixels" if "num_channels" in task.model_kwargs else "tokens",
+            "options": {key: value for key, value in run.task_options.items() if not isinstance(value, str)},
+            "hub_dataset": task.hub_dataset,
+        },
+        "model_type": run.arguments.model_type,
+        "resumed": checkpoint is not None,
+        "parameters_before": parameters_before,
+        "parameters_after": parameters_after,
+        "training": {
+            **{key: getattr(training, key) for key in REPORTED},
+            "ssm_learning_rate": run.arguments.ssm_learning_rate,
+            "optimizer": str(getattr(training.optim, "value", training.optim)),
+            "scheduler": str(getattr(training.lr_scheduler_type, "value", training.lr_scheduler_type)),
+        },
+        **describe_environment(training.world_size),
+    }
+
+
+def _checkpoint_to_resume(run: Run) -> str | None:
+    training = run.training
+    if run.arguments.resume is not None and training.resume_from_checkpoint is not None:
+        raise ValueError("give --resume or --resume_from_checkpoint, not both")
+    if run.arguments.resume == "auto":
+        found = decided_by_rank_0(lambda: newest_checkpoint(str(training.output_dir)))
+        logger.warning(f"going on from {found}" if found else "no checkpoint to go on from; starting afresh")
+        return None if found is None else str(found)
+    wanted = run.arguments.resume or training.resume_from_checkpoint
+    if wanted in (None, "", False, "false", "False"):
+        return None
+    if wanted in (True, "true", "True"):
+        wanted = get_last_checkpoint(training.output_dir)
+        if wanted is None:
+            raise ValueError(f"{training.output_dir} holds no checkpoint to resume from")
+    decided_by_rank_0(lambda: verify_sealed(wanted))  # once, not as often as there are ranks
+    return wanted
+
+
+def summary(result: RunResult) -> str:
+    """The table that a run ends with: states per layer before and after, test metrics, and speed."""
+    width = max(len(f"layer {len(result.sizes_before)}"), 5)
+    lines = [f"{'':{width}}  {'states before':>13}  {'after':>6}  {'kept':>6}"]
+    rows = [(f"layer {i}", b, a) for i, (b, a) in enumerate(zip(result.sizes_before, result.sizes_after, strict=True))]
+    rows.append(("total", sum(result.sizes_before), sum(result.sizes_after)))
+    lines += [f"{name:{width}}  {before:>13}  {after:>6}  {after / before:>6.1%}" for name, before, after in rows]
+    for name, value in result.metrics.items():
+        if name.startswith("test_") and not name.endswith(("_runtime", "_per_second", "_preparation_time")):
+            lines.append(f"{name.replace('_', ' ')}: {value:.4f}")
+    if len(result.speed) > 1:
+        first, before, after = (result.speed[i]["steps_per_second"] for i in (0, -2, -1))
+        lines.append(
+            f"steps per second: {first:.1f} at full size, {before:.1f} before the last cut, {after:.1f} after it "
+            f"({after / first:.2f} x full size)"
+        )
+    lines.append(f"training time: {result.metrics['train_runtime']:.1f} s")
+    return "\n".join(lines)

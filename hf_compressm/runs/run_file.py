@@ -1,0 +1,235 @@
+"""A training run from a YAML file and options: what may stand in it, and clear words about what may not."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+import math
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NoReturn
+
+import yaml
+from transformers import HfArgumentParser, TrainingArguments
+
+from ..data import task_names
+from ..training import CompressionConfig
+
+POSITIVE = {
+    *("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps", "num_train_epochs"),
+    *("ssm_learning_rate", "save_total_limit"),
+}
+NOT_NEGATIVE = {"learning_rate", "weight_decay", "warmup_steps", "max_grad_norm", "seed", "dataloader_num_workers"}
+
+
+@dataclass
+class RunArguments:
+    """What to train on what; everything about the training itself is in `TrainingArguments`."""
+
+    task: str | None = field(default=None, metadata={"help": f"One of: {', '.join(task_names())}."})
+    data_dir: str | None = field(
+        default=None, metadata={"help": "Local folder with the task's data, instead of the hub."}
+    )
+    task_options: str | None = field(
+        default=None, metadata={"help": "Options of the task as JSON, or a mapping in the file; see its docstring."}
+    )
+    model_type: str = field(default="mimo_ssm", metadata={"help": "Architecture, as known to AutoConfig."})
+    model: str | None = field(
+        default=None,
+        metadata={"help": "Fields of the model's config as JSON; they override those of the file."},
+    )
+    ssm_learning_rate: float | None = field(
+        default=None,
+        metadata={"help": "Learning rate of state-space parameters, without weight decay. Default: no own group."},
+    )
+    resume: str | None = field(
+        default=None,
+        metadata={
+            "help": "auto: go on from the newest checkpoint in output_dir that verifies, or start afresh if there is "
+            "none. A folder: go on from that checkpoint."
+        },
+    )
+    compress: bool = field(
+        default=True, metadata={"help": "Cut states during training; --no_compress trains at full size."}
+    )
+    report: bool = field(
+        default=True,
+        metadata={"help": "Write report.html and a model card at the end of training; --no_report leaves them out."},
+    )
+
+
+@dataclass
+class Run:
+    """A parsed run: arguments, compression settings, fields of the model's config and options of the task."""
+
+    arguments: RunArguments
+    training: TrainingArguments
+    compression: CompressionConfig
+    model: dict[str, Any]
+    task_options: dict[str, Any]
+
+
+GROUPS: Any = (RunArguments, TrainingArguments, CompressionConfig)
+MAPPINGS = ("model", "task_options")
+
+
+def parse_run(argv: Sequence[str]) -> Run:
+    """Parse `CONFIG.yaml [--option value ...]`; options on the command line override those in the file.
+
+    The file is flat: fields of `RunArguments`, `TrainingArguments` and `CompressionConfig`, and mappings `model` with
+    fields of the model's config and `task_options`.
+
+    Raises:
+        ValueError: on a file that is not a mapping, an unknown key (with the nearest known one), a value of the wrong
+            type or out of its range, a missing task, or a token; the message names the file or the key.
+        OSError: if the file cannot be read.
+        SystemExit: on an option of the command line that argparse refuses.
+    """
+    argv = list(argv)
+    has_file = bool(argv) and not argv[0].startswith("-")
+    return _parse(read_options(Path(argv.pop(0)), GROUPS, MAPPINGS) if has_file else {}, argv)
+
+
+def make_run(content: Mapping[str, Any], source: str) -> Run:
+    """The run that a file with this content describes; `source` is for the messages.
+
+    Raises:
+        ValueError: as `parse_run`.
+    """
+    return _parse(check_options(content, source, GROUPS, MAPPINGS), [])
+
+
+def _parse(from_file: dict[str, Any], argv: list[str]) -> Run:
+    parser = HfArgumentParser(list(GROUPS))
+    mappings = {name: from_file.pop(name, {}) for name in MAPPINGS}
+    parser.set_defaults(**from_file)
+    arguments, training, compression = parser.parse_args_into_dataclasses(args=argv)
+    if arguments.task is None:
+        raise ValueError(f"no task given; set `task` in the file or pass --task, one of: {', '.join(task_names())}")
+    for name in MAPPINGS:
+        mappings[name] = mappings[name] | as_mapping(f"--{name}", getattr(arguments, name))
+    check_arguments(arguments, training)
+    return Run(arguments, training, compression, **mappings)
+
+
+class _FileParser(HfArgumentParser):
+    """Raises on a bad value, where argparse ends the program."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(message)
+
+
+class _StrictLoader(yaml.SafeLoader):
+    """Refuses a key that is given twice, of which YAML takes the last."""
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        keys = Counter(key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode))
+        if twice := [key for key, count in keys.items() if count > 1]:
+            raise yaml.constructor.ConstructorError(None, None, f"{twice[0]!r} is given twice", node.start_mark)
+        return super().construct_mapping(node, deep)
+
+
+def load_yaml(path: Path) -> dict[Any, Any]:
+    """The mapping in a YAML file, in which no key is given twice.
+
+    Raises:
+        ValueError: on a file that is not such a mapping.
+        OSError: if the file cannot be read.
+    """
+    try:
+        content = yaml.load(path.read_bytes(), _StrictLoader)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not a file of options in YAML: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} must hold a mapping of options to values; got {type(content).__name__}")
+    return content
+
+
+def read_options(path: Path, groups: Sequence[Any], mappings: Sequence[str] = ()) -> dict[str, Any]:
+    """The options in a YAML file, of the types that their fields have.
+
+    Args:
+        path: the file.
+        groups: dataclasses whose fields the options are.
+        mappings: fields that the command line takes as JSON objects, and the file as mappings.
+
+    Raises:
+        ValueError: on a file that is not a mapping, an unknown key (with the nearest known one), or a value of the
+            wrong type.
+        OSError: if the file cannot be read.
+    """
+    return check_options(load_yaml(path), str(path), groups, mappings)
+
+
+def check_options(
+    content: Mapping[Any, Any], source: str, groups: Sequence[Any], mappings: Sequence[str] = ()
+) -> dict[str, Any]:
+    """Options of the types that their fields have; as `read_options`, for a mapping that `source` names."""
+    known = {field.name: field for group in groups for field in dataclasses.fields(group) if field.init}
+    for key in content:
+        if key not in known:
+            near = difflib.get_close_matches(str(key), known, n=1)
+            raise ValueError(f"{source}: unknown option {key!r}{f'; did you mean {near[0]!r}?' if near else ''}")
+    parser = _FileParser(list(groups))
+    return {
+        name: as_mapping(f"{source}: {name}", value)
+        if name in mappings
+        else _as_field(parser, source, known[name], value)
+        for name, value in content.items()
+    }
+
+
+def _as_field(parser: _FileParser, source: str, field: dataclasses.Field[Any], value: Any) -> Any:
+    """A value from a file as the command line would read it, so that both take and refuse the same."""
+    name = field.name
+    if value is None:
+        if parser.get_default(name) is None:
+            return None
+        raise ValueError(f"{source}: {name} has no value; give one, or leave the line out")
+    if isinstance(value, list):
+        if "list[str]" in str(field.type) and all(isinstance(item, str) for item in value):
+            return value  # some of these fields take one word on the command line
+        options = [f"--{name}", *map(str, value)]
+    else:
+        options = [f"--{name}={json.dumps(value, default=str) if isinstance(value, dict) else value}"]
+    try:
+        return getattr(parser.parse_args(options), name)
+    except ValueError as error:
+        raise ValueError(f"{source}: {name} cannot be {value!r}: {error}") from error
+
+
+def as_mapping(source: str, value: Any) -> dict[str, Any]:
+    """A mapping, or the JSON object that a string holds; empty for None. `source` is for the ValueError's message."""
+    try:
+        found = json.loads(value) if isinstance(value, str) else value or {}
+    except json.JSONDecodeError as error:
+        raise ValueError(f'{source} takes a JSON object such as {{"name": 1}}; got {value!r}: {error}') from error
+    if not isinstance(found, dict):
+        raise ValueError(f"{source} must map names to values; got {found!r}")
+    return found
+
+
+def check_arguments(*groups: Any) -> None:
+    """Raise ValueError on a token, and on numbers that would fail, or be nonsense, only when training has begun."""
+    if any(getattr(group, "hub_token", None) is not None for group in groups):
+        raise ValueError(
+            "hub_token would be saved and pushed with the training arguments; log in with `hf auth login`, or set "
+            "HF_TOKEN"
+        )
+    for name, value in _numbers(groups):
+        if not math.isfinite(value):
+            raise ValueError(f"{name} must be a finite number; got {value}")
+        if name in POSITIVE and value <= 0:
+            raise ValueError(f"{name} must be greater than 0; got {value}")
+        if name in NOT_NEGATIVE and value < 0:
+            raise ValueError(f"{name} must be at least 0; got {value}")
+
+
+def _numbers(groups: Any) -> Iterator[tuple[str, float]]:
+    for group in groups:
+        for name, value in vars(group).items():
+            if isinstance(value, (int, float)):
+                yield name, value

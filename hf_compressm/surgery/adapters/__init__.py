@@ -1,0 +1,39 @@
+"""One adapter per family of mixers: how to measure its states, and how to make it smaller."""
+
+from . import refusals as _refusals  # noqa: F401
+from .base import (
+    Measurement,
+    MixerAdapter,
+    MixerReduction,
+    MixerSite,
+    ReductionError,
+    Statistics,
+    find_mixers,
+    register_adapter,
+    register_refusal,
+    register_subclass,
+    state_sizes,
+    supported_mixers,
+)
+from .lru import LRUAdapter
+from .mamba import MambaAdapter
+from .mamba2 import CompreSSMMamba2Adapter, StockMamba2Adapter
+
+__all__ = [
+    "CompreSSMMamba2Adapter",
+    "LRUAdapter",
+    "MambaAdapter",
+    "Measurement",
+    "MixerAdapter",
+    "MixerReduction",
+    "MixerSite",
+    "ReductionError",
+    "Statistics",
+    "StockMamba2Adapter",
+    "find_mixers",
+    "register_adapter",
+    "register_refusal",
+    "register_subclass",
+    "state_sizes",
+    "supported_mixers",
+]

@@ -1,0 +1,259 @@
+"""One adapter per mixer class: how to measure its states, and how to make it smaller.
+
+To support a new architecture, subclass `MixerAdapter` for its mixer class and call `register_adapter` with an
+instance. Nothing else in the library needs to know.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Generic, Protocol, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from ...models.fast_ops import mixer_class
+from ...reduction import Selection
+from ..changes import ParameterChange
+from ..peft.tuners import place, with_followers
+
+Mixer = TypeVar("Mixer", bound=nn.Module)
+
+
+class ReductionError(RuntimeError):
+    """A layer could not be measured or reduced: NaN or infinite weights, an unstable pole, a result off its target."""
+
+
+class Measurement(Protocol):
+    """What an adapter learnt about one mixer; opaque to everyone else but for what is named here."""
+
+    def spectrum(self) -> Tensor:
+        """Hankel singular values of all N states, float64 (N,), descending."""
+        ...
+
+    def agreement(self, previous: Any, depth: int) -> float:
+        """How far the ranking of the `depth` leading states is that of an earlier measurement, in [0, 1]."""
+        ...
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Tensors from which the adapter's `load_measurement` makes an equal measurement."""
+        ...
+
+
+class Statistics(Protocol):
+    """What is gathered about one mixer while calibration batches pass through the model.
+
+    Sums over tokens in accumulators of fixed size, so that memory does not grow with the number of batches.
+    """
+
+    tokens: int
+
+    def observe(self, mixer: Any, hidden_states: Tensor, attention_mask: Tensor | None) -> None:
+        """Take in one batch of a mixer's inputs: (B, L, H), and a mask (B, L) with 0 for padding."""
+        ...
+
+    def sum_with(self, all_reduce: Callable[[Tensor], Any]) -> None:
+        """Sum everything over processes, in place, by a function that does so for one tensor."""
+        ...
+
+
+@dataclass(frozen=True)
+class MixerReduction:
+    """A mixer's parameters at a smaller order.
+
+    Attributes:
+        changes: by parameter name within the mixer.
+        bound: H-infinity bound on the change of the mixer's input-output map, or None where no bound is known.
+        residual: estimated share of the read-out's energy that is lost, >= 0, or None where a bound is known instead.
+    """
+
+    changes: dict[str, ParameterChange]
+    bound: float | None = None
+    residual: float | None = None
+
+
+class MixerAdapter(ABC, Generic[Mixer]):
+    """Knows one mixer class. Stateless: one instance serves all mixers of its class.
+
+    Attributes:
+        mixer_class: the class, or its full name "module.Class", so that its module need not be imported.
+        size_field: name of the config's field that holds the state sizes.
+        uniform: True where one number in that field is the state size of all layers, False where it is a list.
+        dynamics: names of parameters that want a learning rate of their own and no weight decay; see
+            `training.create_optimizer`.
+    """
+
+    mixer_class: type[Mixer] | str
+    size_field: str = "state_sizes"
+    uniform: bool = False
+    dynamics: tuple[str, ...] = ()
+
+    @abstractmethod
+    def state_size(self, mixer: Mixer) -> int:
+        """Present number of states N."""
+
+    @abstractmethod
+    def parameter_shapes(self, mixer: Mixer, order: int) -> dict[str, torch.Size]:
+        """Shape of every parameter that a cut replaces, by name within the mixer, for N = order.
+
+        A parameter that exists at some orders only is named at those.
+        """
+
+    @abstractmethod
+    def order_of(self, mixer: Mixer, shapes: Mapping[str, torch.Size]) -> int | None:
+        """The number of states that a checkpoint's shapes, by name within the mixer, speak of; None if none tells."""
+
+    def statistics(self, mixer: Mixer) -> Statistics | None:
+        """An empty accumulator for what must be gathered over calibration batches; None if the weights tell all."""
+        return None
+
+    @abstractmethod
+    def measure(self, mixer: Mixer, statistics: Any = None) -> Measurement:
+        """Hankel singular values and whatever `reduce` needs.
+
+        Args:
+            mixer: the mixer.
+            statistics: what was gathered, where `statistics` asked for it.
+
+        Raises:
+            ReductionError: if the mixer cannot be measured; the message names the quantity that is at fault.
+        """
+
+    @abstractmethod
+    def load_measurement(self, state: Mapping[str, Tensor]) -> Measurement:
+        """A measurement from the tensors of its `state_dict`."""
+
+    @abstractmethod
+    def reduce(
+        self,
+        mixer: Mixer,
+        measurement: Any,
+        order: int,
+        selection: Selection = "largest",
+        generator: torch.Generator | None = None,
+    ) -> MixerReduction:
+        """New parameters at 1 <= order < N, without touching the mixer.
+
+        Raises:
+            ReductionError: if the reduced parameters do not reproduce the reduced system.
+        """
+
+    def refitted(self, mixer: Mixer) -> dict[str, slice]:
+        """Parameters, by name, whose given rows a refit on calibration data may change; none by default."""
+        return {}
+
+    def resized(self, mixer: Mixer, order: int) -> None:
+        """Update the mixer's attributes that hold the state size, if it has any."""
+
+    def write_config(self, config: Any, sizes: Sequence[int]) -> None:
+        """Write the state sizes of all mixers of this class, in model order, to the config that describes them."""
+        setattr(config, self.size_field, sizes[0] if self.uniform else list(sizes))
+
+
+@dataclass(frozen=True)
+class MixerSite:
+    """A compressible mixer's place in a model."""
+
+    name: str
+    mixer: nn.Module
+    adapter: MixerAdapter
+
+    @property
+    def state_size(self) -> int:
+        return self.adapter.state_size(self.mixer)
+
+    def shapes(self, order: int) -> dict[str, torch.Size]:
+        """The adapter's `parameter_shapes`, and the shapes of LoRA's parameters around these that change with them."""
+        return with_followers(self.mixer, self.adapter.parameter_shapes(self.mixer, order))
+
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """The parameters that a cut replaces, LoRA's included, by name within the mixer without PEFT."""
+        places = {name: place(self.mixer, name) for name in self.shapes(self.state_size)}
+        return {name: owner.get_parameter(attribute) for name, (owner, attribute) in places.items()}
+
+
+_ADAPTERS: dict[str, MixerAdapter] = {}
+_REFUSED: dict[str, str] = {}
+
+
+def register_adapter(adapter: MixerAdapter) -> None:
+    """Make mixers of `adapter.mixer_class` compressible. A later adapter for the same class replaces an earlier one."""
+    _ADAPTERS[_full_name(adapter.mixer_class)] = adapter
+
+
+def register_subclass(mixer_class: type[nn.Module]) -> None:
+    """Let the adapter of the nearest supported parent serve a mixer class that uses the parent's parameters as it does.
+
+    Raises:
+        ValueError: if no parent has an adapter.
+    """
+    parent = _served_parent(mixer_class)
+    if parent is None:
+        raise ValueError(
+            f"{_full_name(mixer_class)} is a subclass of none of the supported mixer classes: "
+            f"{', '.join(supported_mixers())}. Write an adapter for it, and pass it to register_adapter."
+        )
+    # The same instance, so that a config with one size per layer gets those of both classes in model order.
+    _ADAPTERS[_full_name(mixer_class)] = _ADAPTERS[parent]
+
+
+def register_refusal(mixer_class: type[nn.Module] | str, reason: str) -> None:
+    """Say why mixers of a class cannot be compressed, for the error that a model without other mixers gets.
+
+    In a model with other mixers they stay as they are.
+    """
+    _REFUSED[_full_name(mixer_class)] = reason
+
+
+def supported_mixers() -> list[str]:
+    """Full names of the mixer classes that have an adapter."""
+    return sorted(_ADAPTERS)
+
+
+def find_mixers(model: nn.Module) -> list[MixerSite]:
+    """All compressible mixers of a model, in the order of `named_modules`.
+
+    Raises:
+        ValueError: if there is none, or one of a class that no adapter serves but for a parent; the message says why,
+            and lists what is supported and how to add to it.
+    """
+    modules = [(name, module, _full_name(mixer_class(module))) for name, module in model.named_modules()]
+    sites = [MixerSite(name, module, _ADAPTERS[cls]) for name, module, cls in modules if cls in _ADAPTERS]
+    _check_subclasses(model)
+    if not sites:
+        reasons = sorted({f" {cls.rpartition('.')[2]}: {_REFUSED[cls]}" for _, _, cls in modules if cls in _REFUSED})
+        raise ValueError(
+            f"{type(model).__name__} has no layer that can be compressed.{''.join(reasons)} Supported mixer classes: "
+            f"{', '.join(supported_mixers())}. For another class, subclass hf_compressm.surgery.MixerAdapter and "
+            "pass an instance to hf_compressm.surgery.register_adapter."
+        )
+    return sites
+
+
+def _check_subclasses(model: nn.Module) -> None:
+    """A mixer that is only nearly a supported one would keep its size while the config speaks of all layers."""
+    for cls in dict.fromkeys(map(mixer_class, model.modules())):
+        parent = _served_parent(cls)
+        if parent is not None and not {*_ADAPTERS, *_REFUSED} & {_full_name(cls)}:
+            raise ValueError(
+                f"{type(model).__name__} has layers of the class {_full_name(cls)}, a subclass of {parent}. An adapter "
+                "serves exactly its class, since a subclass may compute something else. If this one uses its parent's "
+                f"parameters as the parent does, call hf_compressm.surgery.register_subclass({cls.__name__}); if not, "
+                "pass an adapter of its own to register_adapter, or the reason to leave it alone to register_refusal."
+            )
+
+
+def _served_parent(cls: type) -> str | None:
+    """The nearest base class that has an adapter."""
+    return next((name for name in map(_full_name, cls.__mro__[1:]) if name in _ADAPTERS), None)
+
+
+def _full_name(cls: type[nn.Module] | str) -> str:
+    return cls if isinstance(cls, str) else f"{cls.__module__}.{cls.__qualname__}"
+
+
+def state_sizes(model: nn.Module) -> list[int]:
+    """Present number of states of every compressible mixer, in model order, read from the parameters themselves."""
+    return [site.state_size for site in find_mixers(model)]

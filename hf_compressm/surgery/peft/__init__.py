@@ -1,0 +1,1 @@
+"""PEFT's adapters (LoRA, DoRA) around the weights that a cut replaces."""

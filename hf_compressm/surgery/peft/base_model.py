@@ -1,0 +1,85 @@
+"""The model beneath PEFT's adapters: PEFT saves adapters only, but a cut changes what they are around."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from ..adapters.base import find_mixers
+from ..optimizer import unwrap_optimizer
+from ..parameters import outside_inference_mode
+from ..resize import resize_mixers
+from ..snapshot import to_cpu
+from .tuners import is_copy_wrapper, is_tuner
+
+
+def save_base_model(model: nn.Module, folder: str | os.PathLike[str]) -> None:
+    """Save the model beneath the adapters as a plain checkpoint, without them, and note its folder in their configs.
+
+    ```python
+    save_base_model(peft_model, "small")
+    peft_model.save_pretrained("small-lora")  # its adapter_config.json names "small"
+    AutoPeftModelForCausalLM.from_pretrained("small-lora")
+    ```
+
+    A cut changes the base weights, so its adapters fit no other base, not even the original one.
+
+    Args:
+        model: a PeftModel with unmerged adapters.
+        folder: for config and weights; it goes into the adapters' configs as it is given.
+
+    Raises:
+        ValueError: if the model is not a PeftModel, the model beneath is not one of transformers, or adapters are
+            merged into its weights.
+    """
+    wrapped: Any = model
+    if not hasattr(wrapped, "get_base_model"):
+        raise ValueError(f"{type(model).__name__} is not a PeftModel; save it with its own save_pretrained")
+    base = wrapped.get_base_model()
+    if not hasattr(base, "save_pretrained"):
+        raise ValueError(
+            f"the model beneath the adapters is a {type(base).__name__}, which has no save_pretrained: merge the "
+            "adapters (merge_and_unload) and save its state_dict, or save the model within it"
+        )
+    merged = next((name for name, module in base.named_modules() if is_tuner(module) and module.merged), None)
+    if merged is not None:
+        raise ValueError(f"an adapter is merged into {merged}; call unmerge_adapter() before saving the base model")
+    base.save_pretrained(folder, state_dict=_plain_state(base))
+    for config in wrapped.peft_config.values():
+        config.base_model_name_or_path = os.fspath(folder)
+
+
+def mixer_state(model: nn.Module) -> dict[str, Any]:
+    """Sizes of the mixers, and the parameters that cuts replace, on the CPU."""
+    sites = find_mixers(model)
+    return {
+        "sizes": {site.name: site.state_size for site in sites},
+        "parameters": {site.name: to_cpu(site.parameters()) for site in sites},
+    }
+
+
+@outside_inference_mode
+def restore_mixer_state(model: nn.Module, saved: Mapping[str, Any], optimizer: Any = None) -> None:
+    """Give the mixers the sizes and parameters of `mixer_state`; the optimizer, if any, learns of new parameters."""
+    resize_mixers(model, saved["sizes"], None if optimizer is None else unwrap_optimizer(optimizer))
+    for site in find_mixers(model):
+        for name, parameter in site.parameters().items():
+            parameter.data.copy_(saved["parameters"][site.name][name])
+
+
+def _plain_state(base: nn.Module) -> dict[str, Tensor]:
+    """The state dict that the model would have without PEFT."""
+    state = {}
+    dropped: list[str] = []
+    for name, module in base.named_modules():
+        if is_copy_wrapper(module):
+            dropped += [f"{name}.{part}." for part in ("modules_to_save", "token_adapter")]
+        elif is_tuner(module):
+            dropped += [f"{name}.{part}." for part, _ in module.named_children() if part != "base_layer"]
+    for key, value in base.state_dict().items():
+        if not key.startswith(tuple(dropped)):
+            state[key.replace(".base_layer.", ".").replace(".original_module.", ".")] = value
+    return state

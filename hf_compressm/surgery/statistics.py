@@ -1,0 +1,175 @@
+"""Gather statistics of a live model on calibration batches without disturbing its training."""
+
+from __future__ import annotations
+
+import inspect
+import random
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ..models.automatic import by_fast_ops
+from ..progress import with_progress
+from .adapters.base import MixerSite, ReductionError, Statistics, find_mixers
+from .batches import model_inputs
+from .refit import Recording
+
+Batches = Iterable[Mapping[str, Any]]
+
+
+def needs_calibration(model: nn.Module) -> bool:
+    """Whether any mixer of the model can only be measured with calibration batches."""
+    return any(site.adapter.statistics(site.mixer) is not None for site in find_mixers(model))
+
+
+def gather_statistics(
+    model: nn.Module,
+    batches: Batches | None,
+    recordings: dict[str, Recording] | None = None,
+    make: Callable[[MixerSite], Any] = lambda site: site.adapter.statistics(site.mixer),
+    otherwise: Callable[[Any], Any] | None = None,
+    complete: bool = True,
+    fast_ops: bool = True,
+) -> dict[str, Any]:
+    """Pass calibration batches through a model once and let every mixer that asks for it gather statistics.
+
+    The model is in evaluation mode meanwhile (no dropout, no update of running averages) and no gradients are formed;
+    modes, gradients and the random state of Python, NumPy and torch are afterwards as they were. Memory does not grow
+    with the number of batches.
+
+    Args:
+        model: a model with supported mixers, on its device.
+        batches: mappings with what the model's forward takes, for example from a DataLoader; a single mapping counts as
+            one batch. Labels are not used, nor fields that the forward does not name; see `model_inputs`, which keeps
+            packed sequences apart. May be None if no mixer needs statistics.
+        recordings: filled, by mixer name, with inputs and outputs to refit on, if given.
+        make: makes the empty statistics of a mixer, or None where none are needed; by default its adapter does.
+        otherwise: runs the model on a batch that is not what its forward takes, if given.
+        complete: whether there must be as many tokens as states.
+        fast_ops: let stock mixers run by this package's ops meanwhile, where that is exact; see `use_fast_ops`.
+
+    Returns:
+        Statistics by mixer name, for the mixers that need them.
+
+    Raises:
+        ValueError: no batches where they are needed; fewer tokens than a layer has states; a batch that lacks what the
+            model's forward needs.
+        TypeError: a batch that is not a mapping.
+        ReductionError: statistics that are not finite.
+    """
+    sites = find_mixers(model)
+    gathered = {site.name: found for site in sites if (found := make(site)) is not None}
+    if not gathered:
+        return {}
+    if batches is None:
+        raise ValueError(
+            f"{type(model).__name__} has layers whose states can only be ranked on data: pass calibration batches, "
+            "mappings of what its forward takes, such as [{'input_ids': ...}] or a DataLoader"
+        )
+    count = 0
+    batches = with_progress([batches] if isinstance(batches, Mapping) else batches, "calibrating", "batch")
+    with undisturbed(model), by_fast_ops(model, fast_ops), _observing(sites, gathered), _recording(sites, recordings):
+        for batch in batches:
+            _read(model, batch, otherwise)
+            count += 1
+    if complete:
+        _check(sites, gathered, count)
+    return gathered
+
+
+def _read(model: nn.Module, batch: Any, otherwise: Callable[[Any], Any] | None) -> None:
+    try:
+        passes = list(model_inputs(model, batch))
+    except (TypeError, ValueError) as problem:
+        if otherwise is None:
+            raise
+        try:
+            otherwise(batch)
+        except Exception as error:
+            raise problem from error
+        return
+    for inputs in passes:
+        model(**inputs)
+
+
+def _check(sites: list[MixerSite], gathered: Mapping[str, Statistics], count: int) -> None:
+    if count == 0:
+        raise ValueError("the calibration data is empty: it yielded no batch")
+    for site in sites:
+        if site.name in gathered and gathered[site.name].tokens < site.state_size:
+            raise ValueError(
+                f"the calibration data is too short: {gathered[site.name].tokens} real tokens cannot rank the "
+                f"{site.state_size} states of {site.name}. Pass more or longer batches."
+            )
+
+
+@contextmanager
+def _observing(sites: list[MixerSite], gathered: Mapping[str, Statistics]) -> Iterator[None]:
+    def hook(site: MixerSite):
+        def observe(mixer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            try:
+                gathered[site.name].observe(mixer, *_inputs_of(mixer, args, kwargs))
+            except ReductionError as error:
+                raise ReductionError(f"{site.name}: {error}") from error
+
+        return observe
+
+    handles = [
+        site.mixer.register_forward_pre_hook(hook(site), with_kwargs=True) for site in sites if site.name in gathered
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def _recording(sites: list[MixerSite], recordings: dict[str, Recording] | None) -> Iterator[None]:
+    def hook(site: MixerSite, recording: Recording):
+        def record(mixer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
+            hidden_states, mask = _inputs_of(mixer, args, kwargs)
+            recording.add(hidden_states, output, mask)
+
+        return record
+
+    handles = []
+    if recordings is not None:
+        for site in sites:
+            if site.adapter.refitted(site.mixer):
+                recordings[site.name] = Recording()
+                handles.append(site.mixer.register_forward_hook(hook(site, recordings[site.name]), with_kwargs=True))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _inputs_of(mixer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, Tensor | None]:
+    """Hidden states and attention mask that a mixer is called with."""
+    if len(args) > 1:
+        kwargs = inspect.signature(mixer.forward).bind(*args, **kwargs).arguments
+        args = ()
+    return args[0] if args else kwargs["hidden_states"], kwargs.get("attention_mask")
+
+
+@contextmanager
+def undisturbed(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode without gradients; afterwards modes and the random state of Python, NumPy and torch are back."""
+    modes = [(module, module.training) for module in model.modules()]
+    states = random.getstate(), np.random.get_state()
+    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else []
+    with torch.random.fork_rng(devices=devices), torch.no_grad():
+        model.eval()
+        try:
+            yield
+        finally:
+            for module, training in modes:
+                module.training = training
+            random.setstate(states[0])
+            np.random.set_state(states[1])
