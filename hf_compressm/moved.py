@@ -108,7 +108,7 @@ class _OldModules(MetaPathFinder):
         if old == fullname or old not in MODULES:
             return None
         new = " and ".join(f"{PACKAGE}.{name}" for name in MODULES[old])
-        warnings.warn(f"{fullname} is now {new}", DeprecationWarning, stacklevel=_level_of_import())
+        warnings.warn(f"{fullname} is now {new}", DeprecationWarning, stacklevel=2)
         return ModuleSpec(
             fullname, _OldModule(MODULES[old]), is_package=any(name.startswith(f"{old}.") for name in MODULES)
         )
