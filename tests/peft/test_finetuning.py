@@ -9,7 +9,9 @@ import torch
 from selective_models import OWN, STOCK, make
 from transformers import AutoModelForCausalLM, Trainer
 
-from hf_compressm import evaluation, state_sizes
+from hf_compressm import state_sizes
+from hf_compressm.runs.evaluation import execute as execute_evaluation
+from hf_compressm.runs.evaluation import parse_evaluation
 from hf_compressm.runs.finetuning import add_lora, default_targets, execute, parse_finetune
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -49,10 +51,10 @@ def test_a_whole_run(tmp_path, saved, table, kind, more, capsys):
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "healed")
     assert state_sizes(merged) == record["sizes_after"]
     assert not any("lora" in name for name, _ in merged.named_parameters())
-    arguments = evaluation.parse_evaluation(
+    arguments = parse_evaluation(
         [str(tmp_path / "healed"), "--data", "stdlib_bytes", *DATA, "--cpu", "--batch_size", "16"]
     )
-    score = evaluation.execute(arguments)
+    score = execute_evaluation(arguments)
     assert score["metrics"]["loss"] == pytest.approx(record["scores"]["healed"]["loss"], rel=1e-4)
 
 
@@ -61,7 +63,7 @@ def test_the_adapter_and_its_base(tmp_path, saved):
     result = execute(parse_finetune(options(saved(), output, "--no_merge")))
     assert state_sizes(AutoModelForCausalLM.from_pretrained(output / "base")) == result.sizes_after
     argv = [str(output), "--data", "stdlib_bytes", *DATA, "--cpu", "--output", str(tmp_path / "scores.json")]
-    score = evaluation.execute(evaluation.parse_evaluation(argv))
+    score = execute_evaluation(parse_evaluation(argv))
     assert score["metrics"]["loss"] == pytest.approx(result.scores["healed"]["loss"], rel=1e-5)
     assert json.loads((tmp_path / "scores.json").read_text()) == score
 

@@ -16,7 +16,7 @@ from hf_compressm.data import load_task
 from hf_compressm.runs.pretraining import build_model, execute, parse_run, summary
 from hf_compressm.training import write_manifest
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = sorted((ROOT / "configs" / "runs").glob("*.yaml"))
 NARROW = str(ROOT / "configs" / "runs" / "digits_narrow.yaml")
 

@@ -13,7 +13,7 @@ from hf_compressm import MimoSSMConfig, MimoSSMForSequenceClassification
 from hf_compressm.data import load_task
 from hf_compressm.runs.evaluation import execute, parse_evaluation
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 OPTIONS = ["--data", "stdlib_bytes", "--task_options", '{"length": 32, "evaluation_bytes": 1120}', "--cpu"]
 
 

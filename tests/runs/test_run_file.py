@@ -12,7 +12,7 @@ from hf_compressm.data import load_task
 from hf_compressm.runs.pretraining import build_model, build_trainer
 from hf_compressm.runs.run_file import parse_run
 
-GOOD = Path(__file__).resolve().parents[1] / "configs" / "runs" / "digits_narrow.yaml"
+GOOD = Path(__file__).resolve().parents[2] / "configs" / "runs" / "digits_narrow.yaml"
 
 
 def run_file(folder, text: str) -> list[str]:

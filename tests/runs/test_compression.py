@@ -15,11 +15,14 @@ from selective_models import OWN, STOCK, make
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
-from hf_compressm import cli, compression, state_sizes
+from hf_compressm import cli, state_sizes
 from hf_compressm.data.text_files import text_task
 from hf_compressm.models.compressm_mamba import CompreSSMMambaForSequenceClassification
+from hf_compressm.models.saved import load_model, load_tokenizer
+from hf_compressm.runs import compression as runs_compression
+from hf_compressm.runs.data_source import DataSource, evaluate, load_data
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 LINES = [f"value_{index % 7} = function({index}, name={index * index % 11})\n" for index in range(120)]
 WORDS = ["value", "function", "name", "=", "(", ")", ",", "_"] + [str(index) for index in range(130)]
 QUICK = ["--batches", "2", "--batch-size", "2", "--length", "32", "--refit-steps", "2"]
@@ -146,8 +149,8 @@ def test_table_and_record_say_what_was_lost(saved, text, tmp_path, capsys):
 
 def test_held_out_loss_is_that_of_all_counted_tokens(saved, text):
     task = text_task(text, length=32, sequences=70)
-    model = compression.load_model(saved())
-    found = compression.evaluate(model, task, batch_size=4)
+    model = load_model(saved())
+    found = evaluate(model, task, batch_size=4)
     ids = task.test[:]["input_ids"]
     assert len(ids) % 4, "the last batch is to be a smaller one"
     assert found["loss"] == pytest.approx(model(ids, labels=ids).loss.item(), rel=1e-5)
@@ -177,7 +180,7 @@ def test_tokenizer_is_used_and_saved(saved, text, tmp_path, capsys):
     model = saved(vocab_size=len(tokenizer), tokenizer=tokenizer)
     folder, _ = compressed(capsys, tmp_path, model, "--data", text, "--target", "4", *QUICK)
     assert AutoTokenizer.from_pretrained(folder)(LINES[3]).input_ids == tokenizer(LINES[3]).input_ids
-    ids = text_task(text, compression.load_tokenizer(model), length=32, sequences=2).train[0]["input_ids"]
+    ids = text_task(text, load_tokenizer(model), length=32, sequences=2).train[0]["input_ids"]
     assert ids.tolist() == tokenizer("".join(LINES)).input_ids[:32]
 
 
@@ -187,8 +190,8 @@ def test_a_task_that_tokenises_uses_the_tokenizer_of_the_model(saved, tmp_path, 
         (tmp_path / f"{split}.txt").write_text(" = Title = \n" + "".join(LINES))
     tokenizer = word_tokenizer()
     folder = saved(vocab_size=len(tokenizer) + 4, tokenizer=tokenizer)
-    source = compression.DataSource(name="wikitext", data_dir=str(tmp_path), length=32)
-    task = compression.load_data(source, compression.load_model(folder), compression.load_tokenizer(folder))
+    source = DataSource(name="wikitext", data_dir=str(tmp_path), length=32)
+    task = load_data(source, load_model(folder), load_tokenizer(folder))
     expected = tokenizer("<eos> = Title = \n" + "".join(LINES)).input_ids
     assert task.train[0]["input_ids"].tolist() == expected[:32]
 
@@ -320,7 +323,7 @@ def test_overwrite_touches_neither_the_model_nor_what_is_none(tmp_path, capsys):
 
 
 def test_a_quantised_layer_is_refused_before_the_data_is_read(saved, text, tmp_path, capsys, monkeypatch):
-    load = compression.job.load_model
+    load = runs_compression.load_model
 
     def quantised(*arguments):
         model = load(*arguments)
@@ -328,8 +331,8 @@ def test_a_quantised_layer_is_refused_before_the_data_is_read(saved, text, tmp_p
         model.backbone.layers[1].mixer.x_proj.weight = torch.nn.Parameter(weight.to(torch.int8), requires_grad=False)
         return model
 
-    monkeypatch.setattr(compression.job, "load_model", quantised)
-    monkeypatch.setattr(compression.job, "load_data", None)
+    monkeypatch.setattr(runs_compression, "load_model", quantised)
+    monkeypatch.setattr(runs_compression, "load_data", None)
     code, _, error = call(capsys, "compress", saved(), "--data", text, "--target-state-size", 4,
                           "--output", tmp_path / "out", *QUICK)  # fmt: skip
     assert code and "layers.1.mixer.x_proj.weight is a quantised weight (torch.int8)" in " ".join(error.split())
