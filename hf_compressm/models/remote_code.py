@@ -19,9 +19,9 @@ AUTO_CLASSES = (AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassificat
 _OPS = {"causal_conv": "causal_conv", "selective_scan": "selective_scan", "ssd_scan": "ssd_scan"}
 _OPS |= {"diag_system": "diag_scan"}
 _STAND_INS: dict[Reference, Reference] = {
-    (f"{PACKAGE}.ops.{module}", name): (f"{PACKAGE}.models.stand_ins", name) for name, module in _OPS.items()
+    (f"{PACKAGE}.ops.{module}", name): (f"{PACKAGE}.models.torch_ops", name) for name, module in _OPS.items()
 }
-_STAND_INS[(__name__, "CarriesCode")] = (f"{PACKAGE}.models.stand_ins", "CarriesCode")
+_STAND_INS[(__name__, "CarriesCode")] = (f"{PACKAGE}.models.torch_ops", "CarriesCode")
 
 _TITLE = """{what}
 
