@@ -1,59 +1,23 @@
 """State-space models that shrink while they train, with the Hugging Face Trainer."""
 
-from . import compatibility as compatibility  # stops at once where the installed transformers does not fit
+import sys
+from pathlib import Path
+from typing import Any
+
 from . import moved as _moved
-from .models import (
-    CompreSSMMamba2Config,
-    CompreSSMMamba2ForCausalLM,
-    CompreSSMMamba2ForSequenceClassification,
-    CompreSSMMamba2Model,
-    CompreSSMMambaConfig,
-    CompreSSMMambaForCausalLM,
-    CompreSSMMambaForSequenceClassification,
-    CompreSSMMambaModel,
-    MimoSSMConfig,
-    MimoSSMForCausalLM,
-    MimoSSMForSequenceClassification,
-    MimoSSMForSequencePairClassification,
-    MimoSSMModel,
-    from_stock,
-    to_stock,
-    use_fast_ops,
-)
-from .reduction import SizeConstraints
-from .surgery import Energy, Fraction, MixerAdapter, Target, compress, register_adapter, save_base_model, state_sizes
-from .training import CompressionConfig, CompreSSMCallback
 
 __version__ = "0.1.0"
 
 _moved.install()
 
-__all__ = [
-    "CompreSSMCallback",
-    "CompreSSMMamba2Config",
-    "CompreSSMMamba2ForCausalLM",
-    "CompreSSMMamba2ForSequenceClassification",
-    "CompreSSMMamba2Model",
-    "CompreSSMMambaConfig",
-    "CompreSSMMambaForCausalLM",
-    "CompreSSMMambaForSequenceClassification",
-    "CompreSSMMambaModel",
-    "CompressionConfig",
-    "Energy",
-    "Fraction",
-    "MimoSSMConfig",
-    "MimoSSMForCausalLM",
-    "MimoSSMForSequenceClassification",
-    "MimoSSMForSequencePairClassification",
-    "MimoSSMModel",
-    "MixerAdapter",
-    "SizeConstraints",
-    "Target",
-    "compress",
-    "from_stock",
-    "register_adapter",
-    "save_base_model",
-    "state_sizes",
-    "to_stock",
-    "use_fast_ops",
-]
+if Path((getattr(sys, "argv", None) or [""])[0]).stem == "hf-compressm":
+    # The command shows its help without loading torch and transformers; what it runs imports what it needs.
+    def __getattr__(name: str) -> Any:
+        from . import api
+
+        if name not in api.__all__:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        return getattr(api, name)
+else:
+    from .api import *  # noqa: F403
+    from .api import __all__ as __all__

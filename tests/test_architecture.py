@@ -1,6 +1,7 @@
 """The layout: import arrows point one way, scripts stay thin, nothing names a machine."""
 
 import ast
+import re
 from pathlib import Path
 
 import pytest
@@ -24,6 +25,7 @@ ALLOWED = {
     "runs": {"data", "models", "reduction", "report", "surgery", "training"},
     "baselines": {"layers", "surgery", "reduction", "training"},
     "reproduction": {"baselines", "data", "models", "reduction", "report", "runs", "surgery", "training"},
+    "api": {"models", "reduction", "surgery", "training"},
     "cli": {"hub", "reduction", "report", "runs", "surgery"},
 }
 EVERYWHERE = {"compatibility", "files", "moved", "progress"}
@@ -70,6 +72,11 @@ def test_import_arrows_point_one_way(part):
 def test_every_part_of_the_package_has_a_rule():
     parts = {path.stem for path in PACKAGE.iterdir() if path.suffix == ".py" or (path / "__init__.py").exists()}
     assert parts - {"__init__"} == set(ALLOWED)
+
+
+def test_the_table_of_contributing_is_the_one_that_is_tested():
+    rows = re.findall(r"^\| `([a-z_]+)(?:\.py|/)` \| [^|]* \| ([^|]*)\|$", (ROOT / "CONTRIBUTING.md").read_text(), re.M)
+    assert {part: set(re.findall(r"`(\w+)`", used)) for part, used in rows} == ALLOWED
 
 
 def test_scripts_are_thin():
