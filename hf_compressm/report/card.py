@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import jinja2
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from transformers import Trainer
 
@@ -16,6 +15,7 @@ from .record import RunRecord, read_run
 from .spectra import spectra_overview
 from .svg import number, stack
 from .tables import cuts_table
+from .text_tables import markdown_table
 
 CARD_NAME = "README.md"
 PLOT_NAME = "singular_values.svg"
@@ -119,12 +119,12 @@ def render_card(
             own=kind in OWN_TYPES,
             stock=kind in STOCK_FORM and _head(run) == HEADS["causal_lm"].__name__,
             plot=plot,
-            layers=list(zip(run.layers(), before, after, strict=True)),
+            sizes=_sizes_table(run) if run.layers() else None,
             before=before,
             after=after,
             results=[(key.replace("_", " "), value, reference.get(key)) for key, value in _results(run)],
             full=full,
-            cuts=cuts_table(run) if run.cuts else None,
+            cuts=_cuts_text(run) if run.cuts else None,
             bounded=bool(bounded),
             hardware=hardware_line(facts["hardware"]) if "hardware" in facts else None,
             number=number,
@@ -136,11 +136,14 @@ def render_card(
     return ModelCard.from_template(_card_data(run, name, base_model), template_str=literal)
 
 
-def card_template() -> str:
-    """The text of the template."""
-    source: Any = templates().loader
-    assert isinstance(source, jinja2.BaseLoader)
-    return source.get_source(templates(), "model_card.md.jinja")[0]
+def _sizes_table(run: RunRecord) -> str:
+    rows = [(f"`{layer.name}`", layer.sizes[0][1], layer.sizes[-1][1]) for layer in run.layers()]
+    return markdown_table(["layer", "before", "after"], rows)
+
+
+def _cuts_text(run: RunRecord) -> str:
+    table = cuts_table(run)
+    return markdown_table(table.columns, table.rows)
 
 
 def _card_data(run: RunRecord, name: str, base_model: str | None) -> ModelCardData:

@@ -1,4 +1,4 @@
-"""What a run ran on, for its card and report: versions and hardware, without the machine's names or paths."""
+"""Describe the hardware and the versions that a run used, without the machine's name or paths."""
 
 from __future__ import annotations
 
@@ -10,15 +10,16 @@ from typing import Any
 
 import torch
 
-PACKAGES = ("hf-compressm", "torch", "transformers", "accelerate", "datasets", "triton", "mamba-ssm")
+PACKAGES = ("hf-compressm", "torch", "transformers", "accelerate", "datasets", "numpy", "numba", "triton", "mamba-ssm")
+"""Packages whose versions are recorded where they are installed."""
 
 
 def describe_environment(processes: int = 1, threads: int | None = None) -> dict[str, Any]:
-    """JSON-ready: `versions` (name -> version, Python and the installed ones of `PACKAGES`) and `hardware`.
+    """Return `versions` (name -> version, of Python and of the installed `PACKAGES`) and `hardware`, ready for JSON.
 
     Args:
-        processes: number of training processes.
-        threads: of torch in each; None asks torch.
+        processes: number of training processes, >= 1.
+        threads: torch threads of each process, >= 1. Default: what torch says here.
     """
     versions = {"python": platform.python_version()}
     for name in PACKAGES:
@@ -27,16 +28,14 @@ def describe_environment(processes: int = 1, threads: int | None = None) -> dict
         except metadata.PackageNotFoundError:
             continue
     hardware: dict[str, Any] = {"processes": processes, "machine": platform.machine()}
+    hardware |= {"cpu": _cpu_name(), "cpu_cores": os.cpu_count(), "threads": threads or torch.get_num_threads()}
     if torch.cuda.is_available():
-        names = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
-        hardware["gpus"] = names
-    else:
-        hardware |= {"cpu": _cpu_name(), "cpu_cores": os.cpu_count(), "threads": threads or torch.get_num_threads()}
+        hardware["gpus"] = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
     return {"versions": versions, "hardware": {key: value for key, value in hardware.items() if value}}
 
 
 def hardware_line(hardware: dict[str, Any]) -> str:
-    """One line of text, for example "2 processes on 2 x NVIDIA H100"."""
+    """Return the hardware as one line of text, for example "2 processes on 2 x NVIDIA H100"."""
     processes = hardware.get("processes", 1)
     if gpus := hardware.get("gpus"):
         kinds = [f"{gpus.count(name)} x {name}" for name in dict.fromkeys(gpus)]
@@ -46,6 +45,12 @@ def hardware_line(hardware: dict[str, Any]) -> str:
         place += f", {hardware['cpu_cores']} cores" if "cpu_cores" in hardware else ""
         place += f", {_count(hardware['threads'], 'torch thread')}" if "threads" in hardware else ""
     return f"{_count(processes, 'process')} on {place}"
+
+
+def environment_line(environment: dict[str, Any]) -> str:
+    """Return what `describe_environment` returned as one line of text."""
+    versions = ", ".join(f"{name} {version}" for name, version in environment["versions"].items())
+    return f"{hardware_line(environment['hardware'])}; {versions}"
 
 
 def _count(number: int, word: str) -> str:

@@ -24,6 +24,7 @@ from ..surgery import compress, state_sizes
 from ..surgery.refit import STEPS
 from ..training.calibration import Batches, calibration_batches
 from ..training.run_state import PerRun
+from ..training.timing import StepTimer
 from .ranking_stability import RankRecorder
 from .suite import Job, make_job_run
 
@@ -38,27 +39,28 @@ class StepClock(TrainerCallback):
     """Times every optimizer step, without data loading, evaluation and saving.
 
     Attributes:
-        seconds: of every step of the training that began last.
+        timer: of the training that began last.
     """
 
     def __init__(self) -> None:
-        self.seconds: list[float] = []
-        self._runs: PerRun[list[float]] = PerRun()
+        self.timer = StepTimer()
+        self._runs: PerRun[StepTimer] = PerRun()
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.seconds = self._runs.begin(state, [])
+        self.timer = self._runs.begin(state, StepTimer())
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if (seconds := self._runs.of(state)) is not None:
-            seconds.append(-time.perf_counter())
+        if (timer := self._runs.of(state)) is not None:
+            timer.begin_step()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if seconds := self._runs.of(state):
-            seconds[-1] += time.perf_counter()
+        if (timer := self._runs.of(state)) is not None:
+            timer.end_step()
 
-    def steps_per_second(self) -> float:
-        """1 / median time of a step in the second half of training."""
-        return 1 / median(self.seconds[len(self.seconds) // 2 :])
+    def steps_per_second(self) -> float | None:
+        """Return 1 / median time of a step in the second half of training; None if no step was timed."""
+        durations = self.timer.durations
+        return 1 / median(durations[len(durations) // 2 :]) if durations else None
 
 
 def run_job(job: Job, folder: Path, needed: Needed) -> dict[str, Any]:
@@ -107,8 +109,8 @@ def _train(
     ]
     record = {"seconds": result.metrics["train_runtime"], "cuts": cuts, "sizes": state_sizes(result.model)}
     record["resumed"] = json.loads((folder / "run.json").read_text())["resumed"]
-    if clock.seconds:
-        record["steps_per_second"] = clock.steps_per_second()
+    if (speed := clock.steps_per_second()) is not None:
+        record["steps_per_second"] = speed
     return result, record | _scores(result.task, result.metrics)
 
 

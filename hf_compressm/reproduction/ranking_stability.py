@@ -5,13 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from statistics import fmean, stdev
 from typing import Any
 
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ..reduction import energy_orders
+from ..report.text_tables import markdown_table, mean_and_deviation
 from ..surgery import find_mixers, measure_mixers, needs_calibration, state_sizes
 from ..training.calibration import Batches, calibration_batches
 from ..training.distributed import gather_together, processes
@@ -194,7 +194,7 @@ def stability_table(records: Sequence[Mapping[str, Any]]) -> str:
     kept = list(records[0]["mean"]["kept"])
     parts = [part for name in kept for part in (f"overlap, {name}", f"top-r stability, {name}", f"held, {name}")]
     columns = ["share of training", "Spearman", *parts, "move / bound", "cannot cross"]
-    lines = [_row(columns), _row(["---"] * len(columns))]
+    rows = []
     for share in sorted({record["share"] for record in records}):
         means = [record["mean"] for record in records if record["share"] == share]
         cells = [f"{share:g}", _cell([m["spearman"] for m in means])]
@@ -203,21 +203,15 @@ def stability_table(records: Sequence[Mapping[str, Any]]) -> str:
             cells += [_cell([v["overlap"] for v in at]) + _by_chance([v["chance"] for v in at])]
             cells += [_cell([v["stability"] for v in at])]
             cells += [_cell([v["held"] for v in at]) + _by_chance([v["held_by_chance"] for v in at])]
-        lines.append(_row([*cells, *(_cell([m[key] for m in means]) for key in ("move_over_bound", "clear_gaps"))]))
-    return "\n".join(lines)
+        rows.append([*cells, *(_cell([m[key] for m in means]) for key in ("move_over_bound", "clear_gaps"))])
+    return markdown_table(columns, rows)
 
 
 def _cell(values: Sequence[float | None]) -> str:
     known = [value for value in values if value is not None]
-    if not known:
-        return "-"
-    return f"{fmean(known):.2f} ± {stdev(known):.2f}" if len(known) > 1 else f"{known[0]:.2f}"
+    return mean_and_deviation(known, 2) if known else "-"
 
 
 def _by_chance(values: Sequence[float | None]) -> str:
     found = mean(values)
     return "" if found is None else f" ({found:.2f})"
-
-
-def _row(cells: Sequence[str]) -> str:
-    return f"| {' | '.join(cells)} |"

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from statistics import fmean, stdev
+from collections.abc import Sequence
+from statistics import fmean
 from typing import Any
 
-from ..report.environment import hardware_line
+from ..report.environment import environment_line
+from ..report.text_tables import markdown_table, mean_and_deviation
 from .ranking_stability import stability_table
 from .suite import Suite, TaskSuite
 
@@ -59,23 +60,18 @@ def _task_table(task: TaskSuite, records: Records) -> str:
     if not found:
         return "No run is finished yet."
     metric = next(iter(found.values()))[0]["metric"]
-    lines = [
-        f"| | test {metric.replace('_', ' ')} | test loss | states per layer | training time, s | / full: training "
-        "| in all | seeds |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
+    columns = ["", f"test {metric.replace('_', ' ')}", "test loss", "states per layer", "training time, s"]
+    cells = []
     for name, rows in found.items():
         times = [fastest(rows), *(relative_time(rows, records, key) for key in ("seconds", "seconds_needed"))]
-        cells = [
-            name,
-            spread([scaled(row) for row in rows], _digits(metric)),
-            spread([row["loss"] for row in rows], 4),
+        shown = ["" if t is None else f"{t:.{digits}f}" for t, digits in zip(times, (1, 2, 2), strict=True)]
+        scores = [
+            mean_and_deviation([scaled(row) for row in rows], _digits(metric)),
+            mean_and_deviation([row["loss"] for row in rows], 4),
             f"{fmean(fmean(row['sizes']) for row in rows):.1f}",
-            *("" if value is None else f"{value:.{digits}f}" for value, digits in zip(times, (1, 2, 2), strict=True)),
-            str(len(rows)),
         ]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+        cells.append([name, *scores, *shown, len(rows)])
+    return markdown_table([*columns, "/ full: training", "in all", "seeds"], cells)
 
 
 def scaled(record: dict[str, Any]) -> float:
@@ -87,34 +83,20 @@ def _digits(metric: str) -> int:
     return 2 if metric == "accuracy" else 4
 
 
-def spread(values: Iterable[float], digits: int) -> str:
-    """mean ± standard deviation; the mean alone where there is one value."""
-    values = list(values)
-    mean = f"{fmean(values):.{digits}f}"
-    return mean if len(values) < 2 else f"{mean} ± {stdev(values):.{digits}f}"
-
-
 def _ablation(task: TaskSuite, records: Records) -> str:
     """The training loss right before the first cut and right after the last, and the test loss at the end."""
     found = {name: [row for row in rows if row["cuts"]] for name, rows in by_method(task, records).items()}
     found = {name: rows for name, rows in found.items() if rows}
     if not found:
         return ""
-    lines = [
-        "Loss on training batches around the cuts:",
-        "",
-        "| | cuts | before the first | sum of rises at cuts | after the last | test loss at the end |",
-        "|---|---|---|---|---|---|",
-    ]
+    cells = []
     for name, rows in found.items():
+        before, after = ([row["cuts"][at][key] for row in rows] for at, key in ((0, "loss_before"), (-1, "loss_after")))
         rises = [sum(cut["loss_after"] - cut["loss_before"] for cut in row["cuts"]) for row in rows]
-        lines.append(
-            f"| {name} | {fmean(len(row['cuts']) for row in rows):.1f} | "
-            f"{spread([row['cuts'][0]['loss_before'] for row in rows], 3)} | {spread(rises, 3)} | "
-            f"{spread([row['cuts'][-1]['loss_after'] for row in rows], 3)} | "
-            f"{spread([row['loss'] for row in rows], 3)} |"
-        )
-    return "\n".join(lines)
+        losses = [mean_and_deviation(values, 3) for values in (before, rises, after, [row["loss"] for row in rows])]
+        cells.append([name, f"{fmean(len(row['cuts']) for row in rows):.1f}", *losses])
+    columns = ["", "cuts", "before the first", "sum of rises at cuts", "after the last", "test loss at the end"]
+    return f"Loss on training batches around the cuts:\n\n{markdown_table(columns, cells)}"
 
 
 def _stability(records: Records) -> str:
@@ -124,9 +106,5 @@ def _stability(records: Records) -> str:
 
 def environment_lines(records: Records) -> str:
     """Hardware and versions of the runs, each combination once."""
-    lines = []
-    for record in records:
-        environment = record["environment"]
-        versions = ", ".join(f"{name} {version}" for name, version in environment["versions"].items())
-        lines.append(f"{hardware_line(environment['hardware'])}; {versions}.")
-    return "Measured on: " + " ".join(dict.fromkeys(lines)) if lines else ""
+    lines = dict.fromkeys(f"{environment_line(record['environment'])}." for record in records)
+    return f"Measured on: {' '.join(lines)}" if lines else ""

@@ -15,6 +15,7 @@ from ..models import CompreSSMMambaForCausalLM, to_stock
 from ..models.automatic import by_fast_ops
 from ..models.saved import load_model, load_tokenizer
 from ..reduction import SizeConstraints
+from ..report.text_tables import aligned_table
 from ..surgery import Policy, Target, check_parameters, compress, history, state_sizes, with_ties
 from ..surgery.policies import describe_policy
 from ..surgery.refit import STEPS
@@ -127,15 +128,13 @@ def run(job: CompressionJob) -> CompressionResult:
 def summary(result: CompressionResult) -> str:
     """The table that a job ends with: per layer the states before and after and what was lost, and the losses."""
     layers = result.record["layers"]
-    width = max(len(layer["name"]) for layer in layers)
-    lines = [f"{'layer':{width}}  {'states before':>13}  {'after':>6}  lost"]
+    rows = []
     for layer in layers:
         lost = [f"{kind} {layer[kind]:.4g}" for kind in ("residual", "bound") if layer[kind] is not None]
-        lines.append(
-            f"{layer['name']:{width}}  {layer['old_size']:>13}  {layer['new_size']:>6}  {', '.join(lost) or '-'}"
-        )
+        rows.append([layer["name"], layer["old_size"], layer["new_size"], ", ".join(lost) or "-"])
     before, after = (sum(layer[size] for layer in layers) for size in ("old_size", "new_size"))
-    lines.append(f"{'total':{width}}  {before:>13}  {after:>6}  {after / before:.1%} kept")
+    rows.append(["total", before, after, f"{after / before:.1%} kept"])
+    lines = [aligned_table(["layer", "states before", "after", "lost"], rows)]
     if result.positions:
         lines.append(f"calibrated on {result.positions} positions")
     for name, value in result.before.items():

@@ -17,6 +17,7 @@ from ..models.automatic import switch_on
 from ..models.fast_ops import has_stock_mixers
 from ..models.saved import load_model, load_tokenizer
 from ..reduction import SizeConstraints
+from ..report.text_tables import aligned_table
 from ..surgery import (
     Energy,
     Fraction,
@@ -280,9 +281,9 @@ def summary(result: FinetuneResult) -> str:
     """The table that a run ends with: sizes, and every score before the cut, after it, and healed."""
     moments = list(result.scores)
     lines = [f"states per layer: {result.sizes_before} -> {result.sizes_after}"]
-    lines.append(f"{'test':20}" + "".join(f"{moment:>12}" for moment in moments))
-    for name in result.scores["before"]:
-        lines.append(f"{name:20}" + "".join(f"{result.scores[moment][name]:12.4f}" for moment in moments))
+    names = result.scores["before"]
+    rows = [[name, *(f"{result.scores[moment][name]:.4f}" for moment in moments)] for name in names]
+    lines.append(aligned_table(["test", *moments], rows))
     lines.append(f"trained parameters: {result.trainable}, in {result.metrics['train_runtime']:.1f} s")
     return "\n".join(lines)
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from ..models.saved import load_model, load_tokenizer
 from ..reduction import energy_orders, numerical_rank
+from ..report.text_tables import aligned_table
 from ..surgery import measure_model
 from .data_source import DataSource, calibration, load_data
 
@@ -49,14 +50,13 @@ class Inspection:
         return {f"tau {value:g}": [layer.kept[f"{value:g}"] for layer in self.layers] for value in self.tau}
 
     def table(self) -> str:
-        """One line per layer, and if there are several one for their sum."""
+        """Return a table for a terminal with one line per layer."""
         kept = self.kept()
-        width = max(28, *(len(layer.name) + 1 for layer in self.layers))
-        lines = [f"{'layer':{width}}{'states':>8}{'rank':>8}{'largest':>12}" + "".join(f"{name:>11}" for name in kept)]
-        for index, layer in enumerate(self.layers):
-            row = f"{layer.name:{width}}{layer.states:8d}{layer.rank:8d}{layer.singular_values[0]:12.4g}"
-            lines.append(row + "".join(f"{orders[index]:11d}" for orders in kept.values()))
-        return "\n".join(lines)
+        rows = [
+            [layer.name, layer.states, layer.rank, f"{layer.singular_values[0]:.4g}", *orders]
+            for layer, *orders in zip(self.layers, *kept.values(), strict=True)
+        ]
+        return aligned_table(["layer", "states", "rank", "largest", *kept], rows)
 
 
 def inspect_model(

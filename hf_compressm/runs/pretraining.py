@@ -29,6 +29,7 @@ from ..data import Task, load_task
 from ..models.automatic import switch_on
 from ..models.heads import new_model
 from ..report import describe_environment, keep_card, write_report
+from ..report.text_tables import aligned_table
 from ..surgery import history, original_sizes, state_sizes
 from ..training import (
     CompreSSMCallback,
@@ -239,11 +240,10 @@ def _checkpoint_to_resume(run: Run) -> str | None:
 
 def summary(result: RunResult) -> str:
     """The table that a run ends with: states per layer before and after, test metrics, and speed."""
-    width = max(len(f"layer {len(result.sizes_before)}"), 5)
-    lines = [f"{'':{width}}  {'states before':>13}  {'after':>6}  {'kept':>6}"]
     rows = [(f"layer {i}", b, a) for i, (b, a) in enumerate(zip(result.sizes_before, result.sizes_after, strict=True))]
     rows.append(("total", sum(result.sizes_before), sum(result.sizes_after)))
-    lines += [f"{name:{width}}  {before:>13}  {after:>6}  {after / before:>6.1%}" for name, before, after in rows]
+    cells = [[name, before, after, f"{after / before:.1%}"] for name, before, after in rows]
+    lines = [aligned_table(["", "states before", "after", "kept"], cells)]
     for name, value in result.metrics.items():
         if name.startswith("test_") and not name.endswith(("_runtime", "_per_second", "_preparation_time")):
             lines.append(f"{name.replace('_', ' ')}: {value:.4f}")

@@ -44,10 +44,15 @@ class Stopwatch:
 
 @dataclass
 class StepTimer:
-    """Times optimizer steps, split into segments at every change of size."""
+    """Times optimizer steps, split into segments at every change of size.
+
+    Attributes:
+        segments: finished segments, oldest first.
+        durations: seconds of each step of the running segment.
+    """
 
     segments: list[SpeedSegment] = field(default_factory=list)
-    _durations: list[float] = field(default_factory=list)
+    durations: list[float] = field(default_factory=list)
     _first_step: int = 0
     _began: float | None = None
 
@@ -58,16 +63,16 @@ class StepTimer:
     def end_step(self) -> None:
         """Call right after the optimizer step."""
         if self._began is not None:
-            self._durations.append(time.perf_counter() - self._began)
+            self.durations.append(time.perf_counter() - self._began)
             self._began = None
 
     def close_segment(self, step: int, mean_state_size: float) -> None:
         """End the running segment, of the given size, at the given step. The first step of each is warm-up."""
-        durations = self._durations[1:] if len(self._durations) > 1 else self._durations
-        if durations:
-            speed = 1 / median(durations)
-            self.segments.append(SpeedSegment(self._first_step, mean_state_size, len(self._durations), speed))
-        self._durations, self._first_step, self._began = [], step, None
+        timed = self.durations[1:] if len(self.durations) > 1 else self.durations
+        if timed:
+            speed = 1 / median(timed)
+            self.segments.append(SpeedSegment(self._first_step, mean_state_size, len(self.durations), speed))
+        self.durations, self._first_step, self._began = [], step, None
 
     def as_records(self) -> list[dict[str, Any]]:
         """JSON-ready segments, oldest first."""

@@ -1,12 +1,10 @@
-"""What the benchmark scripts share: the machine's description, measuring in turns, curves over state sizes, files."""
+"""Functions that the benchmark scripts share: the machine's description, timing in turns, fitted curves, options."""
 
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
 import importlib.util
 import json
-import platform
 import random
 import statistics
 import time
@@ -19,31 +17,24 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from hf_compressm.report import describe_environment
+
 Key = TypeVar("Key", bound=Hashable)
-PACKAGES = ("torch", "numba", "numpy", "triton", "transformers", "mamba-ssm")
 FLUSH_BYTES = 1 << 28
 """Written between two measurements on a GPU: more than the second-level cache of any."""
 
 
-def processor() -> str:
-    """Name of the CPU."""
-    try:
-        with open("/proc/cpuinfo") as file:
-            return next(line.split(":", 1)[1].strip() for line in file if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
-
-
 def machine(device: str = "cpu") -> dict[str, Any]:
-    """Hardware, threads and versions, for the terminal and for JSON."""
-    found: dict[str, Any] = {"processor": processor(), "threads": torch.get_num_threads()}
-    if device == "cuda":
-        found |= {"gpu": torch.cuda.get_device_name(), "cuda": torch.version.cuda}
-    found["python"] = platform.python_version()
-    for name in PACKAGES:
-        if importlib.util.find_spec(name.replace("-", "_")):
-            found[name] = importlib.metadata.version(name)
-    return found
+    """Return hardware, threads and versions, all in one mapping."""
+    described = describe_environment()
+    hardware = described["hardware"]
+    found = {"processor": hardware.get("cpu", hardware["machine"]), "threads": hardware["threads"]}
+    return found | ({"gpu": hardware["gpus"][0]} if device == "cuda" else {}) | described["versions"]
+
+
+def machine_line(device: str = "cpu") -> str:
+    """Return what `machine` does as one line of text."""
+    return ", ".join(f"{name} {value}" for name, value in machine(device).items())
 
 
 class Clock:

@@ -25,6 +25,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from hf_compressm.report.text_tables import markdown_table
+
 HERE = Path(__file__).resolve().parent
 OWN = HERE.parents[1] / "tests/models"
 OWN_LIST = ("test_generation.py", "test_pipelines.py")
@@ -124,11 +126,11 @@ def table(outcomes: dict[tuple[str, str], str]) -> str:
     counts: dict[str, Counter] = defaultdict(Counter)
     for (case, _), outcome in outcomes.items():
         counts[case][outcome] += 1
-    rows = ["| case | passed | does not apply | failed |", "|---|---|---|---|"]
     kinds = ("passed", "skipped", "failed")
-    rows += [f"| {case} | " + " | ".join(str(counts[case][kind]) for kind in kinds) + " |" for case in sorted(counts)]
+    rows = [[case, *(counts[case][kind] for kind in kinds)] for case in sorted(counts)]
     total = Counter(outcomes.values())
-    return "\n".join([*rows, "| **all** | " + " | ".join(str(total[kind]) for kind in kinds) + " |"])
+    rows.append(["**all**", *(total[kind] for kind in kinds)])
+    return markdown_table(["case", "passed", "does not apply", "failed"], rows)
 
 
 def verdict(outcomes: dict[tuple[str, str], str], messages: dict[tuple[str, str], str]) -> tuple[list[str], bool]:

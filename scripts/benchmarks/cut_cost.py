@@ -13,15 +13,16 @@ the config.
 import argparse
 import json
 import os
-import platform
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
 from statistics import median
 
-import torch
+from common import machine
 from tqdm.auto import tqdm
+
+from hf_compressm.report.text_tables import markdown_table
 
 ROOT = Path(__file__).resolve().parents[2]
 PARTS = ("statistics", "decision", "broadcast", "surgery", "rebuild", "verification", "loss")
@@ -84,21 +85,20 @@ def main() -> None:
     for processes in tqdm(arguments.processes):
         results[processes] = costs(*train(arguments.config, processes, arguments.cuts, arguments.spacing, options))
     columns = [f"{processes} process{'es' if processes > 1 else ''}" for processes in results]
-    print(f"| in training steps | {' | '.join(columns)} |")
-    print(f"|---{'|---' * len(columns)}|")
-    for part in [*PARTS, "all"]:
-        row = [f"{found['seconds'][part] / found['step']:.2f}" for found in results.values()]
-        print(f"| {part} | {' | '.join(row)} |")
-    milliseconds = [f"{found['step'] * 1000:.0f}" for found in results.values()]
-    print(f"| one step, ms | {' | '.join(milliseconds)} |")
+    rows = [
+        [part, *(f"{found['seconds'][part] / found['step']:.2f}" for found in results.values())]
+        for part in [*PARTS, "all"]
+    ]
+    rows.append(["one step, ms", *(f"{found['step'] * 1000:.0f}" for found in results.values())])
+    print(markdown_table(["in training steps", *columns], rows))
     record = {
         "config": arguments.config,
         "cuts": arguments.cuts,
         "options": options,
         "processes": results,
-        "hardware": {"machine": platform.machine(), "cores": os.cpu_count(), "load": os.getloadavg()},
+        "machine": machine(),
+        "load": os.getloadavg(),
         "threads": os.environ.get("OMP_NUM_THREADS"),
-        "torch": torch.__version__,
     }
     text = json.dumps(record, indent=2)
     if arguments.output is None:

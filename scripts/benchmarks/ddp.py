@@ -22,6 +22,8 @@ from pathlib import Path
 
 from tqdm.auto import tqdm
 
+from hf_compressm.report.text_tables import markdown_table
+
 ROOT = Path(__file__).resolve().parents[2]
 BATCH = 16
 SETTINGS = {
@@ -126,19 +128,17 @@ def main() -> None:
         *("--model", '{"hidden_size": 32, "num_heads": 4, "head_dim": 16, "state_size": 32}'),
         *("--task_options", '{"length": 64}', "--target_state_size", "4"),
     ]
-    print("| setting | processes | loss before cuts | loss after cuts | ranks apart | states |")
-    print("|---|---|---|---|---|---|")
+    rows = []
     for name, setting in tqdm(settings.items()):
         one = start(options.config, 1, options.steps, [*setting, *small])
         for processes in options.processes:
             many = start(options.config, processes, options.steps, [*setting, *small])
             apart = [abs(a - b) / a for a, b in zip(one["losses"], many["losses"], strict=True)]
             first = options.steps // 10
-            print(
-                f"| {name} | {processes} | {max(apart[:first]):.1e} | {max(apart[first:]):.1e} | {many['apart']} | "
-                f"{one['sizes']} = {many['sizes']} |",
-                flush=True,
-            )
+            largest = [f"{max(part):.1e}" for part in (apart[:first], apart[first:])]
+            rows.append([name, processes, *largest, many["apart"], f"{one['sizes']} = {many['sizes']}"])
+    columns = ["setting", "processes", "loss before cuts", "loss after cuts", "ranks apart", "states"]
+    print(markdown_table(columns, rows))
 
 
 if __name__ == "__main__":

@@ -31,7 +31,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from common import largest_difference, machine, write_json
+from common import largest_difference, machine, machine_line, write_json
 from models import VOCABULARY, loss_and_gradients, training_step
 from stock_families import BY_SELECTIVE_SCAN, FAMILIES, stock_model
 from training import forced
@@ -165,7 +165,7 @@ def main() -> None:
     logging.disable(logging.WARNING)
     torch.set_num_threads(options.threads)
     description = machine()
-    print(", ".join(f"{key} {value}" for key, value in description.items()))
+    print(machine_line())
     clock = time.process_time if options.cpu_time else time.perf_counter
     rows = []
     for what in options.what:

@@ -35,6 +35,8 @@ import torch
 from safetensors.torch import load_file
 from tqdm.auto import tqdm
 
+from hf_compressm.report.text_tables import markdown_table
+
 ROOT = Path(__file__).resolve().parents[2]
 STEPS, CUTS, SAVES = 40, (10, 20), 4
 KINDS = ("kill", "kill two", "term", "full disk", "truncate", "flip", "remove", "hang")
@@ -179,11 +181,10 @@ def main() -> None:
                 shutil.rmtree(folder, ignore_errors=True)
         except KeyboardInterrupt:
             print("interrupted; so far:")
-    print("| fault | runs | survived | lost | other weights | damage accepted |")
-    print("|---|---|---|---|---|---|")
-    for kind in options.kinds:
-        row = [counts[kind, outcome] for outcome in ("survived", "lost", "other weights", "damage accepted")]
-        print(f"| {kind} | {sum(row)} | {' | '.join(map(str, row))} |")
+    outcomes = ("survived", "lost", "other weights", "damage accepted")
+    found = {kind: [counts[kind, outcome] for outcome in outcomes] for kind in options.kinds}
+    rows = [[kind, sum(numbers), *numbers] for kind, numbers in found.items()]
+    print(markdown_table(["fault", "runs", *outcomes], rows))
 
 
 if __name__ == "__main__":

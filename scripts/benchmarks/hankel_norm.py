@@ -14,7 +14,7 @@ import copy
 import statistics
 
 import torch
-from common import in_turns, largest_difference, machine, parse, shown, spread, warn_of_noise, write_json
+from common import in_turns, largest_difference, machine, machine_line, parse, shown, spread, warn_of_noise, write_json
 
 from hf_compressm import MimoSSMConfig, MimoSSMForSequenceClassification, compress
 from hf_compressm.baselines.hankel_norm import hankel_nuclear_norm, layer_systems
@@ -125,7 +125,7 @@ def main() -> None:
                 f"{medians[name] / medians['compressed']:7.2f}"
             )
     warn_of_noise(rows)
-    print("\n" + ", ".join(f"{name} {value}" for name, value in machine(options.device).items()))
+    print("\n" + machine_line(options.device))
     if options.json:
         write_json(options.json, {"machine": machine(options.device), "rows": rows})
 

@@ -11,16 +11,16 @@ settings of the config. Options after `--` override the config.
 import argparse
 import copy
 import json
-import platform
-import statistics
 import sys
 from pathlib import Path
 
 import torch
+from common import machine_line
 from selection import trained
 
 from hf_compressm import compress
 from hf_compressm.baselines import rival_cut
+from hf_compressm.report.text_tables import markdown_table, mean_and_deviation
 from hf_compressm.runs.data_source import calibration, evaluate, load_data
 from hf_compressm.runs.finetuning import heal, parse_finetune
 from hf_compressm.runs.pretraining import parse_run
@@ -73,15 +73,12 @@ def main() -> None:
         f"{options.state_size} to {options.order} states, healed for {steps} steps, {len(options.seeds)} seed(s); ",
         end="",
     )
-    print(f"{platform.machine()}, torch {torch.__version__}, {torch.get_num_threads()} thread(s)")
-    print("| test loss | before | after the cut | healed |\n|---|---|---|---|")
-    for method, rows in losses.items():
-        cells = []
-        for moment in ("before", "cut", "healed"):
-            values = [row[moment] for row in rows]
-            spread = f" ± {statistics.stdev(values):.4f}" if len(values) > 1 else ""
-            cells.append(f"{statistics.mean(values):.4f}{spread}")
-        print(f"| {method} | {' | '.join(cells)} |")
+    print(machine_line())
+    moments = ("before", "cut", "healed")
+    rows = []
+    for method, found in losses.items():
+        rows.append([method, *(mean_and_deviation([row[moment] for row in found], 4) for moment in moments)])
+    print(markdown_table(["test loss", "before", "after the cut", "healed"], rows))
 
 
 if __name__ == "__main__":

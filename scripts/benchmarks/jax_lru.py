@@ -12,7 +12,6 @@ JAX needs no place in this package's environment, only a Python that has it.
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
 import json
 import os
 import statistics
@@ -232,17 +231,17 @@ def main() -> None:
         work(options.worker, SHAPES[options.shapes[0]], options.folder)
         return
     # Not at the top: a worker's Python may have no torch.
-    from common import processor
+    from common import machine
 
     if hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: options.threads])
     results = [compare(name, options) for name in options.shapes]
-    versions = {name: importlib.metadata.version(name) for name in ("torch", "numba", "numpy")}
     command = [options.jax_python, "-c", "import jax; print(jax.__version__)"]
-    versions["jax"] = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    print(f"{processor()}, {options.threads} threads, {versions}")
+    jax = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    described = machine() | {"threads": options.threads, "jax": jax}
+    print(", ".join(f"{name} {value}" for name, value in described.items()))
     if options.json:
-        record = {"processor": processor(), "threads": options.threads, "versions": versions, "results": results}
+        record = {"machine": described, "results": results}
         options.json.write_text(json.dumps(record, indent=1))
 
 

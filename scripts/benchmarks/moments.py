@@ -19,6 +19,7 @@ from tqdm.auto import tqdm
 
 from hf_compressm import Fraction, MimoSSMConfig, MimoSSMForSequenceClassification, SizeConstraints, compress
 from hf_compressm.data import load_task
+from hf_compressm.report.text_tables import markdown_table, mean_and_deviation
 from hf_compressm.surgery import find_mixers
 
 METHODS = ("carried", "cropped", "reset")
@@ -70,10 +71,6 @@ def cut(model, optimizer, keep: float, method: str) -> None:
             }
 
 
-def spread(values: list[float]) -> float:
-    return statistics.stdev(values) if len(values) > 1 else 0.0
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=5)
@@ -109,11 +106,12 @@ def main() -> None:
         f"mean training loss over {options.after} steps after a cut at step {options.before}, {options.optimizer}, "
         f"{options.seeds} seeds (without a cut: {statistics.mean(uncut):.4f})"
     )
-    print("| states kept | " + " | ".join(METHODS) + " | carried lowest |\n|" + "---|" * (len(METHODS) + 2))
+    rows = []
     for keep in options.keep:
-        cells = [f"{statistics.mean(losses[keep, m]):.4f} ± {spread(losses[keep, m]):.4f}" for m in METHODS]
+        cells = [mean_and_deviation(losses[keep, m], 4) for m in METHODS]
         wins = sum(losses[keep, "carried"][s] <= min(losses[keep, m][s] for m in METHODS) for s in range(options.seeds))
-        print(f"| {keep:.0%} | " + " | ".join(cells) + f" | {wins} of {options.seeds} |")
+        rows.append([f"{keep:.0%}", *cells, f"{wins} of {options.seeds}"])
+    print(markdown_table(["states kept", *METHODS, "carried lowest"], rows))
     if options.json:
         with open(options.json, "w") as file:
             json.dump({"uncut": uncut, **{f"{k} {m}": v for (k, m), v in losses.items()}}, file, indent=2)

@@ -12,13 +12,13 @@ of N=384, H=512 to 96 states each, against the same reduction by matrix square r
 import argparse
 import json
 import math
-import platform
 import statistics
 import time
 
 import numpy as np
 import scipy.linalg
 import torch
+from common import machine
 from tqdm.auto import tqdm
 
 from hf_compressm.layers.lru import LRU
@@ -130,13 +130,8 @@ def main() -> None:
     print(f"  this package   {times['ours_s']:.2f} s")
     print(f"  numpy, sqrtm   {times['numpy_s']:.2f} s  ({times['numpy_s'] / times['ours_s']:.1f} x)")
     if options.json:
-        setting = {
-            "torch": torch.__version__,
-            "machine": platform.machine(),
-            "threads": torch.get_num_threads(),
-        }
         with open(options.json, "w") as file:
-            json.dump({"correctness": worst, "time": times, **setting}, file, indent=2)
+            json.dump({"correctness": worst, "time": times, "machine": machine()}, file, indent=2)
 
 
 if __name__ == "__main__":

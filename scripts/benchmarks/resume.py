@@ -22,6 +22,8 @@ import torch
 from safetensors.torch import load_file
 from tqdm.auto import tqdm
 
+from hf_compressm.report.text_tables import markdown_table
+
 ROOT = Path(__file__).resolve().parents[2]
 STEPS, CUTS = 40, (10, 20)
 
@@ -78,14 +80,14 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         whole = Path(folder) / "whole"
         run(whole)
-        print(
-            f"| killed after step (cuts at {CUTS[0]} and {CUTS[1]}) | tensors that differ at step {STEPS} |\n|---|---|"
-        )
+        rows = []
         for step in tqdm([cut + shift for cut in CUTS for shift in options.around], desc="kills"):
             output = Path(folder) / f"killed-{step}"
             run_and_kill(output, step)
             run(output, "--resume_from_checkpoint", str(output / f"checkpoint-{step}"))
-            tqdm.write(f"| {step} | {differences(whole, output)} |")
+            rows.append((step, differences(whole, output)))
+    columns = (f"killed after step (cuts at {CUTS[0]} and {CUTS[1]})", f"tensors that differ at step {STEPS}")
+    print(markdown_table(columns, rows))
 
 
 if __name__ == "__main__":

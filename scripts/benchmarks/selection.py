@@ -25,6 +25,7 @@ from torch.utils.data import DataLoader, default_collate
 from hf_compressm import compress, to_stock
 from hf_compressm.baselines import METHODS, gather_rival_statistics, rival_cut
 from hf_compressm.data import load_task
+from hf_compressm.report.text_tables import markdown_table, mean_and_deviation
 from hf_compressm.runs.pretraining import execute, parse_run
 
 
@@ -103,15 +104,12 @@ def main() -> None:
             file.writelines(json.dumps(row) + "\n" for row in rows if row["seed"] == seed)
     print(f"{options.config}, N = {options.state_size}, seeds {options.seeds}, torch {torch.__version__}")
     print(f"test loss at full size: {', '.join(f'{f:.4f}' for f in sorted({row['full'] for row in rows}))}")
-    print("| rise of the test loss | " + " | ".join(f"r = {order}" for order in options.orders) + " |")
-    print("|---|" + "---|" * len(options.orders))
-    for method in dict.fromkeys(row["method"] for row in rows):
-        cells = []
-        for order in options.orders:
-            values = [row["rise"] for row in rows if row["method"] == method and row["order"] == order]
-            spread = statistics.stdev(values) if len(values) > 1 else 0.0
-            cells.append(f"{statistics.mean(values):.4f} ± {spread:.4f}")
-        print(f"| {method} | {' | '.join(cells)} |")
+    found: dict[tuple[str, int], list[float]] = {}
+    for row in rows:
+        found.setdefault((row["method"], row["order"]), []).append(row["rise"])
+    methods = dict.fromkeys(row["method"] for row in rows)
+    cells = [[method, *(mean_and_deviation(found[method, order], 4) for order in options.orders)] for method in methods]
+    print(markdown_table(["rise of the test loss", *(f"r = {order}" for order in options.orders)], cells))
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ memory that generation keeps for one sequence, before and after a cut to the con
 
 import argparse
 import json
-import platform
 import resource
 import statistics
 import subprocess
@@ -18,6 +17,7 @@ import sys
 import time
 
 import torch
+from common import machine_line
 from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader, default_collate
 
@@ -100,7 +100,7 @@ def main() -> None:
         gather_statistics(model, (batches[0] for _ in range(options.memory_of)))
         print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
         return
-    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {platform.machine()}")
+    print(machine_line())
     for config in options.configs:
         measured = times(config, options.repeats)
         middle = {name: statistics.median(values) for name, values in measured.items()}

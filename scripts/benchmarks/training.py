@@ -30,7 +30,18 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from common import Clock, in_turns, largest_difference, machine, parse, shown, spread, warn_of_noise, write_json
+from common import (
+    Clock,
+    in_turns,
+    largest_difference,
+    machine,
+    machine_line,
+    parse,
+    shown,
+    spread,
+    warn_of_noise,
+    write_json,
+)
 from models import OPS, VOCABULARY, build, loss_and_gradients, training_step
 from op_cases import backends_of
 from plotting import plot
@@ -139,7 +150,7 @@ def main() -> None:
     if len(options.sizes) < 2:
         parser.error("--sizes must name two at least: the speed-up is relative to the largest and the smallest")
     description = machine(options.device)
-    print(", ".join(f"{key} {value}" for key, value in description.items()))
+    print(machine_line(options.device))
     tokens = torch.randint(0, VOCABULARY, (options.batch, options.length), generator=torch.Generator().manual_seed(1))
     tokens = tokens.to(options.device)
     heads = f"{'ms':>10} {'(p10, p90)':>20} {'speed-up':>8} {'saved':>6} {'gone':>5} {'possible':>8} {'reached':>7}"

@@ -12,7 +12,6 @@ from typer.testing import CliRunner
 
 from hf_compressm import cli
 from hf_compressm.report import keep_card, read_run, render_card, write_card
-from hf_compressm.report.card import card_template
 from hf_compressm.runs.pretraining import build_model, build_trainer, parse_run
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -134,12 +133,6 @@ def test_the_trainers_own_card_does_not_replace_it(tmp_path):
     trainer.create_model_card(model_name="tiny", tags=["x"])  # as push_to_hub calls it
     text = (tmp_path / "README.md").read_text()
     assert "# tiny" in text and "generated automatically" not in text
-
-
-def test_there_is_one_template():
-    link = ROOT / "model_cards" / "template.md.jinja"
-    assert link.is_symlink() and not link.readlink().is_absolute()
-    assert link.read_text() == card_template()
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "model_cards").glob("*/README.md")), ids=lambda path: path.parent.name)
