@@ -1,4 +1,4 @@
-"""The output folder: checked before the work, and complete or not there after it."""
+"""Output folders and files that are complete or not there."""
 
 from __future__ import annotations
 
@@ -7,6 +7,9 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+PARTIAL_SUFFIX = ".partial"
+"""Ending of the name of a file that is still being written."""
 
 
 def checked_output(output: Path, model: str, overwrite: bool) -> Path:
@@ -29,6 +32,35 @@ def checked_output(output: Path, model: str, overwrite: bool) -> Path:
     if not os.access(present, os.W_OK):
         raise PermissionError(f"{present} cannot be written to")
     return output
+
+
+@contextmanager
+def new_file(path: Path, durable: bool = False) -> Iterator[Path]:
+    """A path to write a file to. It is renamed to `path` when the block ends without an error, and removed otherwise.
+
+    Nobody reads a half-written file, and an earlier file of that name stays until the new one is complete.
+
+    Args:
+        path: the file's name in the end; its folder exists.
+        durable: whether the content must be on the disk before the file is renamed.
+    """
+    partial = path.with_name(path.name + PARTIAL_SUFFIX)
+    try:
+        yield partial
+        if durable:
+            sync(partial)
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def sync(path: str | os.PathLike[str]) -> None:
+    """Wait until a file or folder is on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 @contextmanager

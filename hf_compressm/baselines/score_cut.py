@@ -21,6 +21,7 @@ from ..surgery import (
     needs_calibration,
     state_sizes,
 )
+from ..surgery import record_keys as keys
 from ..surgery.parameters import outside_inference_mode
 from ..surgery.peft.lora import effective_site, followed
 from ..training import CompressionConfig
@@ -185,11 +186,11 @@ class RivalCutCallback(TrainerCallback):
             return
         batches = data.batches(step) if needs_calibration(model) else None
         loss = CutLoss(lambda: data.batches(step) if batches is None else batches)
-        loss.measure("compression/loss_before", model)
+        loss.measure(keys.LOSS_BEFORE, model)
         generator = torch.Generator().manual_seed(args.seed * 1_000_003 + step)
         rival_cut(model, self.method, orders, batches, optimizer, generator, step)
-        loss.measure("compression/loss_after", model)
-        log_to_trackers(loss.values | {"compression/mean_state_size": sum(sizes := state_sizes(model)) / len(sizes)})
+        loss.measure(keys.LOSS_AFTER, model)
+        log_to_trackers(loss.values | {keys.MEAN_STATE_SIZE: sum(sizes := state_sizes(model)) / len(sizes)})
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from ..surgery import record_keys as keys
 from .record import Layer, RunRecord
 from .spectra import MOST_LINES
 from .svg import COLOURS, Axis, Chart, number
@@ -118,7 +119,7 @@ def speed_figure(run: RunRecord) -> Figure | None:
 
 def stability_figure(run: RunRecord) -> Figure | None:
     """How far successive rankings of the states agreed; None if it was not recorded."""
-    scores = run.series("compression/rank_stability")
+    scores = run.series(keys.RANK_STABILITY)
     if not scores:
         return None
     threshold = run.settings.get("stability_threshold")

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from ..surgery import merged
+from ..surgery import record_keys as keys
 
-SOURCES = (
-    "trainer_state.json, compression.json, checkpoint-*/trainer_state.json, a config.json with a compression_history"
-)
+SOURCES = f"trainer_state.json, compression.json, checkpoint-*/trainer_state.json, a config.json with a {keys.HISTORY}"
 
 TIMINGS = ("_runtime", "_per_second", "_preparation_time")
 """Endings of what an evaluation reports about itself."""
@@ -140,7 +139,7 @@ class RunRecord:
 
     def _measurements(self) -> Iterator[tuple[int, Mapping[str, Any], int | None]]:
         for entry in self.log:
-            for layer in entry.get("compression/spectra") or []:
+            for layer in entry.get(keys.SPECTRA) or []:
                 yield entry["step"], layer, None
         for cut in self.cuts:
             for layer in cut["layers"]:
@@ -150,7 +149,7 @@ class RunRecord:
     def _layer_names(self) -> list[str]:
         if self.events:
             return list(dict.fromkeys(layer["name"] for event in self.events for layer in event["layers"]))
-        measured = next((entry["compression/spectra"] for entry in self.log if "compression/spectra" in entry), None)
+        measured = next((entry[keys.SPECTRA] for entry in self.log if keys.SPECTRA in entry), None)
         if measured:
             return [layer["name"] for layer in measured]
         return [f"layer {index}" for index in range(len(_config_sizes(self.config)))]
@@ -160,7 +159,7 @@ class RunRecord:
             layers = [layer for event in reversed(self.events) for layer in event["layers"]]
             first = {layer["name"]: layer["old_size"] for layer in layers}
             return [first[name] for name in self._layer_names()]
-        measured = next((entry["compression/spectra"] for entry in self.log if "compression/spectra" in entry), None)
+        measured = next((entry[keys.SPECTRA] for entry in self.log if keys.SPECTRA in entry), None)
         return [layer["states"] for layer in measured] if measured else _config_sizes(self.config)
 
 
@@ -182,7 +181,7 @@ def read_run(folder: str | Path) -> RunRecord:
     state = final if at_end else latest
     config = _read(folder / "config.json") if at_end or newest is None else _read(newest.parent / "config.json")
     record = _read(folder / "compression.json") if at_end or not latest else {}
-    exported, events = _exported(state, "attributes", "saved", "history") or [], _config_events(config)
+    exported, events = _exported(state, keys.saved_in).get("history") or [], _config_events(config)
     events = record.get("history") or (exported if len(exported) >= len(events) else events)
     if not (state or record or events):
         raise FileNotFoundError(f"{folder} holds no run: there is none of {SOURCES}")
@@ -195,7 +194,7 @@ def read_run(folder: str | Path) -> RunRecord:
         events=events,
         config=config,
         facts=_read(folder / "run.json"),
-        settings=record.get("settings") or _exported(state, "args") or {},
+        settings=record.get("settings") or _exported(state, keys.settings_of),
         speed=record.get("speed") or _logged_speed(log, events),
         metrics={key: value for result in results for key, value in result.items()},
         step=step,
@@ -230,7 +229,7 @@ def _spectrum(step: int, entry: Mapping[str, Any], kept: int | None) -> Spectrum
 
 def _config_events(config: Mapping[str, Any]) -> list[dict[str, Any]]:
     """The compression history in a config; in a composite one, the histories in the configs within it, joined."""
-    if own := config.get("compression_history"):
+    if own := config.get(keys.HISTORY):
         return list(own)
     parts = {name: _config_events(part) for name, part in config.items() if isinstance(part, dict)}
     parts = {name: events for name, events in parts.items() if events}
@@ -253,13 +252,12 @@ def _config_sizes(config: Mapping[str, Any]) -> list[int]:
     return [size] * config.get("num_hidden_layers", 1) if isinstance(size, int) else []
 
 
-def _exported(state: Mapping[str, Any], *keys: str) -> Any:
-    """What the compression callback left in the Trainer's state under these keys; None if there is nothing."""
-    exported = (state.get("stateful_callbacks") or {}).get("CompreSSMCallback") or {}
-    exported = exported[0] if isinstance(exported, list) else exported
-    for key in keys:
-        exported = (exported or {}).get(key)
-    return exported
+def _exported(state: Mapping[str, Any], read: Callable[[Any], dict[str, Any]]) -> dict[str, Any]:
+    """A part of what the compression callback left in the Trainer's state; empty if there is nothing."""
+    try:
+        return read((state.get("stateful_callbacks") or {})[keys.CALLBACK]) or {}
+    except (LookupError, TypeError):
+        return {}
 
 
 def _logged_speed(log: list[dict[str, Any]], events: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -267,7 +265,7 @@ def _logged_speed(log: list[dict[str, Any]], events: list[dict[str, Any]]) -> li
     first, segments = 0, []
     sizes = {event["step"]: [layer["old_size"] for layer in event["layers"]] for event in events}
     for entry in log:
-        if (speed := entry.get("compression/steps_per_second_before")) and (old := sizes.get(entry["step"])):
+        if (speed := entry.get(keys.SPEED_BEFORE)) and (old := sizes.get(entry["step"])):
             mean = sum(old) / len(old)
             segments.append({"first_step": first, "mean_state_size": mean, "steps_per_second": speed})
             first = entry["step"]

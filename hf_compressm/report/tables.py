@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from ..surgery import record_keys as keys
 from .record import RunRecord
 from .svg import Chart, number
 
@@ -52,7 +53,7 @@ def cuts_table(run: RunRecord) -> Table:
     rows = []
     for cut in run.cuts:
         step, layers = cut["step"] or 0, cut["layers"]
-        before, after = run.at(step, "compression/loss_before"), run.at(step, "compression/loss_after")
+        before, after = run.at(step, keys.LOSS_BEFORE), run.at(step, keys.LOSS_AFTER)
         change = None if before is None or after is None else after - before
         undone = run.undone.get(step)
         row = [number(step), f"{_mean(layers, 'old_size')} → {_mean(layers, 'new_size')}", _removed(layers)]

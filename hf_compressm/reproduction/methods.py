@@ -21,6 +21,7 @@ from ..report import describe_environment
 from ..runs.pretraining import CACHES, RunResult, build_trainer, execute
 from ..runs.run_file import Run
 from ..surgery import compress, state_sizes
+from ..surgery import record_keys as keys
 from ..surgery.refit import STEPS
 from ..training.calibration import Batches, calibration_batches
 from ..training.run_state import PerRun
@@ -32,7 +33,7 @@ Needed = Mapping[str, Mapping[str, Any]]
 """Records of the runs that a run needs, by the argument that names them."""
 
 CALIBRATION_SEED = 1
-CUT_LOSSES = ("compression/loss_before", "compression/loss_after")
+CUT_LOSSES = (keys.LOSS_BEFORE, keys.LOSS_AFTER)
 
 
 class StepClock(TrainerCallback):

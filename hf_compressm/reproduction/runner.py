@@ -20,6 +20,7 @@ import torch
 from tqdm.auto import tqdm
 from transformers.utils import logging
 
+from ..files import new_file
 from .suite import REFERENCES, Job, as_record
 from .worker import LOG, RECORD, work
 
@@ -146,9 +147,8 @@ class Runner:
         wanted = {job.key for job in jobs}
         self.done = {key_of(record): record for record in current(records.values(), jobs)}
         kept = [record for key, record in records.items() if key not in wanted or key in self.done]
-        partial = self.results.with_suffix(".partial")
-        partial.write_text("".join(json.dumps(record) + "\n" for record in kept))
-        partial.replace(self.results)
+        with new_file(self.results) as partial:
+            partial.write_text("".join(json.dumps(record) + "\n" for record in kept))
         return [job for job in jobs if job.key not in self.done]
 
     def _ready(self, waiting: list[Job], free: int) -> list[Job]:

@@ -8,6 +8,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from ..files import new_file
+
 RECORD = "record.json"
 LOG = "log.txt"
 
@@ -34,6 +36,5 @@ def work(folder: Path, job: Mapping[str, Any], needed: Mapping[str, Any], thread
 
     torch.set_num_threads(threads)
     record = run_job(from_record(job), folder, needed)
-    partial = folder / f"{RECORD}.partial"
-    partial.write_text(json.dumps(record))
-    partial.replace(folder / RECORD)
+    with new_file(folder / RECORD) as partial:
+        partial.write_text(json.dumps(record))

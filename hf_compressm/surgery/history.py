@@ -16,9 +16,9 @@ from transformers import PreTrainedConfig
 
 from .adapters.base import MixerSite, find_mixers
 from .owners import Owner, find_owners
+from .record_keys import HISTORY
 
 Record = dict[str, Any]
-KEY = "compression_history"
 POSITION = "position"
 """Key of a record's place in the history of the whole model, where an owner's own history has it elsewhere."""
 
@@ -28,7 +28,7 @@ def history(model: nn.Module) -> list[Record]:
     sites = find_mixers(model)
     owners, order = find_owners(model, sites), {site.name: index for index, site in enumerate(sites)}
     outer = _outer(model, owners)
-    records = [] if outer is None else [_renamed(record, sites) for record in getattr(outer, KEY)]
+    records = [] if outer is None else [_renamed(record, sites) for record in getattr(outer, HISTORY)]
     records += merged([[_renamed(record, owner.sites, owner) for record in _kept(owner)] for owner in owners])
     for record in records:
         record["layers"].sort(key=lambda layer: order.get(layer["name"], len(order)))
@@ -40,7 +40,7 @@ def set_history(model: nn.Module, records: Iterable[Record]) -> None:
     sites = find_mixers(model)
     owners, named = find_owners(model, sites), [_renamed(record, sites) for record in records]
     if (outer := _outer(model, owners)) is not None:
-        vars(outer).pop(KEY)
+        vars(outer).pop(HISTORY)
     for owner in owners:
         own: list[Record] = []
         for position, record in enumerate(named):
@@ -94,20 +94,20 @@ def merged(parts: Sequence[Sequence[Record]]) -> list[Record]:
 def _outer(model: nn.Module, owners: Sequence[Owner]) -> Any:
     """The model's own config, if it has a history although the mixers belong to others: earlier versions kept it so."""
     config = getattr(model, "config", None)
-    if not isinstance(config, PreTrainedConfig) or not vars(config).get(KEY):
+    if not isinstance(config, PreTrainedConfig) or not vars(config).get(HISTORY):
         return None
     return None if any(config is keeper for owner in owners for keeper in owner.keepers) else config
 
 
 def _kept(owner: Owner) -> list[Record]:
-    found = [getattr(keeper, KEY, None) for keeper in owner.keepers]
+    found = [getattr(keeper, HISTORY, None) for keeper in owner.keepers]
     return copy.deepcopy(next((records for records in found if records), []))
 
 
 def _keep(owner: Owner, records: Sequence[Record]) -> None:
     for keeper in owner.keepers:
-        if records or getattr(keeper, KEY, None):
-            setattr(keeper, KEY, copy.deepcopy(list(records)))
+        if records or getattr(keeper, HISTORY, None):
+            setattr(keeper, HISTORY, copy.deepcopy(list(records)))
 
 
 def _part(record: Record, owner: Owner, position: int, index: int) -> list[Record]:

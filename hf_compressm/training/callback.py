@@ -10,6 +10,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.trainer_callback import ExportableState
 
 from ..surgery import check_parameters, find_mixers, history
+from ..surgery import record_keys as keys
 from .checkpoints.resume import attach_resizing, detach_resizing, resize_every_load
 from .compression_run import CompressionRun
 from .config import CompressionConfig
@@ -64,11 +65,11 @@ class CompreSSMCallback(TrainerCallback, ExportableState):
         """Arguments, and the compression history and a pending rollback of the running Trainer's model, JSON-ready."""
         trainer: Any = running_trainer()
         run = self._runs.of(getattr(trainer, "state", None))
-        saved = {
-            "history": [] if trainer is None else history(trainer.model),
-            "judging": None if run is None else run.rollback.pending,
-        }
-        return {"args": dataclasses.asdict(self.config), "attributes": {"saved": saved}}
+        return keys.exported_entry(
+            settings=dataclasses.asdict(self.config),
+            history=[] if trainer is None else history(trainer.model),
+            judging=None if run is None else run.rollback.pending,
+        )
 
     def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
         find_mixers(kwargs["model"])

@@ -28,8 +28,9 @@ from ..surgery import (
     state_sizes,
     with_ties,
 )
+from ..surgery import record_keys as keys
 from .calibration import Batches, TrainingData
-from .checkpoints.resume import STATE_NAME, checkpoint_folder, load_callback_state, save_callback_state
+from .checkpoints.resume import checkpoint_folder, load_callback_state, save_callback_state
 from .checkpoints.verification import check_history, exported_state, pending_work, read_exported
 from .config import CompressionConfig
 from .distributed import (
@@ -109,11 +110,11 @@ class CompressionRun:
         """Write into the checkpoint of this step what its other files lack."""
         tensors: dict[str, Any] = {}
         if has_tuners(model):  # the Trainer saves adapters only, and cuts change the weights that these are around
-            tensors["mixers"] = mixer_state(model)
+            tensors[keys.MIXERS] = mixer_state(model)
         if self.rollback.snapshot is not None:
-            tensors["snapshot"] = vars(self.rollback.snapshot)
+            tensors[keys.SNAPSHOT] = vars(self.rollback.snapshot)
         if self.tracker is not None:
-            tensors["tracker"] = self.tracker.state_dict()
+            tensors[keys.TRACKER] = self.tracker.state_dict()
         if tensors and state.is_world_process_zero:
             save_callback_state(checkpoint_folder(args, state), tensors)
 
@@ -153,8 +154,8 @@ class CompressionRun:
 
     def _load_mixers(self, model: nn.Module, tensors: dict[str, Any] | None, optimizer: Any = None) -> None:
         """Bring back the weights beneath the adapters that a checkpoint of adapters belongs to."""
-        if tensors is not None and "mixers" in tensors:
-            restore_mixer_state(model, tensors["mixers"], optimizer)
+        if tensors is not None and keys.MIXERS in tensors:
+            restore_mixer_state(model, tensors[keys.MIXERS], optimizer)
         elif any(
             not parameter.isfinite().all() for site in find_mixers(model) for parameter in site.mixer.parameters()
         ):
@@ -176,7 +177,7 @@ class CompressionRun:
         check_history(records, model)
         if records or history(model):  # of the model: what came after the checkpoint, if it was trained before
             set_history(model, records)
-        snapshot, tracker = pending_work(tensors or {}, model, STATE_NAME)
+        snapshot, tracker = pending_work(tensors or {}, model, keys.STATE_FILE)
         self.rollback.resume(judging, snapshot)
         if tracker is not None:
             tracker.threshold = self.config.stability_threshold
@@ -247,14 +248,14 @@ class CompressionRun:
         self.timer.close_segment(step, mean_size([layer.old_size for layer in plan.layers]))
         with watch("loss"):
             loss = CutLoss(lambda: self.data.batches(seed) if batches is None else batches)
-            loss.measure("compression/loss_before", model)
+            loss.measure(keys.LOSS_BEFORE, model)
         with watch("surgery"):
             apply_plan(model, optimizer, plan, step)
         _follow(model, optimizer, watch)
         with watch("loss"):
-            loss.measure("compression/loss_after", model)
+            loss.measure(keys.LOSS_AFTER, model)
         if self.timer.segments:
-            loss.values["compression/steps_per_second_before"] = self.timer.segments[-1].steps_per_second
+            loss.values[keys.SPEED_BEFORE] = self.timer.segments[-1].steps_per_second
         report_attempt(state, plan, watch, loss.values, config.min_change)
 
     def _settled(self, model: nn.Module, batches: Batches | None) -> bool:
@@ -269,7 +270,7 @@ class CompressionRun:
         score = self.tracker.update(measured, dict(zip(names, orders, strict=True)))
         keep_spectra(dict(zip(names, spectra, strict=True)))
         if score is not None:
-            log_to_trackers({"compression/rank_stability": score})
+            log_to_trackers({keys.RANK_STABILITY: score})
         return self.tracker.streak >= self.config.stability_patience
 
 

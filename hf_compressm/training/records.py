@@ -9,14 +9,13 @@ import torch
 from torch import Tensor, nn
 from transformers.utils import logging
 
+from ..surgery import record_keys as keys
 from ..surgery import undisturbed
 from .calibration import Batches, trainer_loss
 from .trainer_log import keep_in_history, running_trainer
 
 logger = logging.get_logger(__name__)
 
-SPECTRA = "compression/spectra"
-"""Key of a measurement in `TrainerState.log_history`, a list with an entry for each layer."""
 MOST_VALUES = 48
 
 
@@ -25,7 +24,7 @@ def keep_spectra(spectra: Mapping[str, Tensor]) -> None:
 
     Long spectra are thinned to `MOST_VALUES` ranks in geometric progression, given as `ranks`, counted from 1.
     """
-    keep_in_history({SPECTRA: [{"name": name, **_compact(values)} for name, values in spectra.items()]})
+    keep_in_history({keys.SPECTRA: [{"name": name, **_compact(values)} for name, values in spectra.items()]})
 
 
 def _compact(values: Tensor) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from tqdm.auto import tqdm
 from transformers import TrainerState
 
 from ..surgery import CompressionPlan
+from ..surgery import record_keys as keys
 from .timing import Stopwatch
 from .trainer_log import log_to_trackers
 
@@ -26,8 +27,8 @@ def report_attempt(
     """
     old, new = [layer.old_size for layer in plan.layers], [layer.new_size for layer in plan.layers]
     seconds = sum(watch.seconds.values())
-    logs: dict[str, Any] = {"compression/mean_state_size": mean_size(new), "compression/seconds": seconds}
-    logs |= {f"compression/seconds_{part}": spent for part, spent in watch.seconds.items()} | dict(measured)
+    logs: dict[str, Any] = {keys.MEAN_STATE_SIZE: mean_size(new), keys.SECONDS: seconds}
+    logs |= {keys.seconds_of(part): spent for part, spent in watch.seconds.items()} | dict(measured)
     for index, layer in enumerate(plan.layers):
         values, prefix = layer.singular_values, f"compression/layer_{index}"
         logs |= {
@@ -66,7 +67,7 @@ def report_undo(state: TrainerState, record: Mapping[str, Any]) -> None:
         f"went from {record['before_cut']:.4g} to {record['after_cut']:.4g}. States {_sizes(old)} -> "
         f"{_sizes(new)}; no further cuts."
     )
-    log_to_trackers({"compression/mean_state_size": mean_size(new), "compression/undone": 1}, event=line)
+    log_to_trackers({keys.MEAN_STATE_SIZE: mean_size(new), keys.UNDONE: 1}, event=line)
     _say(state, line)
 
 

@@ -12,6 +12,8 @@ from typing import Any
 from transformers import PrinterCallback, ProgressCallback, Trainer
 from transformers.integrations import TensorBoardCallback
 
+from ..surgery import record_keys as keys
+
 
 def running_trainer() -> Trainer | None:
     """The Trainer whose event is being handled, found on the call stack; None outside of a Trainer."""
@@ -77,7 +79,7 @@ def metrics_apart(trainer: Any) -> Iterator[None]:
 def _show_event(callbacks: list[Any], event: str, step: int) -> None:
     for callback in callbacks:
         if isinstance(callback, TensorBoardCallback) and callback.tb_writer is not None:
-            callback.tb_writer.add_text("compression/event", event, step)
+            callback.tb_writer.add_text(keys.EVENT, event, step)
         # By name, since a transformers that does not know trackio yet has no such class.
         elif type(callback).__name__ == "TrackioCallback" and hasattr(callback._trackio, "alert"):
             callback._trackio.alert("Change of state size", event, level=callback._trackio.AlertLevel.INFO)

@@ -23,6 +23,7 @@ from common import machine
 from tqdm.auto import tqdm
 
 from hf_compressm.report.text_tables import markdown_table
+from hf_compressm.surgery import record_keys as keys
 
 ROOT = Path(__file__).resolve().parents[2]
 PARTS = ("statistics", "decision", "broadcast", "surgery", "rebuild", "verification", "loss")
@@ -53,7 +54,7 @@ def train(config: str, processes: int, cuts: int, spacing: int, options: list[st
             raise RuntimeError(f"{' '.join(command)} failed:\n{done.stdout}\n{done.stderr}")
         logged = json.loads(Path(folder, "trainer_state.json").read_text())["log_history"]
         speed = json.loads(Path(folder, "compression.json").read_text())["speed"]
-    found = [entry for entry in logged if "compression/seconds" in entry]
+    found = [entry for entry in logged if keys.SECONDS in entry]
     if len(found) != cuts or len(speed) != cuts + 1:
         raise RuntimeError(f"{cuts} cuts were wanted, but of {len(found)} attempts {len(speed) - 1} cut")
     return found, speed[:-1]
@@ -61,9 +62,9 @@ def train(config: str, processes: int, cuts: int, spacing: int, options: list[st
 
 def costs(logged: list[dict], speed: list[dict]) -> dict:
     """Medians over the cuts: seconds of every part and of all, and of a training step."""
-    found = {part: median(entry.get(f"compression/seconds_{part}", 0.0) for entry in logged) for part in PARTS}
+    found = {part: median(entry.get(keys.seconds_of(part), 0.0) for entry in logged) for part in PARTS}
     return {
-        "seconds": found | {"all": median(entry["compression/seconds"] for entry in logged)},
+        "seconds": found | {"all": median(entry[keys.SECONDS] for entry in logged)},
         "step": median(1 / segment["steps_per_second"] for segment in speed),
         "sizes": [segment["mean_state_size"] for segment in speed],
     }

@@ -13,7 +13,9 @@ import argparse
 import json
 import math
 import statistics
+import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import scipy.linalg
@@ -23,8 +25,10 @@ from tqdm.auto import tqdm
 
 from hf_compressm.layers.lru import LRU
 from hf_compressm.reduction import balance, gramian_factor, truncate
-from hf_compressm.reduction.random_systems import KINDS, random_system
 from hf_compressm.surgery.adapters.lru import LRUAdapter
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tests"))
+from random_systems import KINDS, random_system
 
 
 def draw(index: int):

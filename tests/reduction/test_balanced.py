@@ -8,6 +8,7 @@ import scipy.linalg
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from random_systems import KINDS, random_system
 
 from hf_compressm.reduction import (
     DiagonalSystem,
@@ -21,7 +22,6 @@ from hf_compressm.reduction import (
     truncate,
     upper_half_plane,
 )
-from hf_compressm.reduction.random_systems import KINDS, random_system
 
 systems = st.builds(
     lambda kind, N, H, radius, seed: random_system(kind, N, H, radius, torch.Generator().manual_seed(seed)),

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
+from random_systems import random_system
 
 from hf_compressm.reduction import DiagonalSystem, balance, match_directions, match_states, rank_stability
-from hf_compressm.reduction.random_systems import random_system
 
 
 def two_modes(first: float, second: float) -> DiagonalSystem:

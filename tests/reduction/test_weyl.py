@@ -4,6 +4,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from random_systems import KINDS, random_system
 
 from hf_compressm.reduction import (
     controllability_gramian,
@@ -12,7 +13,6 @@ from hf_compressm.reduction import (
     observability_gramian,
     spectral_move,
 )
-from hf_compressm.reduction.random_systems import KINDS, random_system
 
 systems = st.builds(
     lambda kind, N, H, radius, seed: random_system(kind, N, H, radius, torch.Generator().manual_seed(seed)),

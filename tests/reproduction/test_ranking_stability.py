@@ -6,6 +6,7 @@ import pytest
 import torch
 from datasets import Dataset
 from helpers import arguments, small_data, small_model
+from random_systems import random_system
 from selective_models import OWN, STOCK, make
 from transformers import Trainer
 
@@ -17,7 +18,6 @@ from hf_compressm.reduction import (
     read_out_correction,
     upper_half_plane,
 )
-from hf_compressm.reduction.random_systems import random_system
 from hf_compressm.reproduction.ranking_stability import RankRecorder, stability_table
 from hf_compressm.reproduction.rankings import Ranking, agreement, kept_agreement, match, next_step, rankings
 from hf_compressm.surgery import CompreSSMMamba2Adapter, MambaAdapter, find_mixers, measure_mixers

@@ -4,9 +4,9 @@ import math
 
 import pytest
 import torch
+from random_systems import KINDS, random_system
 
 from hf_compressm.layers.lru import LRU
-from hf_compressm.reduction.random_systems import KINDS, random_system
 from hf_compressm.surgery import (
     ReductionError,
     adapters,

@@ -21,8 +21,8 @@ from hf_compressm.hub.export import export
 from hf_compressm.layers.lru import LRU
 from hf_compressm.report.record import read_run
 from hf_compressm.surgery import history, original_sizes
+from hf_compressm.surgery.record_keys import STATE_FILE
 from hf_compressm.training import verify_checkpoint
-from hf_compressm.training.checkpoints.resume import STATE_NAME
 
 
 class Bare(nn.Module):
@@ -186,7 +186,7 @@ def test_a_checkpoint_under_other_names_is_verified(kind, tmp_path):
     settings = {"max_steps": 2, "save_steps": 1, "eval_on_start": True, "eval_steps": 10}
     trainer_of(kind, tmp_path, callback, **settings).train()
     folder = tmp_path / "checkpoint-1"
-    assert (folder / STATE_NAME).is_file()  # with the copy of the model from before the cut
+    assert (folder / STATE_FILE).is_file()  # with the copy of the model from before the cut
     verify_checkpoint(folder)
     weights = load_file(folder / "model.safetensors")
     name = next(name for name in weights if name.endswith("A_log"))

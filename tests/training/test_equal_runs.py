@@ -12,9 +12,9 @@ from transformers import AutoModelForSequenceClassification, Trainer
 from hf_compressm import CompreSSMCallback, MimoSSMConfig, MimoSSMForCausalLM, compress, state_sizes
 from hf_compressm.report import write_report
 from hf_compressm.surgery import history
+from hf_compressm.surgery.record_keys import STATE_FILE
 from hf_compressm.training import DurableCheckpoints, verify_checkpoint
 from hf_compressm.training.checkpoints.durable import MANIFEST_NAME
-from hf_compressm.training.checkpoints.resume import STATE_NAME
 
 CUT, LAST = 4, 6
 TIMED = {"trainer_state.json", "training_args.bin"}
@@ -70,7 +70,7 @@ def test_two_equal_runs_save_equal_bytes(tmp_path, settings):
                 files = json.loads((folder / MANIFEST_NAME).read_text())["files"]
                 sealed.append({name: entry for name, entry in files.items() if name not in TIMED})
             assert exported[0] == exported[1] and sealed[0] == sealed[1] and len(sealed[0]) >= 5
-    assert STATE_NAME in {path.name for path in (tmp_path / "one" / "checkpoint-4").iterdir()}
+    assert STATE_FILE in {path.name for path in (tmp_path / "one" / "checkpoint-4").iterdir()}
     assert all(run.state.log_history and "compression/seconds" in keys(run.state.log_history) for run in (one, two))
 
 

@@ -12,8 +12,8 @@ from transformers import AutoModelForSequenceClassification, Trainer, TrainerCal
 
 from hf_compressm import CompreSSMCallback, state_sizes
 from hf_compressm.surgery import history
+from hf_compressm.surgery.record_keys import STATE_FILE
 from hf_compressm.training import verify_checkpoint
-from hf_compressm.training.checkpoints.resume import STATE_NAME
 
 CUT = 6
 
@@ -120,7 +120,7 @@ def test_a_lost_snapshot_keeps_the_cut_and_says_so(tmp_path, caplog):
 
     with pytest.raises(Killed):
         make(tmp_path, callbacks=[KillAt(7)]).train()
-    (checkpoint(tmp_path, 7) / STATE_NAME).unlink()
+    (checkpoint(tmp_path, 7) / STATE_FILE).unlink()
     trainer = make(tmp_path)
     with caplog.at_level("WARNING"):
         trainer.train(resume_from_checkpoint=str(checkpoint(tmp_path, 7)))

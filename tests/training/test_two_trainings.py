@@ -17,8 +17,8 @@ from transformers import Trainer, TrainerCallback
 
 from hf_compressm import CompreSSMCallback, state_sizes
 from hf_compressm.surgery import history
+from hf_compressm.surgery.record_keys import STATE_FILE
 from hf_compressm.training import DurableCheckpoints, newest_checkpoint
-from hf_compressm.training.checkpoints.resume import STATE_NAME
 
 STEPS = 8
 EVALUATED = {"eval_strategy": "steps", "eval_steps": 3, "learning_rate": 3e-2}
@@ -77,7 +77,7 @@ def saved(folder) -> dict:
         "optimizer": torch.load(folder / "optimizer.pt", weights_only=True),
         "config": (folder / "config.json").read_bytes(),
         "callback": state["stateful_callbacks"]["CompreSSMCallback"],
-        "work": (folder / STATE_NAME).read_bytes() if (folder / STATE_NAME).exists() else None,
+        "work": (folder / STATE_FILE).read_bytes() if (folder / STATE_FILE).exists() else None,
         "log": log,
     }
 

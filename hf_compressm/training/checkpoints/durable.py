@@ -24,15 +24,15 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import CONFIG_NAME, logging
 
+from ...files import PARTIAL_SUFFIX, new_file, sync
 from ..distributed import processes
 from ..run_state import PerRun, is_running
-from .resume import checkpoint_folder, sync
+from .resume import checkpoint_folder
 from .verification import verify_checkpoint
 
 logger = logging.get_logger(__name__)
 
 MANIFEST_NAME = "checkpoint_manifest.json"
-PARTIAL_SUFFIX = ".partial"
 READ = {".safetensors", ".pt", ".pth"}
 """Suffixes of files that are read when training goes on, besides the config and the Trainer's state."""
 BLOCK = 1 << 20
@@ -139,10 +139,8 @@ def write_manifest(folder: str | os.PathLike[str]) -> None:
     for path in files:
         sync(path)
         entries[path.relative_to(folder).as_posix()] = {"bytes": path.stat().st_size, "sha256": _hash(path)}
-    partial = folder / f"{MANIFEST_NAME}{PARTIAL_SUFFIX}"
-    partial.write_text(json.dumps({"files": entries}, indent=2) + "\n")
-    sync(partial)
-    os.replace(partial, folder / MANIFEST_NAME)
+    with new_file(folder / MANIFEST_NAME, durable=True) as partial:
+        partial.write_text(json.dumps({"files": entries}, indent=2) + "\n")
     for directory in {path.parent for path in files} | {folder, folder.parent}:
         sync(directory)
 

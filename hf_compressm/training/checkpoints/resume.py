@@ -16,10 +16,10 @@ from transformers import PreTrainedModel, Trainer, TrainerState, TrainingArgumen
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
+from ...files import new_file
 from ...surgery import check_fixed_tensors, resize_mixers, sizes_in_state_dict, unwrap_optimizer
+from ...surgery.record_keys import STATE_FILE
 from ..trainer_log import running_trainer
-
-STATE_NAME = "compression_state.safetensors"
 
 
 def attach_resizing(model: nn.Module) -> None:
@@ -110,17 +110,12 @@ def checkpoint_folder(args: TrainingArguments, state: TrainerState) -> Path:
 
 
 def save_callback_state(folder: str | os.PathLike[str], state: dict[str, Any]) -> None:
-    """Write a tree of dicts, lists, tensors and JSON values into a checkpoint folder, as one safetensors file.
-
-    A temporary name comes first, so that no half file is read.
-    """
+    """Write a tree of dicts, lists, tensors and JSON values into a checkpoint folder, as one safetensors file."""
     tensors: dict[str, Tensor] = {}
     tree = json.dumps(_without_tensors(state, tensors))
-    target = Path(folder) / STATE_NAME
-    partial = target.with_suffix(".partial")
-    save_file(tensors, partial, metadata={"tree": tree})
-    sync(partial)
-    os.replace(partial, target)
+    target = Path(folder) / STATE_FILE
+    with new_file(target, durable=True) as partial:
+        save_file(tensors, partial, metadata={"tree": tree})
 
 
 def load_callback_state(folders: list[str | os.PathLike[str]]) -> dict[str, Any] | None:
@@ -129,7 +124,7 @@ def load_callback_state(folders: list[str | os.PathLike[str]]) -> dict[str, Any]
     Raises:
         ValueError: if the file is damaged.
     """
-    path = next((path for path in (Path(folder) / STATE_NAME for folder in folders) if path.is_file()), None)
+    path = next((path for path in (Path(folder) / STATE_FILE for folder in folders) if path.is_file()), None)
     if path is None:
         return None
     try:
@@ -141,15 +136,6 @@ def load_callback_state(folders: list[str | os.PathLike[str]]) -> dict[str, Any]
             f"{path} cannot be read: {error}. Use another checkpoint, or remove the file to go on without the copy of "
             "the model for rollback_metric and the record of the ranking that it holds."
         ) from error
-
-
-def sync(path: str | os.PathLike[str]) -> None:
-    """Wait until a file or folder is on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _without_tensors(tree: Any, tensors: dict[str, Tensor]) -> Any:

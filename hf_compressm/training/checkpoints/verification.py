@@ -31,8 +31,9 @@ from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHT
 
 from ...compatibility import saved_form
 from ...surgery import Snapshot, check_fixed_tensors, find_mixers, last_sizes, sizes_in_state_dict
+from ...surgery import record_keys as keys
 from ..stability import StabilityTracker
-from .resume import STATE_NAME, load_callback_state
+from .resume import load_callback_state
 
 MOMENTS = ("exp_avg", "momentum_buffer")
 """Optimizer state of the shape of its parameter; at least one of them in every optimizer that keeps any such."""
@@ -57,12 +58,12 @@ def verify_checkpoint(folder: str | os.PathLike[str]) -> None:
     if (renamed := _model_under_other_names(model.config, shapes, folder)) is not None:
         model, shapes, prefix = renamed, dict(renamed.state_dict()), ""
     _compare(model, shapes, prefix, folder)
-    exported = exported_state(folder, "CompreSSMCallback")
+    exported = exported_state(folder, keys.CALLBACK)
     records, judging = ([], None) if exported is None else read_exported(exported)
     check_history(records, model)
     _check_pickles(folder, shapes)
     if (tensors := load_callback_state([folder])) is not None:
-        pending_work(tensors, model, str(folder / STATE_NAME), prefix)
+        pending_work(tensors, model, str(folder / keys.STATE_FILE), prefix)
 
 
 def exported_state(folder: str | os.PathLike[str], name: str) -> Any:
@@ -82,7 +83,7 @@ def read_exported(exported: Any) -> tuple[list[dict[str, Any]], dict[str, Any] |
         ValueError: if it is not what a callback exports.
     """
     try:
-        saved = (exported[0] if isinstance(exported, list) else exported)["attributes"]["saved"]
+        saved = keys.saved_in(exported)
         records, judging = saved["history"], saved["judging"]
         _check_records(records)
         if judging is not None:
@@ -123,7 +124,7 @@ def pending_work(
         ValueError: if they are malformed or belong to another model.
     """
     with _reading(source):
-        snapshot = None if "snapshot" not in tensors else Snapshot(**tensors["snapshot"])
+        snapshot = None if keys.SNAPSHOT not in tensors else Snapshot(**tensors[keys.SNAPSHOT])
         if snapshot is not None:
             sizes = {prefix + name: size for name, size in sizes_in_state_dict(model, snapshot.tensors, prefix).items()}
             if sizes != snapshot.sizes:
@@ -134,11 +135,11 @@ def pending_work(
                 if gradient.shape != snapshot.tensors[name].shape:
                     raise ValueError(f"the gradient of {name} has shape {tuple(gradient.shape)}")
         tracker = None
-        if "tracker" in tensors:
+        if keys.TRACKER in tensors:
             tracker = StabilityTracker(threshold=1.0)
-            measurements = tensors["tracker"]["measurements"].items()
+            measurements = tensors[keys.TRACKER]["measurements"].items()
             own = {name.removeprefix(prefix): measurement for name, measurement in measurements}
-            tracker.load_state_dict({**tensors["tracker"], "measurements": own}, model)
+            tracker.load_state_dict({**tensors[keys.TRACKER], "measurements": own}, model)
     return snapshot, tracker
 
 
@@ -311,9 +312,9 @@ def _check_records(records: list[dict[str, Any]]) -> None:
 def _histories(config: Any) -> Iterator[Any]:
     """The compression histories in a config and in the configs within it."""
     if isinstance(config, dict):
-        yield config.get("compression_history") or []
+        yield config.get(keys.HISTORY) or []
         for name, value in config.items():
-            if name != "compression_history":
+            if name != keys.HISTORY:
                 yield from _histories(value)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .gramians import DiagonalSystem
+from hf_compressm.reduction import DiagonalSystem
 
 KINDS = (
     "plain",
