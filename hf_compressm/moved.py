@@ -29,6 +29,7 @@ MODULES: dict[str, tuple[str, ...]] = {
     "hub.record": ("report.record",),
     "hub.report": ("report.page",),
     "hub.spectra": ("report.spectra",),
+    "hub.svg": ("report.svg",),
     "hub.tables": ("report.tables",),
     "models.stand_ins": ("models.torch_ops",),
     "pretraining": ("runs.pretraining",),
