@@ -64,6 +64,14 @@ NAMES: dict[str, dict[str, str]] = {
         "write_card": "report",
         "write_report": "report",
     },
+    "models.classification": {"in_form": "models.outputs"},
+    "models.selective": {
+        "SCHEMES": "models.selective_config",
+        "check_fields": "models.selective_config",
+        "checked_sizes": "models.selective_config",
+        "has_parameters": "models.selective_config",
+        "make_embeddings": "models.embeddings",
+    },
 }
 """Names that have left a package which is still there, and where they are."""
 

@@ -6,6 +6,8 @@ Shapes: batch B, length L, hidden size H, channels I, states N, rank R of the ti
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -103,6 +105,38 @@ def is_step(mixer: nn.Module, signal: Tensor) -> bool:
     return not (signal.requires_grad or any(parameter.requires_grad for parameter in mixer.parameters()))
 
 
+def scan_or_step(
+    mixer: Any,
+    cache: Any,
+    state: Tensor | None,
+    scan: Callable,
+    step: Callable,
+    inputs: tuple[Tensor, Tensor, Tensor, Tensor, Tensor],
+    **options: Any,
+) -> Tensor:
+    """Scan a sequence from the cached state, or update that state in place by a single token; updates the cache.
+
+    Args:
+        mixer: has `layer_idx`, its place in the cache.
+        cache: of transformers, or None.
+        state: what `recurrent_state` returned before the convolution was called, which marks the cache as used.
+        scan, step: an op and its update by one token, such as `ssd_scan` and `ssd_state_update`.
+        inputs: input, time steps, A, B and C of the scan. All but A have the shape (B, L, ...).
+        **options: for both ops.
+
+    Returns:
+        The scan's output, (B, L, ...) as the input.
+    """
+    x, dt, A, B, C = inputs
+    if state is not None and is_step(mixer, x):
+        return step(state, x[:, 0], dt[:, 0], A, B[:, 0], C[:, 0], **options)[:, None]
+    if cache is None:
+        return scan(*inputs, **options)
+    y, final = scan(*inputs, initial_state=state, return_final_state=True, **options)
+    cache.update_recurrent_state(final, mixer.layer_idx)
+    return y
+
+
 class CompreSSMMambaMixer(nn.Module):
     """Mamba's mixer: y = out_proj(scan(act(conv(x))) * silu(z)), with parameters named as in transformers.
 
@@ -198,17 +232,8 @@ class CompreSSMMambaMixer(nn.Module):
         delta = delta if tokens is None else tokens.clear(delta, NO_TIME)
         A = -self.A_log.float().exp()
         options: dict[str, Any] = {"D": self.D.float(), "delta_bias": bias, "delta_softplus": True}
-        if state is not None and is_step(self, u):
-            y = selective_state_update(state, u[:, 0], delta[:, 0], A, B[:, 0], C[:, 0], z=gate[:, 0], **options)[
-                :, None
-            ]
-        elif cache is None:
-            y = selective_scan(u, delta, A, B, C, z=gate, **options)
-        else:
-            y, final = selective_scan(
-                u, delta, A, B, C, z=gate, initial_state=state, return_final_state=True, **options
-            )
-            cache.update_recurrent_state(final, self.layer_idx)
+        scan, one = partial(selective_scan, z=gate), partial(selective_state_update, z=gate[:, 0])
+        y = scan_or_step(self, cache, state, scan, one, (u, delta, A, B, C), **options)
         y = self.out_proj(y.to(hidden_states.dtype))
         return y if tokens is None else tokens.take_back(y)
 

@@ -6,6 +6,7 @@ states of the scan, kernel size K.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from torch.nn import functional as F
 from ..compatibility import check_keywords, one_cache
 from ..ops.ssd_scan import ssd_scan, ssd_state_update
 from ..ops.ssd_scan.step import time_steps
-from .mamba import convolve, inverse_softplus_of_time_steps, is_step, recurrent_state
+from .mamba import convolve, inverse_softplus_of_time_steps, recurrent_state, scan_or_step
 from .padding import RealFirst
 
 
@@ -164,14 +165,8 @@ class CompreSSMMamba2Mixer(nn.Module):
             dt = tokens.clear(time_steps(wide, self.dt_bias, True, self.time_step_limit))  # none at all at padding
             options = {"D": self.D.float(), "dt_bias": None, "dt_softplus": False, "dt_limit": (0.0, float("inf"))}
         A = -self.A_log.float().exp()
-        if state is not None and is_step(self, signal):
-            y = ssd_state_update(state, x[:, 0], dt[:, 0], A, B[:, 0], C[:, 0], **options)[:, None]
-        elif cache is None:
-            y = ssd_scan(x, dt, A, B, C, chunk_size=self.chunk_size, **options)
-        else:
-            options |= {"chunk_size": self.chunk_size, "initial_state": state, "return_final_state": True}
-            y, final = ssd_scan(x, dt, A, B, C, **options)
-            cache.update_recurrent_state(final, self.layer_idx)
+        scan = partial(ssd_scan, chunk_size=self.chunk_size)
+        y = scan_or_step(self, cache, state, scan, ssd_state_update, (x, dt, A, B, C), **options)
         y = self.out_proj(self.norm(y.flatten(2), gate).to(hidden_states.dtype))
         return y if tokens is None else tokens.take_back(y)
 

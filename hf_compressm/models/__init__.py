@@ -14,6 +14,7 @@ from .compressm_mamba2 import (
 )
 from .convert import from_stock, to_stock
 from .fast_ops import use_fast_ops
+from .heads import register
 from .mimo_ssm import (
     MimoSSMCache,
     MimoSSMConfig,
@@ -22,6 +23,18 @@ from .mimo_ssm import (
     MimoSSMForSequencePairClassification,
     MimoSSMModel,
     MimoSSMPreTrainedModel,
+)
+
+register(CompreSSMMambaConfig, CompreSSMMambaModel, CompreSSMMambaForCausalLM, CompreSSMMambaForSequenceClassification)
+register(
+    CompreSSMMamba2Config, CompreSSMMamba2Model, CompreSSMMamba2ForCausalLM, CompreSSMMamba2ForSequenceClassification
+)
+register(
+    MimoSSMConfig,
+    MimoSSMModel,
+    MimoSSMForCausalLM,
+    MimoSSMForSequenceClassification,
+    MimoSSMForSequencePairClassification,
 )
 
 __all__ = [

@@ -1,7 +1,7 @@
-"""The fast ops switched on by this package itself: where they are exact, said once, and back at the end.
+"""Switch the fast ops on where they are exact, without being asked by the user, and off again at the end.
 
-Such a mixer is as it was for everybody but the one who calls it: copies and pickles have transformers' own class, and
-what the ops do not do is left to transformers' own forward.
+Only calls of such a mixer change: copies and pickles have transformers' own class, and where the ops cannot do what is
+asked, transformers' own forward runs.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from torch import nn
 from transformers.utils import logging
 
 from ..layers.plain import is_plain
-from .fast_ops import LENT, fast_class, mixer_class, passed_over, require, stock_mixers
-from .selective import has_parameters
+from .fast_ops import LENT, fast_class, mixer_class, require, stock_mixers, uncalled_layers
+from .selective_config import has_parameters
 
 logger = logging.get_logger(__name__)
 
@@ -25,27 +25,33 @@ _KERNELS = ("mamba_ssm", "kernels")
 
 @contextmanager
 def by_fast_ops(model: nn.Module, enable: bool = True) -> Iterator[None]:
-    """Stock mixers run by this package's ops within the block, where that is exact; nothing happens without `enable`.
+    """Let stock mixers run by this package's ops within the block, as `switch_on` does.
 
     Mixers on which `use_fast_ops` was called before stay on afterwards.
     """
-    lent = switch_on(model) if enable else []
+    lent = switch_on(model, enable)
     try:
         yield
     finally:
         switch_back(lent)
 
 
-def switch_on(model: nn.Module) -> list[nn.Module]:
-    """Let stock mixers run by this package's ops, where that changes their outputs by rounding only.
+def switch_on(model: nn.Module, enable: bool = True) -> list[nn.Module]:
+    """Let stock mixers run by this package's ops, if that changes their outputs by rounding only.
 
-    Left alone: mixers whose forward somebody has replaced, whose activation has parameters, or with an adapter or a
-    hook on a layer that transformers' code passes over; all on GPUs for which transformers has kernels; and all where
-    the ops do not fit the version of transformers, which is said.
+    Some mixers stay as they are: those whose forward was replaced, whose activation has parameters, or that have an
+    adapter or hook on a layer which transformers' code does not call. All stay on GPUs for which transformers has
+    kernels, and if the ops do not fit the installed transformers, which is logged.
+
+    Args:
+        model: any model, with or without stock mixers.
+        enable: the user's choice; nothing happens if False.
 
     Returns:
         The mixers that were switched, for `switch_back`.
     """
+    if not enable:
+        return []
     mixers = [mixer for mixer in stock_mixers(model).values() if type(mixer) is mixer_class(mixer) and _exact(mixer)]
     try:
         for mixer in mixers:
@@ -65,12 +71,12 @@ def switch_on(model: nn.Module) -> list[nn.Module]:
 
 
 def lent_mixers(model: nn.Module) -> list[nn.Module]:
-    """The mixers of a model that `switch_on` has switched."""
+    """List the mixers of a model that `switch_on` has switched."""
     return [mixer for mixer in stock_mixers(model).values() if LENT in vars(mixer)]
 
 
 def switch_back(mixers: Iterable[nn.Module]) -> None:
-    """Give mixers that `switch_on` has returned transformers' own forward again."""
+    """Let mixers that `switch_on` has returned run by transformers' own forward again."""
     for mixer in mixers:
         if vars(mixer).pop(LENT, False):
             mixer.__class__ = mixer_class(mixer)
@@ -80,6 +86,6 @@ def _exact(mixer: nn.Module) -> bool:
     device = next(mixer.parameters()).device.type
     if device == "meta" or (device != "cpu" and any(map(importlib.util.find_spec, _KERNELS))):
         return False
-    layers = [getattr(mixer, name) for name in passed_over(mixer)]
+    layers = [getattr(mixer, name) for name in uncalled_layers(mixer)]
     plain = all(is_plain(layer, nn.Conv1d) or is_plain(layer, nn.Linear) for layer in layers)
     return plain and "forward" not in vars(mixer) and not has_parameters(str(getattr(mixer, "activation", "")))

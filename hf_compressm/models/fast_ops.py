@@ -10,7 +10,7 @@ import functools
 import importlib
 import inspect
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 from torch import Tensor, nn
@@ -25,10 +25,10 @@ from ..compatibility import (
     unknown_keywords,
     unknown_parameters,
 )
-from ..layers.mamba import convolve, is_step, real_positions, recurrent_state, time_steps
+from ..layers.mamba import convolve, real_positions, recurrent_state, scan_or_step, time_steps
 from ..ops.selective_scan import selective_scan, selective_state_update
 from ..ops.ssd_scan import ssd_scan, ssd_state_update
-from .selective import has_parameters
+from .selective_config import has_parameters
 
 LENT = "_hf_compressm_lent"
 """Set on a mixer that this package has switched on by itself, for a while."""
@@ -87,10 +87,10 @@ def use_fast_ops(model: nn.Module, enable: bool = True) -> list[str]:
     return list(found)
 
 
-def passed_over(mixer: nn.Module) -> list[str]:
-    """Names of the layers in a mixer whose weights transformers' own code takes without calling them.
+def uncalled_layers(mixer: nn.Module) -> list[str]:
+    """Name the layers in a mixer whose weights transformers' own code uses without calling the layer.
 
-    None for a mixer that runs by this package's ops, or is this package's own.
+    The list is empty for a mixer that runs by this package's ops, or is this package's own.
     """
     return _FORWARDS[_path(type(mixer))][0] if _path(type(mixer)) in _FORWARDS else []
 
@@ -129,25 +129,46 @@ def fast_class(stock: type) -> type:
 def _fast_class(path: str) -> type:
     module, _, name = path.rpartition(".")
     stock = getattr(importlib.import_module(module), name)
-    used, forward = _FORWARDS[path]
-    # Weights of children that are used without calling them must be brought in where accelerate offloads them.
-    hooked = accelerate.force_accelerate_hooks(used)(forward)
-    members = {"forward": _where_exact(hooked, stock.forward), "__reduce_ex__": _reduce, "__doc__": stock.__doc__}
+    used, scan = _FORWARDS[path]
+    members = {"forward": _forward(scan, used, stock), "__reduce_ex__": _reduce, "__doc__": stock.__doc__}
     return type(name, (stock,), members | {"__module__": __name__})
 
 
-def _where_exact(forward: Callable, stock: Callable) -> Callable:
-    """The forward, but transformers' own where a mixer that is only lent is asked for what the ops do not do."""
+def _forward(scan: Callable, used: list[str], stock: type) -> Callable:
+    """Build a mixer's forward around its scan.
 
-    known = HARMLESS_KEYWORDS.union(inspect.signature(forward).parameters)
+    Args:
+        scan: takes the mixer, hidden states (B, L, H) that are zero at padding, the mask, the cache and the cached
+            state, and returns the input of the output projection.
+        used: names of layers whose weights it uses without calling them; accelerate may have offloaded these.
+        stock: the transformers class, whose forward runs if the mixer is only lent and the ops cannot do what is asked.
+    """
 
-    @functools.wraps(forward)
-    def chosen(self: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    # Weights of children that are used without calling them must be brought in where accelerate offloads them.
+    @accelerate.force_accelerate_hooks(used)
+    def fast(
+        self: Any,
+        hidden_states: Tensor,
+        cache: Any = None,
+        attention_mask: Tensor | None = None,
+        cache_params: Any = None,
+        **kwargs: Any,
+    ) -> Tensor:
+        check_keywords(self, kwargs, _OR_STOCK)
+        cache = one_cache(self, cache=cache, cache_params=cache_params)
+        state = recurrent_state(cache, self.layer_idx)
+        y = scan(self, real_positions(hidden_states, attention_mask), attention_mask, cache, state)
+        return self.out_proj(y.to(hidden_states.dtype))
+
+    known = HARMLESS_KEYWORDS.union(inspect.signature(fast).parameters)
+
+    @functools.wraps(fast)
+    def forward(self: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if getattr(self, LENT, False) and (unknown_keywords(kwargs, known) or transformed()):
-            return stock(self, hidden_states, *args, **kwargs)
-        return forward(self, hidden_states, *args, **kwargs)
+            return stock.forward(self, hidden_states, *args, **kwargs)  # type: ignore[attr-defined]
+        return fast(self, hidden_states, *args, **kwargs)
 
-    return chosen
+    return forward
 
 
 def _reduce(self: Any, protocol: Any) -> tuple:
@@ -188,85 +209,51 @@ def require(mixer: nn.Module) -> None:
         )
 
 
-def _mamba_forward(
-    self: Any,
-    hidden_states: Tensor,
-    cache: Any = None,
-    attention_mask: Tensor | None = None,
-    cache_params: Any = None,
-    **kwargs: Any,
-) -> Tensor:
+def _mamba_scan(mixer: Any, hidden: Tensor, attention_mask: Tensor | None, cache: Any, state: Tensor | None) -> Tensor:
     """Mamba, and FalconMamba and Jamba, which normalise dt, B and C."""
-    check_keywords(self, kwargs, _OR_STOCK)
-    cache = one_cache(self, cache=cache, cache_params=cache_params)
-    state = recurrent_state(cache, self.layer_idx)
-    u, gate = self.in_proj(real_positions(hidden_states, attention_mask)).chunk(2, dim=-1)
-    u = real_positions(convolve(self, u, cache), attention_mask)
-    size = self.A_log.shape[1]
-    projected = self.x_proj(u)
+    u, gate = mixer.in_proj(hidden).chunk(2, dim=-1)
+    u = real_positions(convolve(mixer, u, cache), attention_mask)
+    size = mixer.A_log.shape[1]
+    projected = mixer.x_proj(u)
     step, B, C = projected.split([projected.shape[-1] - 2 * size, size, size], dim=-1)
-    if hasattr(self, "dt_layernorm"):
-        step, B, C = self.dt_layernorm(step), self.b_layernorm(B), self.c_layernorm(C)
-    delta, bias = time_steps(self.dt_proj, step)
-    A = -self.A_log.float().exp()
-    options: dict[str, Any] = {"D": self.D.float(), "delta_bias": bias, "delta_softplus": True}
-    if state is not None and is_step(self, u):
-        y = selective_state_update(state, u[:, 0], delta[:, 0], A, B[:, 0], C[:, 0], z=gate[:, 0], **options)[:, None]
-    elif cache is None:
-        y = selective_scan(u, delta, A, B, C, z=gate, **options)
-    else:
-        y, final = selective_scan(u, delta, A, B, C, z=gate, initial_state=state, return_final_state=True, **options)
-        cache.update_recurrent_state(final, self.layer_idx)
-    return self.out_proj(y.to(hidden_states.dtype))
+    if hasattr(mixer, "dt_layernorm"):
+        step, B, C = mixer.dt_layernorm(step), mixer.b_layernorm(B), mixer.c_layernorm(C)
+    delta, bias = time_steps(mixer.dt_proj, step)
+    A = -mixer.A_log.float().exp()
+    options: dict[str, Any] = {"D": mixer.D.float(), "delta_bias": bias, "delta_softplus": True}
+    scan, one = partial(selective_scan, z=gate), partial(selective_state_update, z=gate[:, 0])
+    return scan_or_step(mixer, cache, state, scan, one, (u, delta, A, B, C), **options)
 
 
-def _mamba2_forward(
-    self: Any,
-    hidden_states: Tensor,
-    cache: Any = None,
-    attention_mask: Tensor | None = None,
-    cache_params: Any = None,
-    **kwargs: Any,
-) -> Tensor:
+def _mamba2_scan(mixer: Any, hidden: Tensor, attention_mask: Tensor | None, cache: Any, state: Tensor | None) -> Tensor:
     """Mamba-2 and its kin; Falcon-H1 multiplies its projections and may gate without a norm."""
-    check_keywords(self, kwargs, _OR_STOCK)
-    cache = one_cache(self, cache=cache, cache_params=cache_params)
-    state = recurrent_state(cache, self.layer_idx)
-    hidden = real_positions(hidden_states, attention_mask)
-    if hasattr(self, "mup_vector"):
-        projected = self.in_proj(hidden * self.ssm_in_multiplier) * self.mup_vector
+    if hasattr(mixer, "mup_vector"):
+        projected = mixer.in_proj(hidden * mixer.ssm_in_multiplier) * mixer.mup_vector
     else:
-        projected = self.in_proj(hidden)
-    heads, convolved = len(self.A_log), len(self.conv1d.weight)
+        projected = mixer.in_proj(hidden)
+    heads, convolved = len(mixer.A_log), len(mixer.conv1d.weight)
     channels = projected.shape[-1] - convolved - heads
     block = (convolved - channels) // 2
     gate, signal, dt = projected.split([channels, convolved, heads], dim=-1)
-    signal = real_positions(convolve(self, signal, cache), attention_mask)
+    signal = real_positions(convolve(mixer, signal, cache), attention_mask)
     x, B, C = signal.split([channels, block, block], dim=-1)
     x = x.unflatten(-1, (heads, -1))
-    B, C = (part.unflatten(-1, (self.n_groups, -1)) for part in (B, C))
+    B, C = (part.unflatten(-1, (mixer.n_groups, -1)) for part in (B, C))
     options: dict[str, Any] = {
-        "D": self.D,
-        "dt_bias": self.dt_bias,
+        "D": mixer.D,
+        "dt_bias": mixer.dt_bias,
         "dt_softplus": True,
-        "dt_limit": tuple(self.time_step_limit),
+        "dt_limit": tuple(mixer.time_step_limit),
     }
-    A = -self.A_log.float().exp()
-    if state is not None and is_step(self, signal):
-        y = ssd_state_update(state, x[:, 0], dt[:, 0], A, B[:, 0], C[:, 0], **options)[:, None]
-    elif cache is None:
-        y = ssd_scan(x, dt, A, B, C, chunk_size=self.chunk_size, **options)
-    else:
-        options |= {"chunk_size": self.chunk_size, "initial_state": state, "return_final_state": True}
-        y, final = ssd_scan(x, dt, A, B, C, **options)
-        cache.update_recurrent_state(final, self.layer_idx)
+    A = -mixer.A_log.float().exp()
+    scan = partial(ssd_scan, chunk_size=mixer.chunk_size)
+    y = scan_or_step(mixer, cache, state, scan, ssd_state_update, (x, dt, A, B, C), **options)
     y = y.flatten(2)
-    y = self.norm(y, gate) if getattr(self, "mamba_rms_norm", True) else y * F.silu(gate)
-    return self.out_proj(y.to(hidden_states.dtype))
+    return mixer.norm(y, gate) if getattr(mixer, "mamba_rms_norm", True) else y * F.silu(gate)
 
 
-_MAMBA = (["conv1d", "dt_proj"], _mamba_forward)
-_MAMBA2 = (["conv1d"], _mamba2_forward)
+_MAMBA = (["conv1d", "dt_proj"], _mamba_scan)
+_MAMBA2 = (["conv1d"], _mamba2_scan)
 _FORWARDS: dict[str, tuple[list[str], Callable]] = {
     f"transformers.models.{path}": kind
     for path, kind in {

@@ -1,10 +1,16 @@
-"""Which Auto class, and which of its model classes, serves which kind of task."""
+"""Which Auto class, and which of its model classes, serves which kind of task; registering this package's classes."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    PreTrainedModel,
+)
 
 HEADS = {
     "sequence_classification": AutoModelForSequenceClassification,
@@ -21,14 +27,33 @@ CLASS_ENDINGS = {
 """How names of model classes end that have the head for a task of each kind."""
 
 
+def register(config_class: Any, model: Any, causal_lm: Any, *classifiers: Any) -> None:
+    """Register a config and its model classes with transformers' Auto classes.
+
+    Args:
+        config_class: has a `model_type`.
+        model, causal_lm: its classes without a head and with that of a language model.
+        *classifiers: of several, transformers takes the one that the config's `architectures` names, or else the first.
+    """
+    AutoConfig.register(config_class.model_type, config_class, exist_ok=True)
+    AutoModel.register(config_class, model, exist_ok=True)
+    AutoModelForCausalLM.register(config_class, causal_lm, exist_ok=True)
+    several: Any = classifiers if len(classifiers) > 1 else classifiers[0]
+    AutoModelForSequenceClassification.register(config_class, several, exist_ok=True)
+
+
 def model_classes(auto: Any, config_class: type) -> tuple[type, ...]:
-    """The model classes that an Auto class has for a config, the one that it takes by default first."""
+    """Return the model classes that an Auto class has for a config, the one that it takes by default first."""
     found = auto._model_mapping.get(config_class, ())
     return found if isinstance(found, tuple) else (found,)
 
 
 def new_model(problem: str, config: Any) -> PreTrainedModel:
-    """A freshly initialised model with the head for a kind of task, one of `HEADS`.
+    """Build a freshly initialised model with the head for a kind of task.
+
+    Args:
+        problem: a key of `HEADS`.
+        config: the model's.
 
     Raises:
         ValueError: if there is none for this config.

@@ -1,4 +1,4 @@
-"""Names of model classes in the tables by which transformers decides what a model is for.
+"""Enter the names of model classes in the tables by which transformers decides what a model is for.
 
 By the name of a model's class the Trainer shifts the labels for label smoothing, and model cards name a task.
 Registering a class with the Auto classes does not enter its name there.
@@ -16,7 +16,7 @@ from transformers.models.auto.modeling_auto import (
 
 
 def enter(table: Any, cls: Any) -> None:
-    """Add a model class's name to a table, by model type if that is free, by its own name otherwise."""
+    """Add the name of a model class to a table: under its model type if that is free, otherwise under its own name."""
     config_class = getattr(cls, "config_class", None)
     if config_class is None:  # a mixin
         return
@@ -27,18 +27,23 @@ def enter(table: Any, cls: Any) -> None:
 
 
 class KnownByName:
-    """Mixin: a class, and those derived from it, stand in one of transformers' tables."""
+    """Mixin of all models: enters the class, and those derived from it, in one of transformers' tables."""
 
     known_as: Any = None
     known_loss: str | None = None
     loss_type: str | None
+    config: Any
+    main_input_name: str
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         enter(cls.known_as, cls)
 
     def post_init(self) -> None:
-        self.loss_type = self.known_loss  # transformers goes by the class's name otherwise
+        """Finish the model, as in transformers; its loss and main input do not depend on the name of its class."""
+        self.loss_type = self.known_loss
+        if self.config.num_channels is not None:
+            self.main_input_name = "input_values"
         super().post_init()  # type: ignore[misc]
 
 

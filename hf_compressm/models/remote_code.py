@@ -1,33 +1,23 @@
-"""The modelling code that saved models carry, so that they load where this package is not installed."""
+"""The modelling code that saved models carry, so that they load where this package is not installed.
+
+The files are in the folder `remote/`. `python scripts/remote_code/make.py` makes them from this package's modules, and
+a test compares them.
+"""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from functools import cache
-from importlib.metadata import PackageNotFoundError, version
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from .bundle import PACKAGE, Bundle, Reference
 from .heads import model_classes
 
+PACKAGE = __name__.partition(".")[0]
 AUTO_CLASSES = (AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification)
-
-_OPS = {"causal_conv": "causal_conv", "selective_scan": "selective_scan", "ssd_scan": "ssd_scan"}
-_OPS |= {"diag_system": "diag_scan"}
-_STAND_INS: dict[Reference, Reference] = {
-    (f"{PACKAGE}.ops.{module}", name): (f"{PACKAGE}.models.torch_ops", name) for name, module in _OPS.items()
-}
-_STAND_INS[(__name__, "CarriesCode")] = (f"{PACKAGE}.models.torch_ops", "CarriesCode")
-
-_TITLE = """{what}
-
-Written by {package}{version} from its own sources: plain PyTorch that needs torch and transformers only. Where the
-package is installed, models load with its faster classes instead. License: Apache-2.0.
-"""
 
 
 class CarriesCode:
@@ -40,10 +30,10 @@ class CarriesCode:
     auto_map: dict[str, str]
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], push_to_hub: bool = False, **kwargs: Any) -> None:
-        """As in transformers, and the modelling code beside the config, which names it in `auto_map`.
+        """Save the config as transformers does, with the modelling code beside it, named in `auto_map`.
 
         Raises:
-            OSError: if the folder cannot be written to, or this package was installed without its sources.
+            OSError: if the folder cannot be written to.
         """
         # The code first: a config that names files which are not there would not load.
         self.save_code(save_directory)
@@ -53,13 +43,13 @@ class CarriesCode:
             self.push_to_hub(repo_id, **kwargs)  # type: ignore[attr-defined]
 
     def save_code(self, folder: str | os.PathLike[str]) -> list[str]:
-        """Write the modelling code into a folder and name it in `auto_map`; the names of the files.
+        """Write the modelling code into a folder, name it in `auto_map`, and return the names of the files.
 
-        Nothing is written for a class that is derived from this package's: its own code is not known here, and
-        transformers' `register_for_auto_class` serves it.
+        Nothing is written for a class that is derived from this package's: its own code is not known here. Its author
+        can call transformers' `register_for_auto_class`.
 
         Raises:
-            OSError: if the folder cannot be written to, or this package was installed without its sources.
+            OSError: if the folder cannot be written to.
         """
         config_class = type(self)
         if not config_class.__module__.startswith(f"{PACKAGE}.models."):
@@ -80,7 +70,7 @@ class CarriesCode:
 
 
 def auto_map(config_class: type, architectures: Sequence[str] = ()) -> dict[str, str]:
-    """Which class of the modelling code each of transformers' Auto classes takes, as `config.json` says it.
+    """Tell which class of the modelling code each of transformers' Auto classes takes, in the form of `config.json`.
 
     Args:
         config_class: the config's.
@@ -96,31 +86,12 @@ def auto_map(config_class: type, architectures: Sequence[str] = ()) -> dict[str,
 
 
 def modelling_code(config_class: type) -> dict[str, str]:
-    """The files, by name, that define a config of this package and its models without this package.
-
-    Raises:
-        FileNotFoundError: if this package was installed without its sources.
-    """
-    return dict(_written(config_class.__module__, config_class.__name__.removesuffix("Config")))
-
-
-@cache
-def _written(configuration: str, name: str) -> dict[str, str]:
-    modelling = configuration.replace(".configuration_", ".modeling_")
-    written = {}
-    for module, what in ((configuration, "Configuration"), (modelling, "Models")):
-        siblings = frozenset({configuration} - {module})
-        title = _TITLE.format(what=f"{what} of {name}.", package=PACKAGE, version=_version())
-        written[f"{module.rpartition('.')[2]}.py"] = Bundle(_STAND_INS, siblings).write(module, title)
-    return written
+    """Return the files, by name, that define a config of this package and its models without this package."""
+    configuration = _stem(config_class)
+    names = (f"{configuration}.py", f"{configuration.replace('configuration_', 'modeling_')}.py")
+    folder = files(__package__) / "remote"
+    return {name: (folder / f"{name}.txt").read_text("utf-8") for name in names}
 
 
 def _stem(cls: type) -> str:
     return cls.__module__.rpartition(".")[2]
-
-
-def _version() -> str:
-    try:
-        return f" {version(PACKAGE)}"
-    except PackageNotFoundError:  # run from a checkout
-        return ""

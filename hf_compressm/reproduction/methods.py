@@ -131,8 +131,7 @@ def _scores(task: Task, metrics: Mapping[str, float]) -> dict[str, Any]:
 
 def _load(run: Run, task: Task, folder: str) -> nn.Module:
     model = HEADS[task.problem].from_pretrained(folder)
-    if run.compression.fast_ops:
-        switch_on(model)
+    switch_on(model, run.compression.fast_ops)
     return model
 
 

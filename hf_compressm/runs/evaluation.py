@@ -100,8 +100,7 @@ def load_adapted(name: str, device: str, fast_ops: bool = True) -> Any:
     except OSError:
         adapter = None
     model = load_model(name if adapter is None else adapter["base_model_name_or_path"], device)
-    if fast_ops:
-        switch_on(model)
+    switch_on(model, fast_ops)
     if adapter is None:
         return model
     try:

@@ -229,8 +229,7 @@ def execute(run: FinetuneRun) -> FinetuneResult:
     """
     arguments, training, policy = run.arguments, run.training, run.policy()
     model = load_model(arguments.model or "", str(training.device))
-    if arguments.fast_ops:
-        switch_on(model)
+    switch_on(model, arguments.fast_ops)
     tokenizer = load_tokenizer(arguments.model or "")
     task = load_data(run.source(), model, tokenizer)
     scores = {"before": _scores(model, task, training)}

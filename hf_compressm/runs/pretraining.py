@@ -104,8 +104,7 @@ def build_model(run: Run, task: Task) -> PreTrainedModel:
         model = new_model(task.problem, config)
     except Exception as error:  # each architecture has ways of its own to fail on values that it does not check
         raise ValueError(f"no {kind} can be built with model = {run.model}: {error}") from error
-    if run.compression.fast_ops:
-        switch_on(model)
+    switch_on(model, run.compression.fast_ops)
     return model
 
 

@@ -86,7 +86,7 @@ class CompressionRun:
         self._check_settings(args, model)
         if args.torch_compile:
             raise_recompile_limit(len(self._attempts))
-        self._lent = switch_on(model) if config.fast_ops else []
+        self._lent = switch_on(model, config.fast_ops)
         self.data = TrainingData(train_dataloader, config.calibration_batches, args.process_index, processes())
         self.data.follow(model, self._seed(self._attempts[0] if self._attempts else 0))
 

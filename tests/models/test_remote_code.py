@@ -4,6 +4,8 @@ import json
 import subprocess
 import sys
 
+import bundle
+import make
 import pytest
 import torch
 from selective_models import COMMON, IDS, OWN, own
@@ -11,7 +13,6 @@ from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceCl
 from transformers.dynamic_module_utils import get_class_from_dynamic_module, get_imports
 
 from hf_compressm import CompreSSMMamba2Config, CompreSSMMambaConfig, CompreSSMMambaForCausalLM, MimoSSMConfig
-from hf_compressm.models import bundle
 from hf_compressm.models.heads import new_model
 from hf_compressm.models.remote_code import modelling_code
 
@@ -145,6 +146,20 @@ def test_a_derived_class_is_left_to_its_author(tmp_path):
     CompreSSMMambaForCausalLM(Mine(**COMMON)).save_pretrained(tmp_path)
     assert not list(tmp_path.glob("*.py"))
     assert "auto_map" not in json.loads((tmp_path / "config.json").read_text())
+
+
+def test_the_code_that_models_carry_is_up_to_date():
+    assert not make.stale(), f"run {make.COMMAND}, and commit what it changes"
+
+
+def test_a_stale_file_is_named(monkeypatch, tmp_path):
+    for name, text in make.made().items():
+        (tmp_path / name).write_text(text)
+    (tmp_path / "other.py.txt").touch()
+    (tmp_path / "modeling_mimo_ssm.py.txt").write_text("old")
+    (tmp_path / "modeling_compressm_mamba.py.txt").unlink()
+    monkeypatch.setattr(make, "FOLDER", tmp_path)
+    assert make.stale() == ["modeling_compressm_mamba.py.txt", "modeling_mimo_ssm.py.txt", "other.py.txt"]
 
 
 def sources(monkeypatch, **texts):

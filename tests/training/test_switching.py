@@ -94,7 +94,7 @@ def test_a_model_of_model_init(tmp_path):
 
 
 def test_the_switch_reaches_the_refit_of_a_cut(monkeypatch):
-    monkeypatch.setattr("hf_compressm.models.automatic.switch_on", lambda model: pytest.fail("switched on"))
+    monkeypatch.setattr("hf_compressm.models.automatic.fast_class", lambda stock: pytest.fail("switched on"))
     model = make(STOCK, "mamba2")
     batches = [{"input_ids": torch.arange(48).reshape(2, 24) % model.config.vocab_size}]
     plan = plan_together(model, batches, 1, policy=Target(3), fast_ops=False)

@@ -6,11 +6,10 @@ from typing import Any
 
 from transformers import MambaConfig
 
-from ..remote_code import CarriesCode
-from ..selective import check_fields, checked_sizes
+from ..selective_config import SelectiveConfig
 
 
-class CompreSSMMambaConfig(CarriesCode, MambaConfig):
+class CompreSSMMambaConfig(SelectiveConfig, MambaConfig):
     """transformers' `MambaConfig` with a state size for each layer.
 
     Args:
@@ -18,7 +17,7 @@ class CompreSSMMambaConfig(CarriesCode, MambaConfig):
         num_channels: channels of continuous input, for models that read `input_values` (B, L, num_channels) in place of
             token ids; None for token ids.
         pooling: what a classifier reads, the "mean" over real positions or the "last" of them.
-        compression_history: what was cut when, written by the compression code.
+        compression_history: which states were removed when, written by the compression code.
         **kwargs: fields of `MambaConfig`.
 
     Raises:
@@ -26,17 +25,11 @@ class CompreSSMMambaConfig(CarriesCode, MambaConfig):
     """
 
     model_type = "compressm_mamba"
-    keys_to_ignore_at_inference = ["cache", "cache_params"]
 
     state_sizes: Any = None
     num_channels: int | None = None
     pooling: str = "last"
     compression_history: Any = None
-
-    def __post_init__(self, **kwargs: Any) -> None:
-        check_fields(self)
-        self.state_sizes = checked_sizes(self)
-        super().__post_init__(**kwargs)
 
 
 __all__ = ["CompreSSMMambaConfig"]

@@ -6,11 +6,10 @@ from typing import Any
 
 from transformers import Mamba2Config
 
-from ..remote_code import CarriesCode
-from ..selective import check_fields, checked_sizes
+from ..selective_config import SelectiveConfig
 
 
-class CompreSSMMamba2Config(CarriesCode, Mamba2Config):
+class CompreSSMMamba2Config(SelectiveConfig, Mamba2Config):
     """transformers' `Mamba2Config` with a state size for each layer.
 
     Args:
@@ -20,7 +19,7 @@ class CompreSSMMamba2Config(CarriesCode, Mamba2Config):
         num_channels: channels of continuous input, for models that read `input_values` (B, L, num_channels) in place of
             token ids; None for token ids.
         pooling: what a classifier reads, the "mean" over real positions or the "last" of them.
-        compression_history: what was cut when, written by the compression code.
+        compression_history: which states were removed when, written by the compression code.
         **kwargs: fields of `Mamba2Config`.
 
     Raises:
@@ -28,7 +27,6 @@ class CompreSSMMamba2Config(CarriesCode, Mamba2Config):
     """
 
     model_type = "compressm_mamba2"
-    keys_to_ignore_at_inference = ["cache", "cache_params"]
 
     state_sizes: Any = None
     num_channels: int | None = None
@@ -36,14 +34,12 @@ class CompreSSMMamba2Config(CarriesCode, Mamba2Config):
     compression_history: Any = None
 
     def __post_init__(self, **kwargs: Any) -> None:
-        check_fields(self)
-        self.state_sizes = checked_sizes(self)
+        super().__post_init__(**kwargs)
         if max(self.state_sizes) > self.state_size:
             raise ValueError(
                 f"state_sizes must not exceed state_size, which the convolution provides; got {self.state_sizes} for "
                 f"state_size={self.state_size}"
             )
-        super().__post_init__(**kwargs)
 
 
 __all__ = ["CompreSSMMamba2Config"]

@@ -15,20 +15,19 @@ from transformers import GenerationMixin, PreTrainedModel
 from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.modeling_outputs import (
-    BaseModelOutputWithPast,
-    CausalLMOutputWithPast,
-    SequenceClassifierOutput,
-)
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
 from ...compatibility import cache_keyword, one_cache
 from ...layers.lru import LRU
 from ...layers.padding import is_scattered
 from ...layers.plain import innermost
-from ..classification import SequenceClassification, classification_loss, in_form
-from ..known_by_name import KnownCausalLM, KnownClassifier, KnownModel
+from ..causal_lm import CausalLM
+from ..classification import SequenceClassification, SequencePairClassification
+from ..embeddings import embed_values, make_embeddings
+from ..known_by_name import KnownModel
 from ..loading import SizesFromConfig
-from ..pooling import padding_of_steps, pooled
+from ..outputs import in_form
+from ..pooling import padding_of_steps
 from .batch_norm import MimoSSMBatchNorm
 from .cache import MimoSSMCache
 from .configuration_mimo_ssm import MimoSSMConfig
@@ -108,8 +107,6 @@ class MimoSSMPreTrainedModel(SizesFromConfig, PreTrainedModel):
                 "continuous input); both are None"
             )
         super().__init__(config, *args, **kwargs)
-        if config.num_channels is not None:
-            self.main_input_name = "input_values"
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -135,10 +132,7 @@ class MimoSSMModel(KnownModel, MimoSSMPreTrainedModel):
 
     def __init__(self, config: MimoSSMConfig) -> None:
         super().__init__(config)
-        if config.vocab_size is not None:
-            self.embeddings: nn.Embedding | nn.Linear = nn.Embedding(config.vocab_size, config.hidden_size)
-        elif config.num_channels is not None:
-            self.embeddings = nn.Linear(config.num_channels, config.hidden_size)
+        self.embeddings = make_embeddings(config)
         self.layers = nn.ModuleList(MimoSSMBlock(config, idx) for idx in range(config.num_hidden_layers))
         self.norm = _make_norm(config) if config.prenorm else None
         self.gradient_checkpointing = False
@@ -226,8 +220,7 @@ class MimoSSMModel(KnownModel, MimoSSMPreTrainedModel):
                 raise ValueError("this model reads input_ids, since its config has vocab_size; got input_values")
             if input_values.ndim != 3 or input_values.shape[2] != channels:
                 raise ValueError(f"input_values must have shape (B, L, {channels}), got {tuple(input_values.shape)}")
-            weight = innermost(self.embeddings).weight  # of integers if it is quantised
-            return self.embeddings(input_values.to(weight.dtype) if weight.is_floating_point() else input_values)
+            return embed_values(self.embeddings, input_values)
         return given[0]
 
 
@@ -238,76 +231,21 @@ class MimoSSMForSequenceClassification(SequenceClassification, MimoSSMPreTrained
     score_bias = True
 
 
-class MimoSSMForSequencePairClassification(KnownClassifier, MimoSSMPreTrainedModel):
+class MimoSSMForSequencePairClassification(SequencePairClassification, MimoSSMPreTrainedModel):
     """One MimoSSM reads two sequences, and a small network with one hidden layer classifies the pair.
 
-    It sees [x1, x2, x1 * x2, x1 - x2], where x1 and x2 are the pooled features of the two, as in the retrieval task of
+    Inputs are those of `MimoSSMForSequenceClassification` with an axis of two after the first, such as `input_ids`
+    (B, 2, L). The network sees [x1, x2, x1 * x2, x1 - x2] of the pooled features x1 and x2, as in the retrieval task of
     the Long Range Arena (Tay et al. 2020, arXiv 2011.04006).
     """
 
-    def __init__(self, config: MimoSSMConfig) -> None:
-        super().__init__(config)
-        num_labels: Any = config.num_labels
-        self.num_labels = num_labels
-        self.backbone = MimoSSMModel(config)
-        self.dense = nn.Linear(4 * config.hidden_size, config.hidden_size)
-        self.act = ACT2FN[config.hidden_act]
-        self.score = nn.Linear(config.hidden_size, num_labels)
-        self.post_init()
-
-    def forward(
-        self,
-        input_ids: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        inputs_embeds: Tensor | None = None,
-        input_values: Tensor | None = None,
-        labels: Tensor | None = None,
-        output_hidden_states: bool | None = None,
-        return_dict: bool | None = None,
-        **kwargs: Any,
-    ) -> SequenceClassifierOutput | tuple:
-        """Logits (B, num_labels) of pairs; inputs as for `MimoSSMModel`, with an axis of two after the first.
-
-        Args:
-            input_ids: (B, 2, L); or inputs_embeds (B, 2, L, H), or input_values (B, 2, L, num_channels).
-            attention_mask: (B, 2, L), nonzero at real positions.
-            labels: as for `MimoSSMForSequenceClassification`.
-            output_hidden_states: whether to return hidden states, of shape (2 B, L, H): the two of a pair in turn.
-            **kwargs: for the loss, as there.
-
-        Raises:
-            ValueError: if an input has another number than two on its second axis.
-        """
-        inputs = {
-            "input_ids": input_ids,
-            "attention_mask": attention_mask,
-            "inputs_embeds": inputs_embeds,
-            "input_values": input_values,
-        }
-        flat = {name: _one_by_one(name, value) for name, value in inputs.items() if value is not None}
-        outputs = self.backbone(**flat, use_cache=False, output_hidden_states=output_hidden_states, return_dict=True)
-        features = pooled(outputs.last_hidden_state, flat.get("attention_mask"), self.config.pooling)
-        first, second = features.unflatten(0, (-1, 2)).unbind(1)
-        features = torch.cat([first, second, first * second, first - second], dim=-1)
-        logits = self.score(self.act(self.dense(features)))
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        loss = None if labels is None else classification_loss(self, logits, labels, **kwargs)
-        output = SequenceClassifierOutput(loss=loss, logits=logits, hidden_states=outputs.hidden_states)
-        return in_form(output, return_dict, self.config)
+    backbone_class = MimoSSMModel
 
 
-class MimoSSMForCausalLM(KnownCausalLM, MimoSSMPreTrainedModel, GenerationMixin):
+class MimoSSMForCausalLM(CausalLM, MimoSSMPreTrainedModel, GenerationMixin):
     """A MimoSSM that predicts the next token; `generate` needs constant memory and time per token."""
 
-    _tied_weights_keys = {"lm_head.weight": "backbone.embeddings.weight"}
-
-    def __init__(self, config: MimoSSMConfig) -> None:
-        if config.vocab_size is None:
-            raise ValueError("MimoSSMForCausalLM predicts tokens: set config.vocab_size instead of num_channels")
-        super().__init__(config)
-        self.backbone = MimoSSMModel(config)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        self.post_init()
+    backbone_class = MimoSSMModel
 
     @classmethod
     def _supports_default_dynamic_cache(cls) -> bool:
@@ -358,13 +296,6 @@ class MimoSSMForCausalLM(KnownCausalLM, MimoSSMPreTrainedModel, GenerationMixin)
             **{CACHE_FIELD: getattr(outputs, CACHE_FIELD)},
         )
         return in_form(output, return_dict, self.config)
-
-
-def _one_by_one(name: str, pairs: Tensor) -> Tensor:
-    """(B, 2, ...) -> (2 B, ...): the two of a pair one after the other."""
-    if pairs.ndim < 3 or pairs.shape[1] != 2:
-        raise ValueError(f"{name} must hold pairs, with shape (B, 2, L) or (B, 2, L, ...); got {tuple(pairs.shape)}")
-    return pairs.flatten(0, 1)
 
 
 __all__ = [

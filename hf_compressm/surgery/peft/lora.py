@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...models.fast_ops import passed_over
+from ...models.fast_ops import uncalled_layers
 from ..adapters.base import MixerReduction, MixerSite
 from ..changes import ParameterChange, Term
 from .tuners import followers, is_copy_wrapper, is_lora_linear, is_tuner, lora_layers
@@ -41,7 +41,7 @@ def check_adapters(model: nn.Module, site: MixerSite) -> None:
     Raises:
         ValueError: naming the layer, the method and the reason.
     """
-    for name in passed_over(site.mixer):
+    for name in uncalled_layers(site.mixer):
         if is_tuner(getattr(site.mixer, name)):
             raise ValueError(
                 f"{site.name}.{name} has an adapter on it without effect: transformers' own code takes the weight of "

@@ -1,4 +1,7 @@
-"""Several modules of this package as one self-contained file: the definitions that are needed, and what these need."""
+"""Write several modules of the package as one self-contained file, for `make.py`.
+
+The file has the definitions of one module, and those of others that they need.
+"""
 
 from __future__ import annotations
 
@@ -7,9 +10,10 @@ import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from importlib.resources import files
+from pathlib import Path
 
-PACKAGE = __name__.partition(".")[0]
+ROOT = Path(__file__).resolve().parents[2]
+PACKAGE = "hf_compressm"
 
 WIDTH = 120
 """Longest line of imports."""
@@ -32,15 +36,11 @@ class Source:
 
     @classmethod
     def of(cls, path: str) -> Source:
-        """The source of a module of this package, by dotted path.
-
-        Raises:
-            FileNotFoundError: if the package was installed without its sources.
-        """
-        package, *parts = path.split(".")
-        place = files(package).joinpath(*parts)
-        place = place / "__init__.py" if place.is_dir() else files(package).joinpath(*parts[:-1], f"{parts[-1]}.py")
-        return cls(path if place.name != "__init__.py" else f"{path}.__init__", place.read_text("utf-8"))
+        """Read a module of this checkout, by dotted path."""
+        place = ROOT.joinpath(*path.split("."))
+        if place.is_dir():
+            return cls(f"{path}.__init__", (place / "__init__.py").read_text("utf-8"))
+        return cls(path, place.with_suffix(".py").read_text("utf-8"))
 
     @cached_property
     def tree(self) -> ast.Module:
@@ -48,7 +48,7 @@ class Source:
 
     @cached_property
     def definitions(self) -> dict[str, list[ast.stmt]]:
-        """Statements that define a name, a constant with the docstring behind it; in order."""
+        """The statements that define each name, in order; the docstring behind a constant belongs to it."""
         found: dict[str, list[ast.stmt]] = {}
         last: str | None = None
         for node in self.tree.body:
@@ -79,7 +79,7 @@ class Source:
         return ".".join([*base, *([node.module] if node.module else [])])
 
     def code(self, name: str) -> str:
-        """The text of a definition, with decorators and the comments above it."""
+        """Return the text of a definition, with decorators and the comments above it."""
         first, last = self.definitions[name][0], self.definitions[name][-1]
         lines = self.text.splitlines()
         start = min([first.lineno, *(node.lineno for node in getattr(first, "decorator_list", []))]) - 1
@@ -88,7 +88,7 @@ class Source:
         return "\n".join(lines[start : last.end_lineno])
 
     def needs(self, name: str) -> list[str]:
-        """Names of this module that a definition reads, itself left out.
+        """List the names of this module that a definition reads, without its own.
 
         Raises:
             ValueError: if it imports from this package inside a function, which the bundle could not provide.
@@ -115,11 +115,11 @@ class Bundle:
     """One file made of a module and what it needs.
 
     Args:
-        stand_ins: what is taken in place of something else, both as (module, name).
-        siblings: modules of this package that are files of their own beside this one, by dotted path.
+        replacements: what is taken in place of something else, both as (module, name).
+        siblings: modules of this package that become files beside this one, by dotted path.
     """
 
-    stand_ins: Mapping[Reference, Reference] = field(default_factory=dict)
+    replacements: Mapping[Reference, Reference] = field(default_factory=dict)
     siblings: frozenset[str] = frozenset()
     _sources: dict[str, Source] = field(default_factory=dict)
     _edges: dict[str, dict[str, None]] = field(default_factory=dict)
@@ -128,7 +128,7 @@ class Bundle:
     _foreign: dict[str, Reference] = field(default_factory=dict)
 
     def write(self, module: str, title: str) -> str:
-        """The file's text: a docstring, imports, and definitions with those that others need before them.
+        """Return the file's text: a docstring, imports, and definitions, each after those that it needs.
 
         Args:
             module: dotted path of the module all of whose definitions are wanted.
@@ -167,7 +167,7 @@ class Bundle:
 
     def _bring(self, importer: str, bound: str, target: Reference) -> None:
         """Provide a name that a module imports, from another module of this package or from outside."""
-        target = self.stand_ins.get(target, target)
+        target = self.replacements.get(target, target)
         path, name = target
         if path.partition(".")[0] != PACKAGE or path in self.siblings:
             reference = (f".{path.rpartition('.')[2]}", name) if path in self.siblings else target
@@ -185,7 +185,7 @@ class Bundle:
         self._choose(source, name)
 
     def _ordered(self, module: str, before: list[str]) -> list[str]:
-        """Modules such that each comes behind those that it imports from."""
+        """List modules such that each comes after those that it imports from."""
         for other in self._edges.get(module, ()):
             if other not in before:
                 self._ordered(other, before)
@@ -197,7 +197,7 @@ class Bundle:
             raise ValueError(f"{name} means {self._owners[name]} and {owner}; rename one of them")
 
     def _imports(self) -> str:
-        """Import statements: the standard library's, then others, then those of files beside this one."""
+        """Write the import statements: the standard library's, then others, then those of files beside this one."""
         named: dict[str, list[str]] = {}
         groups: list[list[str]] = [[], [], []]
         for bound, (path, name) in sorted(self._foreign.items()):

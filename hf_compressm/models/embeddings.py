@@ -1,0 +1,23 @@
+"""Embeddings of token ids or of continuous values. B batch, L length, H features."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from ..layers.plain import innermost
+
+
+def make_embeddings(config: Any) -> nn.Module:
+    """Return token embeddings, or a linear map from `config.num_channels` continuous channels to H features."""
+    if config.num_channels is None:
+        return nn.Embedding(config.vocab_size, config.hidden_size)
+    return nn.Linear(config.num_channels, config.hidden_size)
+
+
+def embed_values(embeddings: nn.Module, values: Tensor) -> Tensor:
+    """Map continuous values (B, L, num_channels) to (B, L, H), in the dtype of the layer's weight."""
+    weight = innermost(embeddings).weight
+    # A quantised weight holds integers; its layer converts the input itself.
+    return embeddings(values.to(weight.dtype) if weight.is_floating_point() else values)
