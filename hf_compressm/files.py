@@ -1,42 +1,122 @@
-"""Output folders and files that are complete or not there."""
+"""Check output files and folders before the work, and write folders that are complete or not there."""
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 PARTIAL_SUFFIX = ".partial"
 """Ending of the name of a file that is still being written."""
 
 
 def checked_output(output: Path, model: str, overwrite: bool) -> Path:
-    """The output folder's full path.
+    """Return the full path of a folder that a model can be written to.
+
+    Args:
+        output: the folder; it need not exist.
+        model: folder of the model that is to be read, or its name on the hub.
+        overwrite: whether a model that the folder holds may be replaced.
 
     Raises:
-        OSError: if it is a file, cannot be made, or is not empty and may not be replaced.
+        OSError: if it is a file, cannot be made or written to, is or holds the model that is to be read, or is not
+            empty and may not be replaced.
     """
-    output, source = output.expanduser().resolve(), Path(model).expanduser().resolve()
-    if output.exists() and not output.is_dir():
-        raise FileExistsError(f"{output} is a file; the output must be a folder")
-    if source.exists() and (output == source or output in source.parents):
-        raise FileExistsError(f"{output} is or holds the model that is to be read; choose another folder")
+    output = check_folder(output)
+    check_apart(output, model)
     if output.exists() and any(output.iterdir()):
         if not overwrite:
             raise FileExistsError(f"{output} is not empty; choose another folder or pass --overwrite")
         if not (output / "config.json").exists():
             raise FileExistsError(f"{output} holds no model that --overwrite could replace; choose another folder")
-    present = next(folder for folder in output.parents if folder.exists())
-    if not os.access(present, os.W_OK):
-        raise PermissionError(f"{present} cannot be written to")
     return output
+
+
+def check_folder(folder: Path) -> Path:
+    """Return the full path of a folder that can be made and written to.
+
+    Raises:
+        OSError: if it is a file, or it, or the folder that it is to be made in, cannot be written to.
+    """
+    folder = folder.expanduser().resolve()
+    if folder.exists() and not folder.is_dir():
+        raise FileExistsError(f"{folder} is a file; the output must be a folder")
+    present = next(place for place in (folder, *folder.parents) if place.exists())
+    if not present.is_dir():
+        raise NotADirectoryError(f"{folder} cannot be made: {present} is a file")
+    _check_writable(present)
+    return folder
+
+
+def check_file(file: Path) -> Path:
+    """Return the full path of a file that can be written.
+
+    Raises:
+        OSError: if it is a folder, or its own folder does not exist or cannot be written to.
+    """
+    file = file.expanduser().resolve()
+    if file.is_dir():
+        raise IsADirectoryError(f"{file} is a folder; the output must be a file")
+    if not file.parent.is_dir():
+        raise FileNotFoundError(f"there is no folder {file.parent} to write {file.name} to")
+    _check_writable(file.parent)
+    return file
+
+
+def check_apart(output: Path, model: str) -> None:
+    """Refuse to write over what is to be read.
+
+    Raises:
+        FileExistsError: if the output folder is, or holds, the folder of the model.
+    """
+    output, source = output.expanduser().resolve(), Path(model).expanduser().resolve()
+    if source.exists() and (output == source or output in source.parents):
+        raise FileExistsError(f"{output} is or holds the model that is to be read; choose another folder")
+
+
+def check_name(name: str, what: str) -> None:
+    """Refuse a path that does not exist, which transformers would look for on the hub.
+
+    Args:
+        name: folder, or a name on the hub: `name` or `namespace/name`.
+        what: noun for the message, for example "model".
+
+    Raises:
+        FileNotFoundError: if it cannot be a name on the hub and there is no such folder.
+    """
+    if Path(name).expanduser().exists():
+        return
+    parts = name.split("/")
+    if len(parts) > 2 or parts[0] in ("", ".", "..", "~") or not parts[-1]:
+        raise FileNotFoundError(f"there is no folder {name} to read the {what} from")
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write a value as JSON that people can read.
+
+    Raises:
+        OSError: if the file cannot be written.
+    """
+    with new_file(path) as partial:
+        partial.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def _check_writable(folder: Path) -> None:
+    try:
+        with tempfile.TemporaryFile(dir=folder):  # permissions alone do not tell
+            return
+    except OSError as error:
+        raise PermissionError(f"{folder} cannot be written to") from error
 
 
 @contextmanager
 def new_file(path: Path, durable: bool = False) -> Iterator[Path]:
-    """A path to write a file to. It is renamed to `path` when the block ends without an error, and removed otherwise.
+    """Give a path to write a file to. It is renamed to `path` when the block ends without an error, and removed otherwise.
 
     Nobody reads a half-written file, and an earlier file of that name stays until the new one is complete.
 
@@ -65,7 +145,10 @@ def sync(path: str | os.PathLike[str]) -> None:
 
 @contextmanager
 def new_folder(output: Path) -> Iterator[Path]:
-    """A folder that takes its name, and the place of what had it, when the block ends without an error."""
+    """Give a folder that takes the name `output`, and the place of what had it, when the block ends without an error.
+
+    After an error nothing is left of it, and what had the name keeps it.
+    """
     partial, replaced = (output.with_name(f".{output.name}.{kind}-{os.getpid()}") for kind in ("partial", "replaced"))
     try:
         partial.mkdir(parents=True)

@@ -72,8 +72,12 @@ NAMES: dict[str, dict[str, str]] = {
         "has_parameters": "models.selective_config",
         "make_embeddings": "models.embeddings",
     },
+    "runs.compression": {"run": "runs.compression:compress_saved_model"},
+    "runs.evaluation": {"execute": "runs.evaluation:run_evaluation"},
+    "runs.finetuning": {"execute": "runs.finetuning:run_finetuning"},
+    "runs.pretraining": {"execute": "runs.pretraining:run_pretraining"},
 }
-"""Names that have left a package which is still there, and where they are."""
+"""Names that have left a module which is still there, and where they are: `module`, or `module:new name`."""
 
 
 def old_names(module: str) -> Callable[[str], Any]:
@@ -83,9 +87,10 @@ def old_names(module: str) -> Callable[[str], Any]:
     def find(name: str) -> Any:
         if name not in moved:
             raise AttributeError(f"module {module!r} has no attribute {name!r}")
-        new = f"{PACKAGE}.{moved[name]}"
-        warnings.warn(f"{module}.{name} is now {new}.{name}", DeprecationWarning, stacklevel=2)
-        return getattr(importlib.import_module(new), name)
+        place, _, renamed = moved[name].partition(":")
+        new, renamed = f"{PACKAGE}.{place}", renamed or name
+        warnings.warn(f"{module}.{name} is now {new}.{renamed}", DeprecationWarning, stacklevel=2)
+        return getattr(importlib.import_module(new), renamed)
 
     return find
 

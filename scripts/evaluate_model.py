@@ -7,7 +7,7 @@
     accelerate launch --multi_gpu scripts/evaluate_model.py outputs/stdlib_mamba --data stdlib_bytes
 
 Metrics are those of the task, computed with `evaluate`; each process takes its own part of the split, and nothing is
-counted twice. `--help` lists all options.
+counted twice. `--help` lists all options. Errors are as in pretrain.py.
 """
 
 import json
@@ -15,11 +15,13 @@ import sys
 
 from accelerate import PartialState
 
-from hf_compressm.runs.evaluation import execute, parse_evaluation
+from hf_compressm.runs.arguments import errors_as_lines
+from hf_compressm.runs.evaluation import parse_evaluation, run_evaluation
 
 
 def main(argv: list[str]) -> None:
-    result = execute(parse_evaluation(argv))
+    with errors_as_lines(argv) as words:
+        result = run_evaluation(parse_evaluation(words))
     if PartialState().is_main_process:
         print(json.dumps(result, indent=2))
 

@@ -9,17 +9,19 @@
 The file holds fields of FinetuneArguments and TrainingArguments, and mappings `lora` (fields of peft.LoraConfig) and
 `task_options`. Every field is an option too; `--help` lists them. Without an amount to cut the model keeps its size.
 The output folder gets the merged model, its config, and finetuning.json with the scores before the cut, after it, and
-healed.
+healed. Errors are as in pretrain.py.
 """
 
 import sys
 
-from hf_compressm.runs.finetuning import execute, parse_finetune, summary
+from hf_compressm.runs.arguments import errors_as_lines
+from hf_compressm.runs.finetuning import parse_finetune, run_finetuning, summary
 
 
 def main(argv: list[str]) -> None:
-    run = parse_finetune(argv)
-    result = execute(run)
+    with errors_as_lines(argv) as words:
+        run = parse_finetune(words)
+        result = run_finetuning(run)
     if run.training.process_index == 0:
         print(f"\n{summary(result)}\nsaved to {run.training.output_dir}")
 

@@ -9,19 +9,21 @@
 The file holds fields of RunArguments, TrainingArguments and CompressionConfig, and a mapping `model` with fields of the
 model's config. Every field is an option too; `--help` lists them. The output folder gets the model and its config,
 train_results.json, test_results.json and compression.json, which holds the history of cuts.
+
+If something that was given is wrong, standard error says what in one line and the exit code is 2; `--traceback` also
+shows where.
 """
 
 import sys
 
-from hf_compressm.runs.pretraining import execute, parse_run, summary
+from hf_compressm.runs.arguments import errors_as_lines
+from hf_compressm.runs.pretraining import parse_run, run_pretraining, summary
 
 
 def main(argv: list[str]) -> None:
-    try:
-        run = parse_run(argv)
-    except (ValueError, OSError) as error:
-        raise SystemExit(f"error: {error}") from error
-    result = execute(run)
+    with errors_as_lines(argv) as words:
+        run = parse_run(words)
+        result = run_pretraining(run)
     if run.training.process_index == 0:
         print(f"\n{summary(result)}\nsaved to {run.training.output_dir}")
 

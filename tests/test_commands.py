@@ -19,7 +19,7 @@ from documents import PAGES, ROOT, blocks, commands, commands_of
 from hub.server import USER, Hub
 
 from hf_compressm import cli
-from hf_compressm.runs.pretraining import execute, parse_run
+from hf_compressm.runs.pretraining import parse_run, run_pretraining
 
 DIGITS = """--model '{"hidden_size": 8, "num_hidden_layers": 1, "state_sizes": 24}' --max_steps 4 --use_cpu true"""
 BYTES = '{"length": 32, "evaluation_bytes": 1120}'
@@ -136,7 +136,7 @@ def workspace(tmp_path_factory):
         "stdlib_mamba": ["configs/runs/stdlib_mamba.yaml", *shlex.split(MAMBA), "--no_compress"],
     }.items():
         config, *options = options
-        execute(
+        run_pretraining(
             parse_run([str(ROOT / config), *options, *SHORT.split(), "--output_dir", str(folder / "outputs" / name)])
         )
     outputs = folder / "outputs"

@@ -10,12 +10,13 @@ from . import pathfinder as pathfinder
 from . import stdlib_bytes as stdlib_bytes
 from . import wikitext as wikitext
 from .metrics import Accuracy, Perplexity, classification_metrics
-from .task import Task, load_task, register_task, takes_data_dir, task_names
+from .task import Task, check_task, load_task, register_task, takes_data_dir, task_names
 
 __all__ = [
     "Accuracy",
     "Perplexity",
     "Task",
+    "check_task",
     "classification_metrics",
     "load_task",
     "register_task",

@@ -1,9 +1,10 @@
 """The registry of tasks: a name in a config becomes data, metrics and the model's sizes."""
 
+import difflib
 import inspect
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -102,17 +103,35 @@ def load_task(name: str, *, data_dir: str | os.PathLike[str] | None = None, seed
             seed.
         options: further arguments of the task.
 
-    Raises ValueError for an unknown name, for a `data_dir` or option that the task does not have, and for an option of
-    another type than its default.
+    Raises:
+        ValueError: as `check_task`, and if the data do not fit the options.
+    """
+    check_task(name, data_dir, options)
+    arguments = dict(options) if data_dir is None else {**options, "data_dir": data_dir}
+    if "seed" in inspect.signature(_BUILDERS[name]).parameters:
+        arguments["seed"] = seed
+    return _BUILDERS[name](**arguments)
+
+
+def check_task(name: str, data_dir: str | os.PathLike[str] | None, options: Mapping[str, Any]) -> None:
+    """Check a task's name and the types of its options, without loading any data.
+
+    Args:
+        name: as of `load_task`.
+        data_dir: as of `load_task`.
+        options: option -> value.
+
+    Raises:
+        ValueError: if there is no such task, it does not take `data_dir` or one of the options, or an option is not of
+            the type of its default or not finite.
     """
     if name not in _BUILDERS:
-        raise ValueError(f"unknown task {name!r}; there are: {', '.join(task_names())}")
-    builder = _BUILDERS[name]
-    accepted = inspect.signature(builder).parameters
-    arguments = dict(options)
-    if data_dir is not None:
-        arguments["data_dir"] = data_dir
-    refused = [argument for argument in arguments if argument not in accepted]
+        near = difflib.get_close_matches(name, _BUILDERS, n=1)
+        suggestion = f"; did you mean {near[0]!r}?" if near else ";"
+        raise ValueError(f"unknown task {name!r}{suggestion} there are: {', '.join(task_names())}")
+    accepted = inspect.signature(_BUILDERS[name]).parameters
+    given = [*options, *([] if data_dir is None else ["data_dir"])]
+    refused = [argument for argument in given if argument not in accepted]
     if refused:
         raise ValueError(
             f"task {name!r} does not take {', '.join(refused)}; it takes: {', '.join(accepted) or 'nothing'}"
@@ -123,6 +142,3 @@ def load_task(name: str, *, data_dir: str | os.PathLike[str] | None = None, seed
             raise ValueError(f"option {option} of task {name!r} must be of type {kind.__name__}; got {value!r}")
         if isinstance(value, float) and not math.isfinite(value):
             raise ValueError(f"option {option} of task {name!r} must be a finite number; got {value}")
-    if "seed" in accepted:
-        arguments["seed"] = seed
-    return builder(**arguments)

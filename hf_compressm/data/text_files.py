@@ -71,14 +71,19 @@ def _dataset(rows: np.ndarray) -> Dataset:
 
 
 def _tokens(path: Path, tokenizer: Any) -> Iterator[list[int]]:
-    for file in _files(path):
+    for file in text_files(path):
         for document in _documents(file):
             for block in document:
                 yield list(block) if tokenizer is None else _encoded(file, block, tokenizer)
             yield [0] if tokenizer is None else [tokenizer.eos_token_id] * (tokenizer.eos_token_id is not None)
 
 
-def _files(path: Path) -> list[Path]:
+def text_files(path: Path) -> list[Path]:
+    """Return the files that `text_task` reads: the file itself, or those of a folder in the order of their names.
+
+    Raises:
+        FileNotFoundError: if the folder holds none.
+    """
     if not path.is_dir():
         return [path]
     names = [file.relative_to(path) for file in path.rglob("*") if file.is_file()]

@@ -8,14 +8,11 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
-import transformers
 from huggingface_hub import snapshot_download
-from transformers import AutoConfig, PreTrainedModel
 
-from .. import models
 from ..files import checked_output, new_folder
 from ..models import to_stock
-from ..models.saved import load_tokenizer
+from ..models.saved import is_stock, load_checkpoint, load_tokenizer
 from ..surgery import state_sizes
 
 CARRIED = (
@@ -81,34 +78,13 @@ def export(model: str, output: str | Path, to: Form | None = None, overwrite: bo
         return write(loaded, model, partial, to)
 
 
-def load_checkpoint(name: str) -> Any:
-    """The saved model as the class that its config names, in its own dtype, on the CPU.
-
-    Raises:
-        ValueError: if the class is neither this package's nor transformers', or the checkpoint lacks weights.
-        OSError: if there is no model of that name.
-    """
-    place = Path(name).expanduser()
-    if place.exists() and not (place / "config.json").is_file():
-        raise FileNotFoundError(f"{name} holds no config.json, so it is not the folder of a saved model")
-    architecture = (AutoConfig.from_pretrained(name).architectures or ["an unnamed class"])[0]
-    cls: Any = getattr(models, architecture, None) or getattr(transformers, architecture, None)
-    if not (isinstance(cls, type) and issubclass(cls, PreTrainedModel)):
-        raise ValueError(f"{name} was saved as {architecture}, which neither this package nor transformers defines")
-    loaded: Any = cls.from_pretrained(name, dtype="auto", output_loading_info=True)
-    model, info = loaded
-    if info["missing_keys"]:
-        raise ValueError(f"the checkpoint {name} lacks weights of its model: {', '.join(sorted(info['missing_keys']))}")
-    return model.eval()
-
-
 def write(model: Any, source: str, folder: Path, to: Form | None = None) -> Exported:
     """Write a loaded model and what stands beside it where it came from, in the given form.
 
     Raises:
         ValueError: if the model is not one of state-space layers, or cannot be had in that form.
     """
-    stock = type(model).__module__.startswith("transformers.")
+    stock = is_stock(model)
     if stock and to is Form.REMOTE_CODE:
         raise ValueError(
             f"{source} holds a {type(model).__name__}, a class of transformers itself: it loads everywhere and has no "

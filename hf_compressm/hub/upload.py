@@ -12,7 +12,8 @@ from pathlib import Path
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, ModelInfo, get_session, get_token
 from huggingface_hub.utils import validate_repo_id
 
-from .export import Exported, Form, load_checkpoint, write
+from ..models.saved import load_checkpoint
+from .export import Exported, Form, write
 
 OWNED = (
     "config.json",

@@ -18,7 +18,7 @@ from ..data import Task, load_task
 from ..models.automatic import switch_on
 from ..models.heads import HEADS
 from ..report import describe_environment
-from ..runs.pretraining import CACHES, RunResult, build_trainer, execute
+from ..runs.pretraining import CACHES, RunResult, build_trainer, run_pretraining
 from ..runs.run_file import Run
 from ..surgery import compress, state_sizes
 from ..surgery import record_keys as keys
@@ -101,7 +101,7 @@ def _train(
     callbacks: Sequence[TrainerCallback] = (),
 ) -> tuple[RunResult, dict[str, Any]]:
     clock = StepClock()
-    result = execute(make_job_run(job, folder, model), [*callbacks, clock])
+    result = run_pretraining(make_job_run(job, folder, model), [*callbacks, clock])
     log = json.loads((folder / "trainer_state.json").read_text())["log_history"]
     cuts = [
         {"step": entry["step"]} | {key.split("/")[1]: entry[key] for key in CUT_LOSSES}

@@ -1,25 +1,29 @@
-"""Compression of a saved model as a program: what `scripts/compress.py` and `hf-compressm compress` call."""
+"""Compress a saved model: what `scripts/compress.py` and `hf-compressm compress` call."""
 
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ..data import Task
-from ..files import checked_output, new_folder
+from ..files import checked_output, new_folder, write_json
 from ..models import CompreSSMMambaForCausalLM, to_stock
 from ..models.automatic import by_fast_ops
-from ..models.saved import load_model, load_tokenizer
+from ..models.saved import is_stock, load_model, load_tokenizer
+from ..moved import old_names
 from ..reduction import SizeConstraints
 from ..report.text_tables import aligned_table
-from ..surgery import Policy, Target, check_parameters, compress, history, state_sizes, with_ties
-from ..surgery.policies import describe_policy
+from ..surgery import Policy, check_parameters, compress, history, state_sizes, with_ties
+from ..surgery.policies import check_target, describe_policy
 from ..surgery.refit import STEPS
-from .data_source import DataSource, calibration, evaluate, load_data
+from .arguments import DataSource
+from .checks import check_saved_model, check_source
+from .data_source import calibration, evaluate, load_data
+
+__getattr__ = old_names(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,22 +75,17 @@ class CompressionResult:
     after: dict[str, float]
 
 
-def run(job: CompressionJob) -> CompressionResult:
-    """Load, calibrate, compress and save: model, config, tokenizer and `compression.json`.
+def compress_saved_model(job: CompressionJob) -> CompressionResult:
+    """Load, rank, cut and save: model, config, tokenizer and `compression.json`.
 
     The output folder appears when everything in it is complete, and not at all on an error.
 
     Raises:
         ValueError: on settings that contradict each other, the model or the data, and if there is nothing to cut.
-        OSError: if the model or data cannot be found, or the output folder is in use.
+        OSError: if the model or data cannot be found, or the output folder cannot be written or is in use.
     """
-    output = checked_output(job.output, job.model, job.overwrite)
-    model = load_model(job.model, job.device)
-    check_parameters(model)
-    if job.stock and not _is_stock(model) and not isinstance(model, CompreSSMMambaForCausalLM):
-        # What has no stock class is refused here. A Mamba-2 mixes states when it is cut, which stock ones cannot.
-        model = _as_stock(model)
-    _check_sizes(job, model)
+    output = _check(job)
+    model = _load(job)
     tokenizer = load_tokenizer(job.model)
     task = None if job.data is None else load_data(job.data, model, tokenizer)
     batches = calibration(model, job.data, task)
@@ -106,7 +105,7 @@ def run(job: CompressionJob) -> CompressionResult:
         )
     after = _losses(job, model, task)
     records = history(model)
-    if job.stock and not _is_stock(model):
+    if job.stock and not is_stock(model):
         model = _as_stock(model)
     positions = 0 if batches is None else sum(_positions(batch) for batch in batches)
     result = CompressionResult(record, state_sizes(model), type(model).__name__, positions, before, after)
@@ -114,19 +113,46 @@ def run(job: CompressionJob) -> CompressionResult:
         model.save_pretrained(folder)
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
-        content = {
-            "settings": dataclasses.asdict(job) | {"output": str(output), "policy": describe_policy(job.policy)},
-            "sizes_before": [layer["old_size"] for layer in record["layers"]],
-            "sizes_after": result.sizes,
-            "history": records,
-            "evaluation": {"before": before, "after": after} if job.evaluate else None,
-        }
-        (folder / "compression.json").write_text(json.dumps(content, indent=2) + "\n")
+        write_json(folder / "compression.json", _content(job, output, result, records))
     return result
 
 
+def _check(job: CompressionJob) -> Path:
+    """Find out before the work what cannot be; gives the full path of the output."""
+    if job.evaluate and job.data is None:
+        raise ValueError("there is nothing to evaluate on: give --data")
+    check_source(job.data)
+    check_saved_model(job.model, job.policy, job.constraints.minimum)
+    return checked_output(job.output, job.model, job.overwrite)
+
+
+def _load(job: CompressionJob) -> Any:
+    model = load_model(job.model, job.device)
+    check_parameters(model)
+    if job.stock and not is_stock(model) and not isinstance(model, CompreSSMMambaForCausalLM):
+        # What has no stock class is refused here. A Mamba-2 mixes states when it is cut, which stock ones cannot.
+        model = _as_stock(model)
+    sizes, constraints = state_sizes(model), with_ties(model, job.constraints)
+    constraints.apply(sizes, sizes)
+    check_target(job.policy, sizes, constraints.minimum)
+    return model
+
+
+def _content(
+    job: CompressionJob, output: Path, result: CompressionResult, records: list[dict[str, Any]]
+) -> dict[str, Any]:
+    """What `compression.json` holds."""
+    return {
+        "settings": dataclasses.asdict(job) | {"output": str(output), "policy": describe_policy(job.policy)},
+        "sizes_before": [layer["old_size"] for layer in result.record["layers"]],
+        "sizes_after": result.sizes,
+        "history": records,
+        "evaluation": {"before": result.before, "after": result.after} if job.evaluate else None,
+    }
+
+
 def summary(result: CompressionResult) -> str:
-    """The table that a job ends with: per layer the states before and after and what was lost, and the losses."""
+    """Return a table for a terminal: per layer the states before and after and what was lost, and the losses."""
     layers = result.record["layers"]
     rows = []
     for layer in layers:
@@ -145,16 +171,10 @@ def summary(result: CompressionResult) -> str:
 
 
 def _losses(job: CompressionJob, model: Any, task: Task | None) -> dict[str, float]:
-    if not job.evaluate:
+    if not job.evaluate or task is None or job.data is None:
         return {}
-    if task is None or job.data is None:
-        raise ValueError("there is nothing to evaluate on: give --data")
     with by_fast_ops(model, job.fast_ops):
         return evaluate(model, task, job.data.batch_size)
-
-
-def _is_stock(model: Any) -> bool:
-    return type(model).__module__.startswith("transformers.")
 
 
 def _as_stock(model: Any) -> Any:
@@ -162,18 +182,6 @@ def _as_stock(model: Any) -> Any:
         return to_stock(model)
     except TypeError as error:
         raise ValueError(f"{error} Leave --to-stock out.") from error
-
-
-def _check_sizes(job: CompressionJob, model: Any) -> None:
-    """Find out before the work whether sizes were asked for that cannot be."""
-    sizes, constraints = state_sizes(model), with_ties(model, job.constraints)
-    constraints.apply(sizes, sizes)
-    mean = sum(sizes) / len(sizes)
-    if isinstance(job.policy, Target) and not constraints.minimum <= job.policy.mean_state_size < mean:
-        raise ValueError(
-            f"the target state size must be at least the minimum, {constraints.minimum}, and below the present mean, "
-            f"{mean:g}; got {job.policy.mean_state_size:g}"
-        )
 
 
 def _positions(batch: Mapping[str, Any]) -> int:

@@ -1,10 +1,8 @@
-"""Data for a saved model: batches to calibrate on, and a held-out part to evaluate on."""
+"""Load the data for a saved model: batches to rank states on, and a held-out part to evaluate on."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,46 +19,28 @@ from ..models.saved import TOKENIZER_FILES
 from ..progress import with_progress
 from ..surgery import needs_calibration
 from ..training.calibration import calibration_batches
+from .arguments import DataSource
+from .checks import check_source
 
 TOKENISED = ("wikitext",)
 """Tasks with an option `tokenizer`, which here is the model's own unless given."""
 PADDING = 256
-"""A model's vocabulary is often padded to a multiple of a power of two; a larger excess is that of other data."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class DataSource:
-    """Where the data to calibrate and evaluate on comes from.
-
-    Attributes:
-        name: a registered task, or else the path of a text file, a parquet file or a folder; see `text_task`.
-        options: of the task; see its docstring.
-        data_dir: local folder with the task's data, instead of the hub.
-        batches: batches to calibrate on, >= 1; fewer if the data ends before.
-        batch_size: sequences of a batch, >= 1.
-        length: tokens of a sequence, >= 2. None: as the task has it, or 512 for files.
-        seed: of a task's data and of the order in which they are drawn.
-    """
-
-    name: str
-    options: Mapping[str, Any] = field(default_factory=dict)
-    data_dir: str | None = None
-    batches: int = 8
-    batch_size: int = 8
-    length: int | None = None
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        if self.batches < 1 or self.batch_size < 1:
-            raise ValueError(f"batches and batch_size must be at least 1; got {self.batches} and {self.batch_size}")
+"""A model's vocabulary is often padded to a multiple of a power of two; a larger difference means other data."""
 
 
 def load_data(source: DataSource, model: Any, tokenizer: Any) -> Task:
-    """The task or text that a source names, checked against the model.
+    """Load the task or text that a source names, and check that the model reads such data.
+
+    Args:
+        source: where the data come from.
+        model: a loaded model.
+        tokenizer: of the model; None if it has none.
 
     Raises:
         ValueError: if there is no such task or file, or the model was made for other data.
+        OSError: if the data cannot be read.
     """
+    check_source(source)
     if source.name in task_names():
         options = {} if source.length is None else {"length": source.length}
         if source.name in TOKENISED and tokenizer is not None:
@@ -68,12 +48,6 @@ def load_data(source: DataSource, model: Any, tokenizer: Any) -> Task:
         task = load_task(source.name, data_dir=source.data_dir, seed=source.seed, **(options | dict(source.options)))
         _check_task(model, task)
         return task
-    if not Path(source.name).expanduser().exists():
-        raise ValueError(
-            f"{source.name!r} is neither a file or folder nor a task; the tasks are {', '.join(task_names())}"
-        )
-    if source.options or source.data_dir is not None:
-        raise ValueError(f"task options and a data_dir are for tasks; {source.name!r} is a file or folder")
     _check_vocabulary(model, tokenizer)
     return text_task(source.name, tokenizer, length=source.length or 512, sequences=source.batches * source.batch_size)
 
@@ -81,7 +55,13 @@ def load_data(source: DataSource, model: Any, tokenizer: Any) -> Task:
 def calibration(
     model: Any, source: DataSource | None, task: Task | None, rank: int = 0, processes: int = 1
 ) -> list[Mapping[str, Any]] | None:
-    """Batches to calibrate on, or a process's part of them; None if the model has no layer that needs them.
+    """Draw the batches to rank states on, or a process's part of them; None if the model has no layer that needs them.
+
+    Args:
+        model: a loaded model.
+        source: how many batches of which size; None if no data were given.
+        task: the data that were loaded.
+        rank, processes: with several processes each gets its own part.
 
     Raises:
         ValueError: if there is no data and the model needs it.
@@ -101,7 +81,7 @@ def calibration(
 def evaluate(
     model: Any, task: Task, batch_size: int, split: str = "test", rank: int = 0, processes: int = 1
 ) -> dict[str, float]:
-    """The mean loss on the held-out part, per counted label, and the task's metrics.
+    """Compute the mean loss on a held-out part, per counted label, and the task's metrics.
 
     Args:
         model: causal language model or classifier.

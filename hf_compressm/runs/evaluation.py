@@ -1,8 +1,7 @@
-"""Scores of a saved model on a task: what `scripts/evaluate_model.py` calls."""
+"""Score a saved model on a task: what `scripts/evaluate_model.py` calls."""
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -10,16 +9,19 @@ from pathlib import Path
 from typing import Any
 
 from accelerate import PartialState
-from transformers import HfArgumentParser
-from transformers.utils import cached_file
 
+from ..files import check_file, write_json
 from ..models.automatic import switch_on
 from ..models.saved import load_model, load_tokenizer
+from ..moved import old_names
 from ..report import describe_environment
 from ..surgery import state_sizes
-from .data_source import DataSource, evaluate, load_data
+from .arguments import DataSource, as_mapping
+from .checks import check_saved_model, check_source, import_peft, read_adapter
+from .data_source import evaluate, load_data
+from .run_file import parse_options
 
-ADAPTER_CONFIG = "adapter_config.json"
+__getattr__ = old_names(__name__)
 
 
 @dataclass
@@ -30,14 +32,16 @@ class EvaluationArguments:
     data: str = field(
         metadata={"help": "A registered task, or a text file, parquet file or folder, read with the model's tokenizer."}
     )
-    split: str = field(default="test", metadata={"help": "Of the task.", "choices": ["train", "validation", "test"]})
+    split: str = field(
+        default="test", metadata={"help": "Part of the task.", "choices": ["train", "validation", "test"]}
+    )
     task_options: str | None = field(default=None, metadata={"help": "Options of the task as a JSON object."})
     data_dir: str | None = field(default=None, metadata={"help": "Local folder with the task's data, not the hub."})
-    batch_size: int = field(default=8, metadata={"help": "Sequences of a batch, on each process."})
+    batch_size: int = field(default=8, metadata={"help": "Sequences in a batch, on each process."})
     length: int | None = field(
-        default=None, metadata={"help": "Tokens of a sequence. Default: the task's own, or 512."}
+        default=None, metadata={"help": "Tokens in a sequence. Default: what the task says, or 512 for files."}
     )
-    seed: int = field(default=0, metadata={"help": "Of a task's data."})
+    seed: int = field(default=0, metadata={"help": "Seed of the task's data."})
     cpu: bool = field(default=False, metadata={"help": "Do not use a GPU."})
     fast_ops: bool = field(default=True, metadata={"help": "Run stock selective mixers by this package's ops."})
     output: str | None = field(default=None, metadata={"help": "File for the result, as JSON; it is printed anyway."})
@@ -47,25 +51,33 @@ def parse_evaluation(argv: Sequence[str]) -> EvaluationArguments:
     """Parse `MODEL --data TASK [--option value ...]`.
 
     Raises:
-        SystemExit: on unknown or missing options, with the usage.
+        ValueError: on unknown or missing options.
     """
-    argv = list(argv)
-    if argv and not argv[0].startswith("-"):
-        argv.insert(0, "--model")
-    parsed = HfArgumentParser([EvaluationArguments]).parse_args_into_dataclasses(argv)  # type: ignore[list-item]
-    return parsed[0]
+    words = list(argv)
+    if words and not words[0].startswith("-"):
+        words.insert(0, "--model")
+    (arguments,), _ = parse_options([EvaluationArguments], words)
+    return arguments
 
 
-def execute(arguments: EvaluationArguments) -> dict[str, Any]:
-    """Score the model, on all processes together; JSON-ready, the same on every process.
+def run_evaluation(arguments: EvaluationArguments) -> dict[str, Any]:
+    """Score the model, on all processes together.
+
+    Returns:
+        The scores, and what was scored how and on what, ready for JSON; the same on every process.
 
     Raises:
         ValueError: if the data do not fit the model.
-        OSError: if the model or data cannot be found.
+        OSError: if the model or data cannot be found, or the output cannot be written.
     """
+    source = _source(arguments)
+    check_source(source)
+    check_saved_model(arguments.model)
+    if arguments.output is not None:
+        check_file(Path(arguments.output))
     state = PartialState(cpu=arguments.cpu)
     model = load_adapted(arguments.model, str(state.device), arguments.fast_ops)
-    task = load_data(_source(arguments), model, load_tokenizer(arguments.model))
+    task = load_data(source, model, load_tokenizer(arguments.model))
     began = time.perf_counter()
     metrics = evaluate(
         model, task, arguments.batch_size, arguments.split, rank=state.process_index, processes=state.num_processes
@@ -83,37 +95,33 @@ def execute(arguments: EvaluationArguments) -> dict[str, Any]:
         **describe_environment(state.num_processes),
     }
     if arguments.output is not None and state.is_main_process:
-        Path(arguments.output).write_text(json.dumps(result, indent=2) + "\n")
+        write_json(Path(arguments.output), result)
     return result
 
 
 def load_adapted(name: str, device: str, fast_ops: bool = True) -> Any:
-    """A saved model, or a saved PEFT adapter with the base that its config names; in evaluation mode.
+    """Load a saved model, or a saved PEFT adapter with the base that its config names, in evaluation mode.
 
-    Stock selective mixers run by this package's ops unless `fast_ops` is False.
+    Args:
+        name: folder or name on the hub.
+        device: as torch names it.
+        fast_ops: let stock selective mixers run by this package's ops.
 
     Raises:
         ImportError: for an adapter, without peft.
     """
-    try:
-        adapter = json.loads(Path(str(cached_file(name, ADAPTER_CONFIG))).read_text())
-    except OSError:
-        adapter = None
+    adapter = read_adapter(name)
     model = load_model(name if adapter is None else adapter["base_model_name_or_path"], device)
     switch_on(model, fast_ops)
     if adapter is None:
         return model
-    try:
-        from peft import PeftModel
-    except ImportError as error:
-        raise ImportError(f"{name} is an adapter, which needs peft: pip install 'hf-compressm[peft]'") from error
-    return PeftModel.from_pretrained(model, name).eval()
+    return import_peft().PeftModel.from_pretrained(model, name).eval()
 
 
 def _source(arguments: EvaluationArguments) -> DataSource:
     return DataSource(
         name=arguments.data,
-        options=json.loads(arguments.task_options or "{}"),
+        options=as_mapping("--task_options", arguments.task_options),
         data_dir=arguments.data_dir,
         batch_size=arguments.batch_size,
         length=arguments.length,

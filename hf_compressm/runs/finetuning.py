@@ -1,28 +1,26 @@
-"""A trained model cut and healed with LoRA: what `scripts/finetune.py` and the healing benchmark call."""
+"""Cut a trained model and heal it with LoRA: what `scripts/finetune.py` and the healing benchmark call."""
 
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from torch import nn
-from transformers import HfArgumentParser, Trainer, TrainingArguments, default_data_collator, set_seed
+from transformers import Trainer, TrainingArguments, default_data_collator, set_seed
 
 from ..data import Task
+from ..files import check_apart, check_folder, write_json
 from ..models.automatic import switch_on
 from ..models.fast_ops import has_stock_mixers
 from ..models.saved import load_model, load_tokenizer
+from ..moved import old_names
 from ..reduction import SizeConstraints
 from ..report.text_tables import aligned_table
 from ..surgery import (
-    Energy,
-    Fraction,
     Policy,
-    Target,
     apply_plan,
     check_parameters,
     find_mixers,
@@ -30,11 +28,16 @@ from ..surgery import (
     save_base_model,
     state_sizes,
 )
+from ..surgery.policies import choose_policy
 from ..surgery.refit import STEPS
 from ..training.distributed import plan_together, processes
-from .data_source import DataSource, calibration, evaluate, load_data
+from .arguments import DataSource
+from .checks import check_lora, check_saved_model, check_source, import_peft
+from .data_source import calibration, evaluate, load_data
 from .pretraining import CACHES
-from .run_file import as_mapping, check_arguments, read_options
+from .run_file import parse_options
+
+__getattr__ = old_names(__name__)
 
 TASK_TYPES = {"causal_lm": "CAUSAL_LM", "sequence_classification": "SEQ_CLS", "sequence_pair_classification": "SEQ_CLS"}
 UNCALLED = ("dt_proj", "conv1d")
@@ -57,21 +60,21 @@ class FinetuneArguments:
         default=None, metadata={"help": "Options of the task as JSON, or a mapping in the file."}
     )
     length: int | None = field(
-        default=None, metadata={"help": "Tokens of a sequence. Default: the task's own, or 512."}
+        default=None, metadata={"help": "Tokens in a sequence. Default: what the task says, or 512 for files."}
     )
-    target_state_size: float | None = field(default=None, metadata={"help": "Mean states per layer to cut to."})
+    target_state_size: float | None = field(default=None, metadata={"help": "Mean state size per layer to cut to."})
     tau: float | None = field(default=None, metadata={"help": "Share of the sum of singular values that may go."})
     keep_fraction: float | None = field(default=None, metadata={"help": "Share of every layer's states to keep."})
-    min_state_size: int = field(default=1, metadata={"help": "Fewest states that a layer may be left with."})
+    min_state_size: int = field(default=1, metadata={"help": "Smallest number of states that a layer may keep."})
     refit_steps: int = field(
         default=STEPS, metadata={"help": "Steps in which each cut layer is refitted to the full one before healing."}
     )
-    calibration_batches: int = field(default=8, metadata={"help": "Batches that the states are ranked on."})
+    calibration_batches: int = field(default=8, metadata={"help": "Number of batches to rank the states on."})
     lora: str | None = field(
         default=None,
         metadata={
-            "help": "Fields of peft.LoraConfig as JSON, or a mapping in the file; over r 16, lora_alpha 32 and the "
-            "projections of the mixers."
+            "help": "Fields of peft.LoraConfig as JSON, or a mapping in the file. Default: r 16, lora_alpha 32, around "
+            "the projections of the mixers."
         },
     )
     merge: bool = field(
@@ -90,7 +93,7 @@ class FinetuneRun:
     task_options: dict[str, Any]
 
     def source(self) -> DataSource:
-        """Where the data come from."""
+        """Return where the data come from."""
         return DataSource(
             name=self.arguments.data or "",
             options=self.task_options,
@@ -102,16 +105,13 @@ class FinetuneRun:
         )
 
     def policy(self) -> Policy | None:
-        """How much to cut; None if the model is to stay at its size."""
-        given = {
-            Target: self.arguments.target_state_size,
-            Energy: self.arguments.tau,
-            Fraction: self.arguments.keep_fraction,
-        }
-        chosen: list[Policy] = [policy(value) for policy, value in given.items() if value is not None]
-        if len(chosen) > 1:
-            raise ValueError("give one of target_state_size, tau and keep_fraction, not several")
-        return chosen[0] if chosen else None
+        """Return how much to cut; None if the model is to stay at its size.
+
+        Raises:
+            ValueError: if more than one amount is given, or one is out of its range.
+        """
+        given = self.arguments
+        return choose_policy(given.tau, given.target_state_size, given.keep_fraction)
 
 
 @dataclass
@@ -139,29 +139,27 @@ def parse_finetune(argv: Sequence[str]) -> FinetuneRun:
 
     Raises:
         ValueError: on an unknown key, no model or data, more than one amount to cut, or bad JSON.
-        FileNotFoundError: if the file does not exist.
+        OSError: if the file cannot be read.
     """
-    parser = HfArgumentParser([FinetuneArguments, TrainingArguments])  # type: ignore[list-item]
-    argv, from_file = list(argv), {}
-    if argv and not argv[0].startswith("-"):
-        groups: Any = (FinetuneArguments, TrainingArguments)
-        from_file = read_options(Path(argv.pop(0)), groups, ("lora", "task_options"))
-    lora, task_options = (from_file.pop(name, {}) for name in ("lora", "task_options"))
-    parser.set_defaults(**from_file)
-    arguments, training = parser.parse_args_into_dataclasses(args=argv)
+    groups = (FinetuneArguments, TrainingArguments)
+    (arguments, training), mappings = parse_options(groups, argv, ("lora", "task_options"))
     for name in ("model", "data"):
         if getattr(arguments, name) is None:
             raise ValueError(f"no {name} given; set `{name}` in the file or pass --{name}")
-    lora |= as_mapping("--lora", arguments.lora)
-    task_options |= as_mapping("--task_options", arguments.task_options)
-    check_arguments(arguments, training)
-    run = FinetuneRun(arguments, training, lora, task_options)
+    run = FinetuneRun(arguments, training, **mappings)
     run.policy()
     return run
 
 
 def default_targets(model: nn.Module) -> list[str]:
-    """Names of linear layers that LoRA goes around: those of the mixers that PEFT allows, or without any the others."""
+    """Return the names of the linear layers that LoRA goes around.
+
+    These are the projections of the mixers, where PEFT allows it, or if mixers have none all other linear layers but
+    the head.
+
+    Raises:
+        ValueError: if no layer of the model can be compressed.
+    """
     own = type(model).__module__.startswith("hf_compressm.")
     names = {
         name.rpartition(".")[2]
@@ -176,21 +174,26 @@ def default_targets(model: nn.Module) -> list[str]:
 
 
 def add_lora(model: nn.Module, task: Task, settings: Mapping[str, Any]) -> Any:
-    """The model with LoRA around it, of rank 16 with alpha 32 unless `settings`, fields of peft.LoraConfig, say so.
+    """Put LoRA around a model, of rank 16 with alpha 32 unless told otherwise.
+
+    Args:
+        model: the model, which is changed.
+        task: what it is trained on.
+        settings: fields of peft.LoraConfig.
+
+    Returns:
+        The model of peft around it.
 
     Raises:
         ImportError: without peft.
         ValueError: if a layer is targeted that transformers' own mixers use without calling it: there the saved adapter
             would do nothing.
     """
-    try:
-        from peft import LoraConfig, get_peft_model
-    except ImportError as error:
-        raise ImportError("healing with LoRA needs peft: pip install 'hf-compressm[peft]'") from error
+    peft = import_peft()
     defaults: dict[str, Any] = {"r": 16, "lora_alpha": 32, "task_type": TASK_TYPES[task.problem]}
     suited = default_targets(model)
     defaults |= {} if "target_modules" in settings else {"target_modules": suited}
-    adapted = get_peft_model(model, LoraConfig(**(defaults | dict(settings))))
+    adapted = peft.get_peft_model(model, peft.LoraConfig(**(defaults | dict(settings))))
     for site in find_mixers(adapted):
         for name in UNCALLED if has_stock_mixers(site.mixer) else ():
             if hasattr(getattr(site.mixer, name, None), "lora_A"):
@@ -202,7 +205,11 @@ def add_lora(model: nn.Module, task: Task, settings: Mapping[str, Any]) -> Any:
 
 
 def heal(model: nn.Module, task: Task, run: FinetuneRun) -> tuple[Trainer, dict[str, float]]:
-    """Train LoRA around the model by a plain Trainer; gives the Trainer, whose model has the adapters, and metrics."""
+    """Train LoRA around a model by a plain Trainer.
+
+    Returns:
+        The Trainer, whose model has the adapters, and its training metrics.
+    """
     set_seed(run.training.seed)
     trainer = Trainer(
         model=add_lora(model, task, run.lora),
@@ -218,34 +225,25 @@ def heal(model: nn.Module, task: Task, run: FinetuneRun) -> tuple[Trainer, dict[
     return trainer, trainer.train(resume_from_checkpoint=resumed, ignore_keys_for_eval=CACHES).metrics
 
 
-def execute(run: FinetuneRun) -> FinetuneResult:
+def run_finetuning(run: FinetuneRun) -> FinetuneResult:
     """Load, cut, heal, merge and save, with scores in between; writes the model and `finetuning.json`.
 
     With several processes, each ranks states on its own part of the calibration batches, and rank 0 decides.
 
     Raises:
         ValueError: on data that do not fit the model, and as `compress` does.
-        OSError: if the model or data cannot be found.
+        OSError: if the model or data cannot be found, or the output folder cannot be written.
     """
-    arguments, training, policy = run.arguments, run.training, run.policy()
-    model = load_model(arguments.model or "", str(training.device))
-    switch_on(model, arguments.fast_ops)
-    tokenizer = load_tokenizer(arguments.model or "")
+    _check(run)
+    name, training = run.arguments.model or "", run.training
+    model = load_model(name, str(training.device))
+    switch_on(model, run.arguments.fast_ops)
+    tokenizer = load_tokenizer(name)
     task = load_data(run.source(), model, tokenizer)
     scores = {"before": _scores(model, task, training)}
     sizes_before = state_sizes(model)
-    if policy is not None:
-        check_parameters(model)
-        batches = calibration(model, run.source(), task, training.process_index, processes())
-        plan = plan_together(
-            model,
-            batches,
-            arguments.refit_steps,
-            policy=policy,
-            constraints=SizeConstraints(minimum=arguments.min_state_size),
-            fast_ops=arguments.fast_ops,
-        )
-        apply_plan(model, None, plan)
+    if run.policy() is not None:
+        _cut(model, task, run)
         scores["cut"] = _scores(model, task, training)
     trainer, metrics = heal(model, task, run)
     adapted: Any = trainer.model
@@ -254,6 +252,29 @@ def execute(run: FinetuneRun) -> FinetuneResult:
     result = FinetuneResult(sizes_before, state_sizes(adapted), scores, trainable, metrics)
     _save(trainer, run, result, tokenizer)
     return result
+
+
+def _check(run: FinetuneRun) -> None:
+    """Find out before the work what cannot be."""
+    name, output = run.arguments.model or "", Path(str(run.training.output_dir))
+    check_source(run.source())
+    check_lora(run.lora)
+    check_saved_model(name, run.policy(), run.arguments.min_state_size)
+    check_folder(output)
+    check_apart(output, name)
+
+
+def _cut(model: nn.Module, task: Task, run: FinetuneRun) -> None:
+    check_parameters(model)
+    plan = plan_together(
+        model,
+        calibration(model, run.source(), task, run.training.process_index, processes()),
+        run.arguments.refit_steps,
+        policy=run.policy(),
+        constraints=SizeConstraints(minimum=run.arguments.min_state_size),
+        fast_ops=run.arguments.fast_ops,
+    )
+    apply_plan(model, None, plan)
 
 
 def _save(trainer: Trainer, run: FinetuneRun, result: FinetuneResult, tokenizer: Any) -> None:
@@ -267,7 +288,7 @@ def _save(trainer: Trainer, run: FinetuneRun, result: FinetuneResult, tokenizer:
         output.mkdir(parents=True, exist_ok=True)
         content = dataclasses.asdict(result) | {"settings": dataclasses.asdict(run.arguments) | {"lora": run.lora}}
         content["history"] = history(adapted)
-        (output / "finetuning.json").write_text(json.dumps(content, indent=2) + "\n")
+        write_json(output / "finetuning.json", content)
         if tokenizer is not None:
             tokenizer.save_pretrained(output)
     if run.training.push_to_hub:
@@ -277,7 +298,7 @@ def _save(trainer: Trainer, run: FinetuneRun, result: FinetuneResult, tokenizer:
 
 
 def summary(result: FinetuneResult) -> str:
-    """The table that a run ends with: sizes, and every score before the cut, after it, and healed."""
+    """Return a table for a terminal: sizes, and every score before the cut, after it, and after healing."""
     moments = list(result.scores)
     lines = [f"states per layer: {result.sizes_before} -> {result.sizes_after}"]
     names = result.scores["before"]

@@ -1,4 +1,4 @@
-"""What would go at several tolerances, without changing anything."""
+"""Measure a saved model and tell what cuts at several tolerances would keep, without changing anything."""
 
 from __future__ import annotations
 
@@ -10,7 +10,9 @@ from ..models.saved import load_model, load_tokenizer
 from ..reduction import energy_orders, numerical_rank
 from ..report.text_tables import aligned_table
 from ..surgery import measure_model
-from .data_source import DataSource, calibration, load_data
+from .arguments import DataSource
+from .checks import check_saved_model, check_source
+from .data_source import calibration, load_data
 
 
 @dataclass(frozen=True)
@@ -42,11 +44,11 @@ class Inspection:
     layers: list[InspectedLayer]
 
     def as_record(self) -> dict[str, Any]:
-        """JSON-ready."""
+        """Return the content, ready for JSON."""
         return asdict(self)
 
     def kept(self) -> dict[str, list[int]]:
-        """Label of a tolerance -> states that each layer would keep."""
+        """Return label of a tolerance -> states that each layer would keep."""
         return {f"tau {value:g}": [layer.kept[f"{value:g}"] for layer in self.layers] for value in self.tau}
 
     def table(self) -> str:
@@ -73,10 +75,12 @@ def inspect_model(
 
     Raises:
         ValueError: a tolerance out of range, data that are missing or for another model, no such device or layer.
-        OSError: if there is no such model.
+        OSError: if there is no such model, or the data cannot be read.
     """
     if outside := [value for value in tau if not 0 < value < 1]:
         raise ValueError(f"tau must lie strictly between 0 and 1; got {outside[0]}")
+    check_source(source)
+    check_saved_model(name)
     model = load_model(name, device)
     task = None if source is None else load_data(source, model, load_tokenizer(name))
     measured = measure_model(model, calibration(model, source, task), fast_ops=fast_ops)

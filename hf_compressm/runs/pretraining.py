@@ -1,10 +1,8 @@
-"""A whole training run from a YAML file: what `scripts/pretrain.py` and the benchmarks call."""
+"""Train a model from a YAML file: what `scripts/pretrain.py` and the benchmarks call."""
 
 from __future__ import annotations
 
 import dataclasses
-import difflib
-import json
 import signal
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,21 +11,21 @@ from typing import Any
 
 from torch import nn
 from transformers import (
-    AutoConfig,
     PreTrainedModel,
     Trainer,
     TrainerCallback,
     default_data_collator,
     set_seed,
 )
-from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import logging
 
 from ..compatibility import CACHE_KEYWORDS
 from ..data import Task, load_task
+from ..files import check_folder, write_json
 from ..models.automatic import switch_on
 from ..models.heads import new_model
+from ..moved import old_names
 from ..report import describe_environment, keep_card, write_report
 from ..report.text_tables import aligned_table
 from ..surgery import history, original_sizes, state_sizes
@@ -39,9 +37,12 @@ from ..training import (
     verify_sealed,
 )
 from ..training.distributed import decided_by_rank_0
+from .checks import check_new_model, check_policy, check_task_options, make_config
 from .run_file import Run, parse_run
 
-__all__ = ["Run", "RunResult", "build_model", "build_trainer", "execute", "parse_run", "summary"]
+__all__ = ["Run", "RunResult", "build_model", "build_trainer", "check_run", "parse_run", "run_pretraining", "summary"]
+
+__getattr__ = old_names(__name__)
 
 logger = logging.get_logger(__name__)
 
@@ -80,27 +81,18 @@ class RunResult:
 
 
 def build_model(run: Run, task: Task) -> PreTrainedModel:
-    """A freshly initialised model for the task, seeded by the run.
+    """Build a freshly initialised model for the task, seeded by the run.
 
     Raises:
         ValueError: on an unknown architecture or config field.
     """
     kind = run.arguments.model_type
-    if kind not in CONFIG_MAPPING:
-        near = difflib.get_close_matches(kind, CONFIG_MAPPING, n=1)
-        raise ValueError(f"unknown model_type {kind!r}{f'; did you mean {near[0]!r}?' if near else ''}")
-    config = AutoConfig.for_model(kind)
-    if unknown := [key for key in run.model if not hasattr(config, key)]:
-        raise ValueError(
-            f"{type(config).__name__} has no field {', '.join(map(repr, unknown))}; it has "
-            f"{', '.join(sorted(key for key in config.to_dict() if not key.startswith('_')))}"
-        )
+    check_new_model(kind, run.model)
     if decided := run.model.keys() & task.model_kwargs:
         raise ValueError(f"the data decide {', '.join(sorted(decided))}; leave that out of `model`")
+    config = make_config(kind, run.model, **task.model_kwargs)
+    set_seed(run.training.seed)
     try:
-        config = AutoConfig.for_model(kind, **task.model_kwargs, **run.model)
-        config.validate()  # now, not at the first save
-        set_seed(run.training.seed)
         model = new_model(task.problem, config)
     except Exception as error:  # each architecture has ways of its own to fail on values that it does not check
         raise ValueError(f"no {kind} can be built with model = {run.model}: {error}") from error
@@ -111,7 +103,17 @@ def build_model(run: Run, task: Task) -> PreTrainedModel:
 def build_trainer(
     run: Run, task: Task, model: nn.Module, callbacks: Sequence[TrainerCallback] = ()
 ) -> tuple[Trainer, CompreSSMCallback | None]:
-    """A plain Trainer for the run, and its compression callback if the run compresses; `callbacks` come after it."""
+    """Build a plain Trainer for the run.
+
+    Args:
+        run: the parsed run.
+        task: what to train on.
+        model: for the task.
+        callbacks: further callbacks, which come after the compression callback.
+
+    Returns:
+        The Trainer, and its compression callback if the run compresses.
+    """
     optimizer = None
     if run.arguments.ssm_learning_rate is not None:
         optimizer = create_optimizer(model, run.training, run.arguments.ssm_learning_rate)
@@ -131,25 +133,64 @@ def build_trainer(
     return trainer, callback
 
 
-def execute(run: Run, callbacks: Sequence[TrainerCallback] = ()) -> RunResult:
-    """Train, test and save; with further callbacks, if there are any.
+def check_run(run: Run) -> None:
+    """Find out before the data and the model are built what cannot be.
+
+    Raises:
+        ValueError: on an unknown task, architecture, option or field, and a target that is not below the model's size.
+        OSError: if a folder that is given does not exist, or the output folder cannot be written.
+    """
+    arguments = run.arguments
+    check_task_options(arguments.task or "", arguments.data_dir, run.task_options)
+    config = check_new_model(arguments.model_type, run.model)
+    if arguments.compress:
+        check_policy(config, run.compression.order_policy(), run.compression.min_state_size)
+    check_folder(Path(str(run.training.output_dir)))
+
+
+def run_pretraining(run: Run, callbacks: Sequence[TrainerCallback] = ()) -> RunResult:
+    """Train, test and save.
 
     Writes the model, `train_results.json`, `test_results.json`, `run.json`, `compression.json` and, unless told not to,
     `report.html` and a model card.
 
+    Args:
+        run: the parsed run.
+        callbacks: further callbacks of the Trainer.
+
     Raises:
-        ValueError: on a checkpoint to resume from whose tensors disagree with its config, and as `build_model` does.
+        ValueError: as `check_run`, and on a checkpoint to resume from whose tensors disagree with its config.
+        OSError: as `check_run`, and if the data cannot be read.
         SystemExit: with code 143, after SIGTERM has ended training with a checkpoint.
     """
-    task = load_task(
-        run.arguments.task or "", data_dir=run.arguments.data_dir, seed=run.training.seed, **run.task_options
-    )
+    check_run(run)
+    arguments = run.arguments
+    task = load_task(arguments.task or "", data_dir=arguments.data_dir, seed=run.training.seed, **run.task_options)
     model = build_model(run, task)
     trainer, callback = build_trainer(run, task, model, callbacks)
-    if run.arguments.report:
+    if arguments.report:
         keep_card(trainer)
     parameters = model.num_parameters()
     checkpoint = _checkpoint_to_resume(run)
+    metrics = _train_and_test(trainer, task, checkpoint)
+    result = RunResult(
+        task=task,
+        model=model,
+        metrics=metrics,
+        sizes_before=original_sizes(model),
+        sizes_after=state_sizes(model),
+        speed=[] if callback is None else callback.timer.as_records(),
+    )
+    if trainer.is_world_process_zero():
+        description = _describe(run, task, checkpoint, parameters, model.num_parameters())
+        _write_records(run, result, description)
+        if arguments.report:
+            write_report(str(run.training.output_dir))
+            trainer.create_model_card()
+    return result
+
+
+def _train_and_test(trainer: Trainer, task: Task, checkpoint: str | None) -> dict[str, float]:
     trained = trainer.train(resume_from_checkpoint=checkpoint, ignore_keys_for_eval=CACHES)
     durable = next(cb for cb in trainer.callback_handler.callbacks if isinstance(cb, DurableCheckpoints))
     if durable.stopped_at is not None:
@@ -160,41 +201,27 @@ def execute(run: Run, callbacks: Sequence[TrainerCallback] = ()) -> RunResult:
     trainer.save_metrics("train", trained.metrics)
     tested = trainer.evaluate(task.test, ignore_keys=CACHES, metric_key_prefix="test")
     trainer.save_metrics("test", tested)
-    result = RunResult(
-        task=task,
-        model=model,
-        metrics=trained.metrics | tested,
-        sizes_before=original_sizes(model),
-        sizes_after=state_sizes(model),
-        speed=[] if callback is None else callback.timer.as_records(),
-    )
+    return trained.metrics | tested
+
+
+def _write_records(run: Run, result: RunResult, description: dict[str, Any]) -> None:
     output = Path(str(run.training.output_dir))
-    if not trainer.is_world_process_zero():
-        return result
-    _write(output / "run.json", _describe(run, task, checkpoint, parameters, model.num_parameters()))
-    if callback is not None:
+    write_json(output / "run.json", description)
+    if run.arguments.compress:
         record = {
             "settings": dataclasses.asdict(run.compression),
             "sizes_before": result.sizes_before,
             "sizes_after": result.sizes_after,
-            "history": history(model),
+            "history": history(result.model),
             "speed": result.speed,
         }
-        _write(output / "compression.json", record)
-    if run.arguments.report:
-        write_report(output)
-        trainer.create_model_card()
-    return result
-
-
-def _write(path: Path, record: dict[str, Any]) -> None:
-    path.write_text(json.dumps(record, indent=2) + "\n")
+        write_json(output / "compression.json", record)
 
 
 def _describe(
     run: Run, task: Task, checkpoint: str | None, parameters_before: int, parameters_after: int
 ) -> dict[str, Any]:
-    """What was run on what; see `hub.RunRecord`. No path or name of this machine, which would end up in a card."""
+    """What was run on what; see `report.RunRecord`. No path or name of this machine, which would end up in a card."""
     training = run.training
     return {
         "task": {
@@ -238,7 +265,7 @@ def _checkpoint_to_resume(run: Run) -> str | None:
 
 
 def summary(result: RunResult) -> str:
-    """The table that a run ends with: states per layer before and after, test metrics, and speed."""
+    """Return a table for a terminal: states per layer before and after, test metrics, and speed."""
     rows = [(f"layer {i}", b, a) for i, (b, a) in enumerate(zip(result.sizes_before, result.sizes_after, strict=True))]
     rows.append(("total", sum(result.sizes_before), sum(result.sizes_after)))
     cells = [[name, before, after, f"{after / before:.1%}"] for name, before, after in rows]

@@ -1,28 +1,28 @@
-"""A training run from a YAML file and options: what may stand in it, and clear words about what may not."""
+"""Read a training run from a YAML file and options, and refuse what it cannot hold."""
 
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import json
-import math
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import yaml
 from transformers import HfArgumentParser, TrainingArguments
 
 from ..data import task_names
 from ..training import CompressionConfig
-
-POSITIVE = {
-    *("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps", "num_train_epochs"),
-    *("ssm_learning_rate", "save_total_limit"),
-}
-NOT_NEGATIVE = {"learning_rate", "weight_decay", "warmup_steps", "max_grad_norm", "seed", "dataloader_num_workers"}
+from .arguments import (
+    EXIT_CODES,
+    TRACEBACK_HELP,
+    OneLineParser,
+    as_mapping,
+    check_arguments,
+    did_you_mean,
+)
 
 
 @dataclass
@@ -86,11 +86,8 @@ def parse_run(argv: Sequence[str]) -> Run:
         ValueError: on a file that is not a mapping, an unknown key (with the nearest known one), a value of the wrong
             type or out of its range, a missing task, or a token; the message names the file or the key.
         OSError: if the file cannot be read.
-        SystemExit: on an option of the command line that argparse refuses.
     """
-    argv = list(argv)
-    has_file = bool(argv) and not argv[0].startswith("-")
-    return _parse(read_options(Path(argv.pop(0)), GROUPS, MAPPINGS) if has_file else {}, argv)
+    return _make_run(*parse_options(GROUPS, argv, MAPPINGS))
 
 
 def make_run(content: Mapping[str, Any], source: str) -> Run:
@@ -99,27 +96,56 @@ def make_run(content: Mapping[str, Any], source: str) -> Run:
     Raises:
         ValueError: as `parse_run`.
     """
-    return _parse(check_options(content, source, GROUPS, MAPPINGS), [])
+    return _make_run(*_parse(GROUPS, [], MAPPINGS, check_options(content, source, GROUPS, MAPPINGS)))
 
 
-def _parse(from_file: dict[str, Any], argv: list[str]) -> Run:
-    parser = HfArgumentParser(list(GROUPS))
-    mappings = {name: from_file.pop(name, {}) for name in MAPPINGS}
-    parser.set_defaults(**from_file)
-    arguments, training, compression = parser.parse_args_into_dataclasses(args=argv)
-    if arguments.task is None:
+def _make_run(groups: tuple[Any, ...], mappings: dict[str, dict[str, Any]]) -> Run:
+    if groups[0].task is None:
         raise ValueError(f"no task given; set `task` in the file or pass --task, one of: {', '.join(task_names())}")
-    for name in MAPPINGS:
-        mappings[name] = mappings[name] | as_mapping(f"--{name}", getattr(arguments, name))
-    check_arguments(arguments, training)
+    arguments, training, compression = groups
     return Run(arguments, training, compression, **mappings)
 
 
-class _FileParser(HfArgumentParser):
-    """Raises on a bad value, where argparse ends the program."""
+class OptionParser(OneLineParser, HfArgumentParser):
+    """A parser whose options are the fields of dataclasses."""
 
-    def error(self, message: str) -> NoReturn:
-        raise ValueError(message)
+
+def parse_options(
+    groups: Sequence[Any], argv: Sequence[str], mappings: Sequence[str] = ()
+) -> tuple[tuple[Any, ...], dict[str, dict[str, Any]]]:
+    """Parse `[CONFIG.yaml] [--option value ...]`; options on the command line override those in the file.
+
+    Args:
+        groups: dataclasses whose fields the options are.
+        argv: arguments without the program's name.
+        mappings: fields that the command line takes as JSON objects, and the file as mappings. Their keys are joined.
+
+    Returns:
+        An instance of each group, and the mappings by name.
+
+    Raises:
+        ValueError: on an unknown option (with the nearest known one), a value of the wrong type or out of its range,
+            or a token; the message names the file or the option.
+        OSError: if the file cannot be read.
+    """
+    words, from_file = list(argv), {}
+    if words and not words[0].startswith("-"):
+        from_file = read_options(Path(words.pop(0)), groups, mappings)
+    return _parse(groups, words, mappings, from_file)
+
+
+def _parse(
+    groups: Sequence[Any], words: list[str], mappings: Sequence[str], from_file: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, dict[str, Any]]]:
+    found = {name: from_file.pop(name, {}) for name in mappings}
+    parser = OptionParser(list(groups), epilog=f"{TRACEBACK_HELP} {EXIT_CODES}")
+    parser.set_defaults(**from_file)
+    parsed = parser.parse_args_into_dataclasses(args=words)
+    for name in mappings:
+        given = next(getattr(group, name) for group in parsed if hasattr(group, name))
+        found[name] = found[name] | as_mapping(f"--{name}", given)
+    check_arguments(*parsed)
+    return parsed, found
 
 
 class _StrictLoader(yaml.SafeLoader):
@@ -171,9 +197,8 @@ def check_options(
     known = {field.name: field for group in groups for field in dataclasses.fields(group) if field.init}
     for key in content:
         if key not in known:
-            near = difflib.get_close_matches(str(key), known, n=1)
-            raise ValueError(f"{source}: unknown option {key!r}{f'; did you mean {near[0]!r}?' if near else ''}")
-    parser = _FileParser(list(groups))
+            raise ValueError(f"{source}: unknown option {key!r}{did_you_mean(str(key), known)}")
+    parser = OptionParser(list(groups))
     return {
         name: as_mapping(f"{source}: {name}", value)
         if name in mappings
@@ -182,7 +207,7 @@ def check_options(
     }
 
 
-def _as_field(parser: _FileParser, source: str, field: dataclasses.Field[Any], value: Any) -> Any:
+def _as_field(parser: OptionParser, source: str, field: dataclasses.Field[Any], value: Any) -> Any:
     """A value from a file as the command line would read it, so that both take and refuse the same."""
     name = field.name
     if value is None:
@@ -199,37 +224,3 @@ def _as_field(parser: _FileParser, source: str, field: dataclasses.Field[Any], v
         return getattr(parser.parse_args(options), name)
     except ValueError as error:
         raise ValueError(f"{source}: {name} cannot be {value!r}: {error}") from error
-
-
-def as_mapping(source: str, value: Any) -> dict[str, Any]:
-    """A mapping, or the JSON object that a string holds; empty for None. `source` is for the ValueError's message."""
-    try:
-        found = json.loads(value) if isinstance(value, str) else value or {}
-    except json.JSONDecodeError as error:
-        raise ValueError(f'{source} takes a JSON object such as {{"name": 1}}; got {value!r}: {error}') from error
-    if not isinstance(found, dict):
-        raise ValueError(f"{source} must map names to values; got {found!r}")
-    return found
-
-
-def check_arguments(*groups: Any) -> None:
-    """Raise ValueError on a token, and on numbers that would fail, or be nonsense, only when training has begun."""
-    if any(getattr(group, "hub_token", None) is not None for group in groups):
-        raise ValueError(
-            "hub_token would be saved and pushed with the training arguments; log in with `hf auth login`, or set "
-            "HF_TOKEN"
-        )
-    for name, value in _numbers(groups):
-        if not math.isfinite(value):
-            raise ValueError(f"{name} must be a finite number; got {value}")
-        if name in POSITIVE and value <= 0:
-            raise ValueError(f"{name} must be greater than 0; got {value}")
-        if name in NOT_NEGATIVE and value < 0:
-            raise ValueError(f"{name} must be at least 0; got {value}")
-
-
-def _numbers(groups: Any) -> Iterator[tuple[str, float]]:
-    for group in groups:
-        for name, value in vars(group).items():
-            if isinstance(value, (int, float)):
-                yield name, value

@@ -99,6 +99,53 @@ class Fraction:
 Policy = Energy | Target | Fraction
 
 
+def choose_policy(
+    tau: float | None = None,
+    target: float | None = None,
+    fraction: float | None = None,
+    names: Sequence[str] = ("tau", "target_state_size", "keep_fraction"),
+) -> Policy | None:
+    """Return the policy that the one given amount asks for; None if none is given.
+
+    Args:
+        tau: as of `Energy`.
+        target: as of `Target`.
+        fraction: as of `Fraction`.
+        names: how the three are called where they are given, for the message.
+
+    Raises:
+        ValueError: if several are given, or one is out of its range.
+    """
+    given = {Energy: tau, Target: target, Fraction: fraction}
+    chosen: list[Policy] = [policy(value) for policy, value in given.items() if value is not None]
+    if len(chosen) > 1:
+        raise ValueError(f"give exactly one of {names[0]}, {names[1]} and {names[2]}, not several")
+    return chosen[0] if chosen else None
+
+
+def check_target(policy: Policy | None, sizes: Sequence[float], minimum: int = 1) -> None:
+    """Refuse a target that no cut can reach.
+
+    Args:
+        policy: any; only a `Target` is checked.
+        sizes: present number of states of each layer.
+        minimum: smallest number of states that a layer may keep.
+
+    Raises:
+        ValueError: if the target is not below the present mean, or is below the minimum.
+    """
+    if not isinstance(policy, Target):
+        return
+    target, mean = policy.mean_state_size, sum(sizes) / len(sizes)
+    if target >= mean:
+        raise ValueError(
+            f"target_state_size is {target:g}, but the model has only {mean:g} states per layer ({list(sizes)}). "
+            "Choose a smaller target, or a larger model."
+        )
+    if target < minimum:
+        raise ValueError(f"target_state_size is {target:g}, below min_state_size, {minimum}. Choose a larger target.")
+
+
 def describe_policy(policy: Policy) -> dict[str, Any]:
     """JSON-ready name and settings of a policy."""
     return {"policy": type(policy).__name__.lower(), **asdict(policy)}

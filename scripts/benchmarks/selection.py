@@ -26,7 +26,7 @@ from hf_compressm import compress, to_stock
 from hf_compressm.baselines import METHODS, gather_rival_statistics, rival_cut
 from hf_compressm.data import load_task
 from hf_compressm.report.text_tables import markdown_table, mean_and_deviation
-from hf_compressm.runs.pretraining import execute, parse_run
+from hf_compressm.runs.pretraining import parse_run, run_pretraining
 
 
 def trained(config: str, size: int, seed: int, folder: Path, overrides: list[str]):
@@ -37,7 +37,7 @@ def trained(config: str, size: int, seed: int, folder: Path, overrides: list[str
         with tempfile.TemporaryDirectory() as output:
             options = ["--no_compress", "--seed", str(seed), "--output_dir", output, "--save_strategy", "no"]
             options += ["--model", json.dumps({"state_size": size}), "--eval_strategy", "no", "--disable_tqdm", "true"]
-            execute(parse_run([config, *options, *overrides])).model.save_pretrained(folder)  # type: ignore[operator]
+            run_pretraining(parse_run([config, *options, *overrides])).model.save_pretrained(folder)  # type: ignore[operator]
     return AutoModelForCausalLM.from_pretrained(folder).eval()
 
 

@@ -14,7 +14,7 @@ import torch
 
 from hf_compressm.data import load_task
 from hf_compressm.data.listops import TOKENS, _expressions, _grow
-from hf_compressm.runs.pretraining import execute, parse_run
+from hf_compressm.runs.pretraining import parse_run, run_pretraining
 
 SPLITS = ("train", "validation", "test")
 SMALL = {"min_length": 8, "max_length": 60, "num_train": 1500, "num_validation": 100, "num_test": 200}
@@ -222,7 +222,7 @@ def test_a_short_run(tmp_path, model_type):
         "save_strategy: 'no'\nuse_cpu: true\ndisable_tqdm: true\n"
         "policy: target\ntarget_state_size: 5\nwindow_end: 0.5\n"
     )
-    result = execute(parse_run([str(file)]))
+    result = run_pretraining(parse_run([str(file)]))
     assert result.sizes_before == [12, 12] and sum(result.sizes_after) <= 10
     assert 0 <= result.metrics["test_accuracy"] <= 1 and 1 < result.metrics["train_loss"] < 5
 

@@ -16,7 +16,7 @@ from transformers import EvalPrediction, PreTrainedTokenizerFast
 
 from hf_compressm.data import load_task
 from hf_compressm.data.wikitext import ROWS, TITLE
-from hf_compressm.runs.pretraining import execute, parse_run
+from hf_compressm.runs.pretraining import parse_run, run_pretraining
 
 SPLITS = ("train", "validation", "test")
 EOS, UNKNOWN = 0, 1
@@ -246,7 +246,7 @@ def test_a_short_run(tmp_path, tokenizer, model_type):
         "per_device_train_batch_size: 8\nreport_to: none\nsave_strategy: 'no'\nuse_cpu: true\ndisable_tqdm: true\n"
         "policy: target\ntarget_state_size: 5\nwindow_end: 0.5\n"
     )
-    result = execute(parse_run([str(file)]))
+    result = run_pretraining(parse_run([str(file)]))
     assert result.sizes_before == [12, 12] and sum(result.sizes_after) <= 10
     assert result.metrics["test_perplexity"] == pytest.approx(math.exp(result.metrics["test_nats_per_token"]))
     # Trainer's loss is a mean over batches of equal size but the last

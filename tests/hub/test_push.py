@@ -89,10 +89,10 @@ def test_private_branch_and_files_of_an_earlier_model(hub, published):
 @pytest.mark.multi_process
 def test_refusals_of_the_hub_are_one_line(hub, published):
     code, printed, errors = published["someone-else/mimo"]
-    assert code == 1 and not printed and errors.count("\n") == 1
+    assert code == 2 and not printed and errors.count("\n") == 1
     assert "the hub refused the push to someone-else/mimo: 403" in errors and "don't have the rights" in errors
     code, _, errors = published["plain-mamba"]
-    assert code == 1 and "someone/plain-mamba exists and is public" in errors
+    assert code == 2 and "someone/plain-mamba exists and is public" in errors
 
 
 @pytest.mark.multi_process

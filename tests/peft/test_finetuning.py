@@ -10,9 +10,8 @@ from selective_models import OWN, STOCK, make
 from transformers import AutoModelForCausalLM, Trainer
 
 from hf_compressm import state_sizes
-from hf_compressm.runs.evaluation import execute as execute_evaluation
-from hf_compressm.runs.evaluation import parse_evaluation
-from hf_compressm.runs.finetuning import add_lora, default_targets, execute, parse_finetune
+from hf_compressm.runs.evaluation import parse_evaluation, run_evaluation
+from hf_compressm.runs.finetuning import add_lora, default_targets, parse_finetune, run_finetuning
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIG = str(ROOT / "configs" / "runs" / "finetune" / "stdlib_mamba.yaml")
@@ -54,16 +53,16 @@ def test_a_whole_run(tmp_path, saved, table, kind, more, capsys):
     arguments = parse_evaluation(
         [str(tmp_path / "healed"), "--data", "stdlib_bytes", *DATA, "--cpu", "--batch_size", "16"]
     )
-    score = execute_evaluation(arguments)
+    score = run_evaluation(arguments)
     assert score["metrics"]["loss"] == pytest.approx(record["scores"]["healed"]["loss"], rel=1e-4)
 
 
 def test_the_adapter_and_its_base(tmp_path, saved):
     output = tmp_path / "adapter"
-    result = execute(parse_finetune(options(saved(), output, "--no_merge")))
+    result = run_finetuning(parse_finetune(options(saved(), output, "--no_merge")))
     assert state_sizes(AutoModelForCausalLM.from_pretrained(output / "base")) == result.sizes_after
     argv = [str(output), "--data", "stdlib_bytes", *DATA, "--cpu", "--output", str(tmp_path / "scores.json")]
-    score = execute_evaluation(parse_evaluation(argv))
+    score = run_evaluation(parse_evaluation(argv))
     assert score["metrics"]["loss"] == pytest.approx(result.scores["healed"]["loss"], rel=1e-5)
     assert json.loads((tmp_path / "scores.json").read_text()) == score
 
@@ -71,7 +70,7 @@ def test_the_adapter_and_its_base(tmp_path, saved):
 def test_a_compressed_model_is_healed_without_a_cut(tmp_path, saved):
     text = (ROOT / "configs" / "runs" / "finetune" / "stdlib_mamba.yaml").read_text()
     (tmp_path / "heal.yaml").write_text(text.replace("target_state_size: 4\n", ""))
-    result = execute(parse_finetune([str(tmp_path / "heal.yaml"), *options(saved(), tmp_path / "healed")[1:]]))
+    result = run_finetuning(parse_finetune([str(tmp_path / "heal.yaml"), *options(saved(), tmp_path / "healed")[1:]]))
     assert list(result.scores) == ["before", "healed"] and result.sizes_after == [8, 8, 8]
 
 
@@ -79,7 +78,9 @@ def test_pushing_is_the_trainers_own(tmp_path, saved, monkeypatch):
     pushed = []
     monkeypatch.setattr(Trainer, "init_hf_repo", lambda self, token=None: None)
     monkeypatch.setattr(Trainer, "push_to_hub", lambda self, *args, **kwargs: pushed.append(type(self.model).__name__))
-    execute(parse_finetune(options(saved(), tmp_path / "healed", "--push_to_hub", "true", "--hub_model_id", "me/it")))
+    run_finetuning(
+        parse_finetune(options(saved(), tmp_path / "healed", "--push_to_hub", "true", "--hub_model_id", "me/it"))
+    )
     assert pushed == ["CompreSSMMambaForCausalLM"]
     assert (tmp_path / "healed" / "finetuning.json").exists()
 

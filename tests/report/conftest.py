@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from hf_compressm.runs.pretraining import execute, parse_run
+from hf_compressm.runs.pretraining import parse_run, run_pretraining
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -30,5 +30,5 @@ def finished_run(tmp_path_factory) -> Path:
         "--use_cpu": "true",
     }
     config = ROOT / "configs" / "runs" / "digits_narrow.yaml"
-    execute(parse_run([str(config), *(part for option in options.items() for part in option)]))
+    run_pretraining(parse_run([str(config), *(part for option in options.items() for part in option)]))
     return folder

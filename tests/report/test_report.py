@@ -143,7 +143,7 @@ def test_names_are_escaped(tmp_path):
 
 def test_a_folder_without_a_run_is_refused_with_what_was_looked_for(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", ["hf-compressm", "report", str(tmp_path)])
-    with pytest.raises(SystemExit, match="1"):
+    with pytest.raises(SystemExit, match="2"):
         cli.main()
     error = capsys.readouterr().err
     assert "holds no run" in error and "trainer_state.json" in error and "compression_history" in error

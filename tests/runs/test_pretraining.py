@@ -13,7 +13,7 @@ from transformers.models.mamba.modeling_mamba import MambaMixer
 
 from hf_compressm import state_sizes
 from hf_compressm.data import load_task
-from hf_compressm.runs.pretraining import build_model, execute, parse_run, summary
+from hf_compressm.runs.pretraining import build_model, parse_run, run_pretraining, summary
 from hf_compressm.training import write_manifest
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -54,7 +54,7 @@ def test_stock_models_run_by_the_ops_of_this_package(tmp_path, fast):
 
 
 def test_a_whole_run(tmp_path):
-    result = execute(parse_run(short(tmp_path)))
+    result = run_pretraining(parse_run(short(tmp_path)))
     assert result.sizes_before == [16] and result.sizes_after == [6]
     compression = json.loads((tmp_path / "compression.json").read_text())
     assert compression["sizes_after"] == [6] and compression["history"] and len(compression["speed"]) >= 2
@@ -66,29 +66,29 @@ def test_a_whole_run(tmp_path):
 
 
 def test_without_compression_nothing_shrinks(tmp_path):
-    result = execute(parse_run(short(tmp_path, "--no_compress")))
+    result = run_pretraining(parse_run(short(tmp_path, "--no_compress")))
     assert result.sizes_after == [16] and not (tmp_path / "compression.json").exists()
 
 
 def test_resuming_across_cuts(tmp_path):
-    execute(parse_run(short(tmp_path, "--save_strategy", "steps", "--save_steps", "8")))
-    again = execute(parse_run(short(tmp_path, "--resume_from_checkpoint", str(tmp_path / "checkpoint-8"))))
+    run_pretraining(parse_run(short(tmp_path, "--save_strategy", "steps", "--save_steps", "8")))
+    again = run_pretraining(parse_run(short(tmp_path, "--resume_from_checkpoint", str(tmp_path / "checkpoint-8"))))
     assert again.sizes_before == [16] and again.sizes_after == [6]
-    last = execute(parse_run(short(tmp_path, "--resume_from_checkpoint", "true")))
+    last = run_pretraining(parse_run(short(tmp_path, "--resume_from_checkpoint", "true")))
     assert last.sizes_after == [6]
 
 
 def test_resuming_from_nothing_and_from_a_checkpoint_that_contradicts_itself(tmp_path):
     with pytest.raises(ValueError, match="holds no checkpoint"):
-        execute(parse_run(short(tmp_path, "--resume_from_checkpoint", "true")))
-    execute(parse_run(short(tmp_path, "--save_strategy", "steps", "--save_steps", "24")))
+        run_pretraining(parse_run(short(tmp_path, "--resume_from_checkpoint", "true")))
+    run_pretraining(parse_run(short(tmp_path, "--save_strategy", "steps", "--save_steps", "24")))
     config = tmp_path / "checkpoint-24" / "config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | {"state_sizes": [9]}))
     with pytest.raises(ValueError, match=r"config.json has .* bytes .* seal this one again"):
-        execute(parse_run(short(tmp_path, "--resume_from_checkpoint", "true")))
+        run_pretraining(parse_run(short(tmp_path, "--resume_from_checkpoint", "true")))
     write_manifest(config.parent)
     with pytest.raises(ValueError, match="the config wants"):
-        execute(parse_run(short(tmp_path, "--resume_from_checkpoint", "true")))
+        run_pretraining(parse_run(short(tmp_path, "--resume_from_checkpoint", "true")))
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from damage import callback_tree, drop, edit, empty, put, remove, saved, tensors
 from helpers import error_of, random_damage
 
 from hf_compressm.data import load_task
-from hf_compressm.runs.pretraining import build_model, build_trainer, execute, parse_run
+from hf_compressm.runs.pretraining import build_model, build_trainer, parse_run, run_pretraining
 from hf_compressm.training import newest_checkpoint, verify_checkpoint, verify_manifest, write_manifest
 from hf_compressm.training.checkpoints.durable import MANIFEST_NAME
 
@@ -26,7 +26,7 @@ OPTIMIZER, SCHEDULER, RNG = "optimizer.pt", "scheduler.pt", "rng_state.pth"
 
 
 def go_on(folder, resume: str, *options: str) -> None:
-    execute(parse_run([
+    run_pretraining(parse_run([
         *(str(GOOD), "--output_dir", str(folder), "--resume", resume, "--max_steps", "9", "--save_strategy", "no"),
         *("--model", '{"state_sizes": 16, "hidden_size": 4}', "--cut_steps", "3", "--rollback", "true"),
         *("--eval_on_start", "true", "--eval_steps", "50", "--use_cpu", "true", "--disable_tqdm", "true", *options),
@@ -199,7 +199,7 @@ def test_the_trainer_itself_runs_no_code_either(name, spoilt, tmp_path):
 
 def test_weights_of_another_model_are_named(spoilt):
     run = [str(GOOD), "--output_dir", str(spoilt.parent), "--resume", "auto", "--use_cpu", "true", "--max_steps", "9"]
-    said = error_of(lambda: execute(parse_run([*run, "--model", '{"state_sizes": 16, "hidden_size": 8}'])))
+    said = error_of(lambda: run_pretraining(parse_run([*run, "--model", '{"state_sizes": 16, "hidden_size": 8}'])))
     assert "the weights are of another model" in said and "this model wants" in said
 
 

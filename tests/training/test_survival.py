@@ -143,9 +143,9 @@ def test_the_program_stops_on_sigterm_and_goes_on_by_itself(tmp_path):
     done = subprocess.run([*command, "--max_steps", "60"], cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0 and "going on from" in done.stderr, done.stderr
     with pytest.raises(ValueError, match="give --resume or --resume_from_checkpoint, not both"):
-        from hf_compressm.runs.pretraining import execute, parse_run
+        from hf_compressm.runs.pretraining import parse_run, run_pretraining
 
-        execute(parse_run([*command[2:], "--resume_from_checkpoint", "true"]))
+        run_pretraining(parse_run([*command[2:], "--resume_from_checkpoint", "true"]))
 
 
 def test_an_error_leaves_sigterm_as_it_was_and_a_used_callback_is_as_new(tmp_path):

@@ -212,6 +212,12 @@ def supported_mixers() -> list[str]:
     return sorted(_ADAPTERS)
 
 
+def size_fields() -> list[str]:
+    """Return the names of config fields that hold state sizes, that of sizes per layer first."""
+    found = {adapter.size_field for adapter in _ADAPTERS.values()}
+    return sorted(found, key=lambda name: (name != MixerAdapter.size_field, name))
+
+
 def find_mixers(model: nn.Module) -> list[MixerSite]:
     """All compressible mixers of a model, in the order of `named_modules`.
 
