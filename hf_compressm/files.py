@@ -116,7 +116,7 @@ def _check_writable(folder: Path) -> None:
 
 @contextmanager
 def new_file(path: Path, durable: bool = False) -> Iterator[Path]:
-    """Give a path to write a file to. It is renamed to `path` when the block ends without an error, and removed otherwise.
+    """Give a path to write to. It is renamed to `path` when the block ends without an error, and removed otherwise.
 
     Nobody reads a half-written file, and an earlier file of that name stays until the new one is complete.
 
