@@ -73,6 +73,7 @@ NAMES: dict[str, dict[str, str]] = {
         "make_embeddings": "models.embeddings",
     },
     "runs.compression": {"run": "runs.compression:compress_saved_model"},
+    "runs.data_source": {"calibration": "runs.data_source:draw_calibration"},
     "runs.evaluation": {"execute": "runs.evaluation:run_evaluation"},
     "runs.finetuning": {"execute": "runs.finetuning:run_finetuning"},
     "runs.pretraining": {"execute": "runs.pretraining:run_pretraining"},

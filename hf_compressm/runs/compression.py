@@ -21,7 +21,7 @@ from ..surgery.policies import check_target, describe_policy
 from ..surgery.refit import STEPS
 from .arguments import DataSource
 from .checks import check_saved_model, check_source
-from .data_source import calibration, evaluate, load_data
+from .data_source import draw_calibration, evaluate, load_data
 
 __getattr__ = old_names(__name__)
 
@@ -88,7 +88,7 @@ def compress_saved_model(job: CompressionJob) -> CompressionResult:
     model = _load(job)
     tokenizer = load_tokenizer(job.model)
     task = None if job.data is None else load_data(job.data, model, tokenizer)
-    batches = calibration(model, job.data, task)
+    batches = draw_calibration(model, job.data, task)
     before = _losses(job, model, task)
     record = compress(
         model,

@@ -16,11 +16,14 @@ from ..data.language import IGNORED
 from ..data.text_files import text_task
 from ..models.heads import CLASS_ENDINGS
 from ..models.saved import TOKENIZER_FILES
+from ..moved import old_names
 from ..progress import with_progress
 from ..surgery import needs_calibration
 from ..training.calibration import calibration_batches
 from .arguments import DataSource
 from .checks import check_source
+
+__getattr__ = old_names(__name__)
 
 TOKENISED = ("wikitext",)
 """Tasks with an option `tokenizer`, which here is the model's own unless given."""
@@ -52,7 +55,7 @@ def load_data(source: DataSource, model: Any, tokenizer: Any) -> Task:
     return text_task(source.name, tokenizer, length=source.length or 512, sequences=source.batches * source.batch_size)
 
 
-def calibration(
+def draw_calibration(
     model: Any, source: DataSource | None, task: Task | None, rank: int = 0, processes: int = 1
 ) -> list[Mapping[str, Any]] | None:
     """Draw the batches to rank states on, or a process's part of them; None if the model has no layer that needs them.

@@ -33,7 +33,7 @@ from ..surgery.refit import STEPS
 from ..training.distributed import plan_together, processes
 from .arguments import DataSource
 from .checks import check_lora, check_saved_model, check_source, import_peft
-from .data_source import calibration, evaluate, load_data
+from .data_source import draw_calibration, evaluate, load_data
 from .pretraining import CACHES
 from .run_file import parse_options
 
@@ -268,7 +268,7 @@ def _cut(model: nn.Module, task: Task, run: FinetuneRun) -> None:
     check_parameters(model)
     plan = plan_together(
         model,
-        calibration(model, run.source(), task, run.training.process_index, processes()),
+        draw_calibration(model, run.source(), task, run.training.process_index, processes()),
         run.arguments.refit_steps,
         policy=run.policy(),
         constraints=SizeConstraints(minimum=run.arguments.min_state_size),

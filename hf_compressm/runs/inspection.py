@@ -12,7 +12,7 @@ from ..report.text_tables import aligned_table
 from ..surgery import measure_model
 from .arguments import DataSource
 from .checks import check_saved_model, check_source
-from .data_source import calibration, load_data
+from .data_source import draw_calibration, load_data
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ def inspect_model(
     check_saved_model(name)
     model = load_model(name, device)
     task = None if source is None else load_data(source, model, load_tokenizer(name))
-    measured = measure_model(model, calibration(model, source, task), fast_ops=fast_ops)
+    measured = measure_model(model, draw_calibration(model, source, task), fast_ops=fast_ops)
     spectra = [measurement.spectrum() for measurement in measured.values()]
     orders = {f"{value:g}": energy_orders(spectra, value) for value in tau}
     layers = [

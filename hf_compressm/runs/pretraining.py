@@ -164,6 +164,7 @@ def run_pretraining(run: Run, callbacks: Sequence[TrainerCallback] = ()) -> RunR
         SystemExit: with code 143, after SIGTERM has ended training with a checkpoint.
     """
     check_run(run)
+    checkpoint = _checkpoint_to_resume(run)
     arguments = run.arguments
     task = load_task(arguments.task or "", data_dir=arguments.data_dir, seed=run.training.seed, **run.task_options)
     model = build_model(run, task)
@@ -171,7 +172,6 @@ def run_pretraining(run: Run, callbacks: Sequence[TrainerCallback] = ()) -> RunR
     if arguments.report:
         keep_card(trainer)
     parameters = model.num_parameters()
-    checkpoint = _checkpoint_to_resume(run)
     metrics = _train_and_test(trainer, task, checkpoint)
     result = RunResult(
         task=task,
@@ -257,7 +257,8 @@ def _checkpoint_to_resume(run: Run) -> str | None:
     if wanted in (None, "", False, "false", "False"):
         return None
     if wanted in (True, "true", "True"):
-        wanted = get_last_checkpoint(training.output_dir)
+        folder = Path(str(training.output_dir))
+        wanted = get_last_checkpoint(str(folder)) if folder.is_dir() else None
         if wanted is None:
             raise ValueError(f"{training.output_dir} holds no checkpoint to resume from")
     decided_by_rank_0(lambda: verify_sealed(wanted))  # once, not as often as there are ranks

@@ -21,7 +21,7 @@ from selection import trained
 from hf_compressm import compress
 from hf_compressm.baselines import rival_cut
 from hf_compressm.report.text_tables import markdown_table, mean_and_deviation
-from hf_compressm.runs.data_source import calibration, evaluate, load_data
+from hf_compressm.runs.data_source import draw_calibration, evaluate, load_data
 from hf_compressm.runs.finetuning import heal, parse_finetune
 from hf_compressm.runs.pretraining import parse_run
 
@@ -59,7 +59,7 @@ def main() -> None:
         settings = ["--model", str(folder), "--seed", str(seed), "--max_steps", str(steps), "--disable_tqdm", "true"]
         run = parse_finetune([options.config, *settings, *overrides, "--output_dir", options.models])
         task = load_data(run.source(), model, None)
-        batches = calibration(model, run.source(), task)
+        batches = draw_calibration(model, run.source(), task)
         size = run.training.per_device_eval_batch_size
         full = evaluate(model, task, size)["loss"]
         for method in options.methods:
