@@ -1,6 +1,7 @@
 """Every field of the stock configs: values to try beside the default, or why the mixers do not depend on it."""
 
 ACTIVATIONS = ("relu", "sigmoid", "swish")
+NO_LIMIT = (0.0, float("inf"))
 
 ELSEWHERE = "read by attention, experts, MLPs, norms or embeddings, which stay transformers' own"
 MODEL = "read by the model's forward or by generation, which stay transformers' own"
@@ -112,7 +113,7 @@ FIELDS = {
     "falcon_h1": _HYBRID
     | _HEADS
     | {
-        "mamba_rms_norm": (True,),
+        "mamba_rms_norm": (True, False),
         "mamba_norm_before_gate": (False,),
         "projectors_bias": (True,),
         "ssm_multipliers": ([1.0, 2.0, 3.0, 0.5, 0.7],),
@@ -161,10 +162,10 @@ OWN = {
     "bos_token_id": (4,),
     "eos_token_id": (7, [7, 8]),
     "tie_word_embeddings": (True, False),
-    "use_cache": (False,),
+    "use_cache": (True, False),
     "initializer_range": (0.5,),
     "state_size": (5,),
-    "num_hidden_layers": (1,),
+    "num_hidden_layers": (2, 1),
     "layer_norm_epsilon": (0.5,),
     "conv_kernel": (1, 6),
     "use_bias": (True,),
@@ -201,7 +202,7 @@ OWN_FIELDS = {
     | {
         "n_groups": (1, 4),
         "chunk_size": (5,),
-        "time_step_limit": ((0.05, 0.5), [0.0, 0.1]),
+        "time_step_limit": ((0.05, 0.5), [0.0, 0.1], NO_LIMIT),
         **dict.fromkeys(("hidden_size", "expand", "num_heads", "head_dim"), "bound to each other"),
     },
 }

@@ -1,4 +1,4 @@
-"""From transformers' Mamba and Mamba-2 to this package's models and back, with no change of outputs."""
+"""Convert transformers' Mamba and Mamba-2 to this package's models and back, with no change of outputs."""
 
 from __future__ import annotations
 
@@ -38,11 +38,11 @@ DROPPED = ("model_type", "architectures", "transformers_version", "auto_map")
 
 
 def from_stock(model: PreTrainedModel | str | os.PathLike[str], **kwargs: Any) -> PreTrainedModel:
-    """This package's model with the weights of a stock Mamba or Mamba-2, and the same outputs.
+    """Build this package's model with the weights of a stock Mamba or Mamba-2, and the same outputs.
 
-    All fields of the config come along, and the settings of generation. Two things are done right that transformers'
-    PyTorch code gets wrong: a single token behind a cache has its time step clamped to `time_step_limit` as all others
-    have, and padding leaves no trace, neither in the cache nor, with `use_bias`, in the convolution of left padding.
+    All fields of the config and the settings of generation are copied. Outputs differ in two cases, in which
+    transformers' PyTorch code is wrong: a single token after cached ones has its time step clamped to
+    `time_step_limit`, as all others have; and padding changes neither the cache nor, with `use_bias`, the convolution.
 
     Args:
         model: `MambaForCausalLM`, `MambaModel`, `Mamba2ForCausalLM` or `Mamba2Model`, or the folder or hub name of one.
@@ -52,10 +52,10 @@ def from_stock(model: PreTrainedModel | str | os.PathLike[str], **kwargs: Any) -
         The model of the corresponding class, on the same device and in the same dtype, with tensors of its own.
 
     Raises:
-        TypeError: if the model is of another class; for hybrids and kin compress the stock model itself.
-        ValueError: if a name stands for another architecture; if the config has other layer types, or an activation
-            with parameters; if the model is quantized; if a Mamba-2 has several groups, which transformers before 5.23
-            normalises in another way.
+        TypeError: if the model is of another class; compress hybrids and other families as they are.
+        ValueError: if the named model has another architecture; if the config has other layer types, or an activation
+            with parameters; if the model is quantized; if a Mamba-2 has several groups and transformers is older than
+            5.23, which normalises them in another way.
     """
     stock: Any = _load(model, kwargs) if isinstance(model, str | os.PathLike) else model
     if type(stock) not in _PAIRS:
@@ -72,15 +72,15 @@ def from_stock(model: PreTrainedModel | str | os.PathLike[str], **kwargs: Any) -
 
 
 def to_stock(model: PreTrainedModel, state_size: int | None = None) -> PreTrainedModel:
-    """A plain transformers Mamba or Mamba-2 with the same outputs, which any tool loads.
+    """Build a plain transformers Mamba or Mamba-2 with the same outputs, which any tool loads.
 
-    Layers with fewer states than others are padded with states that nothing drives and nothing reads.
+    Layers with fewer states than others get further states with zero input and zero output.
 
     Args:
         model: `CompreSSMMambaForCausalLM`, `CompreSSMMambaModel`, `CompreSSMMamba2ForCausalLM` or
             `CompreSSMMamba2Model`.
-        state_size: common number of states of the result, at least the largest present; that if None. Multiples of 16
-            suit GPU kernels.
+        state_size: number of states of all layers of the result, at least that of the largest layer, which is the
+            default. Multiples of 16 suit GPU kernels.
 
     Returns:
         The stock model, on the same device and in the same dtype, with tensors of its own.
@@ -88,8 +88,8 @@ def to_stock(model: PreTrainedModel, state_size: int | None = None) -> PreTraine
     Raises:
         TypeError: if the model is of another class; a classifier's head has no stock class.
         ValueError: if `state_size` is too small; if the model reads continuous values or is quantized; if a layer of a
-            Mamba-2 has a read-in and read-out that mix states, or needs padding that its activation would make nonzero,
-            or has several groups, before transformers 5.23.
+            Mamba-2 has a read-in and read-out that mix states, or needs further states that its activation would make
+            nonzero; if a Mamba-2 has several groups and transformers is older than 5.23.
     """
     if type(model) not in _STOCK:
         raise TypeError(
@@ -113,7 +113,7 @@ def to_stock(model: PreTrainedModel, state_size: int | None = None) -> PreTraine
 
 
 def _require_equal_norms(config: Any) -> None:
-    """Raise ValueError where the installed stock Mamba-2 normalises in another way than this package's does."""
+    """Raise ValueError if the installed transformers normalises this Mamba-2 in another way than this package does."""
     if isinstance(config, Mamba2Config) and config.n_groups > 1 and not mamba2_norm_is_by_group():
         raise ValueError(
             f"this Mamba-2 has n_groups={config.n_groups}, which the installed transformers normalises all at once, "
@@ -146,7 +146,7 @@ def _fields(config: Any) -> dict[str, Any]:
 
 
 def _rebuilt(model: Any, cls: Any, config_class: Any, fields: dict[str, Any], tensors: Mapping[str, Tensor]) -> Any:
-    """A model of another class with copies of the tensors, each in its own dtype, and tied weights tied."""
+    """Build a model of another class with copies of the tensors, each in its own dtype, and tie its tied weights."""
     if issubclass(config_class, Mamba2Config):
         fields = fields | {"time_step_limit": tuple(model.config.time_step_limit)}
     rebuilt = cls(config_class(**fields)).to(next(model.parameters()).device)
@@ -187,7 +187,7 @@ def _mamba2_tensors(model: Any, state_size: int) -> Tensors:
         channels, size, groups = mixer.norm.weight.shape[0], mixer.conv_states, mixer.n_groups
 
         def block(rows: Tensor, kept: list[list[int]] = kept, size: int = size, groups: int = groups) -> Tensor:
-            """Rows of B or C: those kept, and zeros, of which the activation makes zero."""
+            """Take the kept rows of B or C, and add rows of zeros, for which the activation gives zero."""
             parts = []
             for group, states in enumerate(kept):
                 found = rows[[group * size + state for state in states]]

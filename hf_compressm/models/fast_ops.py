@@ -1,7 +1,7 @@
-"""Stock transformers mixers with this package's scans and convolution.
+"""Run stock transformers mixers by this package's scans and convolution.
 
-A mixer that is switched on gets a subclass of its class, with the same name and another `forward`. So its parameters,
-state dict and config are what they were, `isinstance` holds, and copies and pickles of the model keep the choice.
+`use_fast_ops` replaces a mixer's class by a subclass with the same name and another `forward`. Parameters, state dict
+and config stay as they were, `isinstance` still holds, and copies and pickles of the model keep the choice.
 """
 
 from __future__ import annotations
@@ -31,22 +31,22 @@ from ..ops.ssd_scan import ssd_scan, ssd_state_update
 from .selective_config import has_parameters
 
 LENT = "_hf_compressm_lent"
-"""Set on a mixer that this package has switched on by itself, for a while."""
+"""The attribute that marks mixers which this package has switched on by itself, for a limited time."""
 _OR_STOCK = ", or call use_fast_ops(model, enable=False)"
 
 
 def use_fast_ops(model: nn.Module, enable: bool = True) -> list[str]:
-    """Make every stock Mamba and Mamba-2 mixer of a model run by this package's ops, or by transformers' again.
+    """Let every stock Mamba and Mamba-2 mixer of a model run by this package's ops, or by transformers' code again.
 
-    Weights, state dict, config and outputs stay as they are, but for rounding and for what transformers' PyTorch code
-    does not do: several tokens behind a cache go on from the cached state in Mamba, FalconMamba and Jamba too, and a
-    single token behind a cache has its time step clamped to the config's limits as all others have. Padding is treated
-    as transformers does: what a prefill with padding on the right leaves in the cache is not what the text alone would
-    leave (`from_stock` gives models in which it is). The choice is kept by copies and pickles of the model, and not
-    saved in checkpoints. Calling it again changes nothing.
+    Weights, state dict and config stay as they are. Outputs change by rounding, and in two cases in which
+    transformers' PyTorch code ignores part of its input: several tokens after cached ones continue from the cached
+    state in Mamba, FalconMamba and Jamba too, and a single token after cached ones has its time step clamped to the
+    config's limits, as all others have. Padding is treated as transformers does: after a prompt with padding on the
+    right the cache differs from that of the text alone (in models of `from_stock` it does not). Copies and pickles of
+    the model keep the choice; checkpoints do not. Calling it again changes nothing.
 
-    An adapter or hook on `dt_proj` or `conv1d` takes effect, as it does once merged; transformers' own code passes it
-    over.
+    An adapter or hook on `dt_proj` or `conv1d` takes effect, as it does after merging; transformers' own code ignores
+    it.
 
     Args:
         model: any model with such mixers: Mamba, FalconMamba, Jamba, Mamba-2, Bamba, Zamba2, Nemotron-H, Falcon-H1,
@@ -54,11 +54,11 @@ def use_fast_ops(model: nn.Module, enable: bool = True) -> list[str]:
         enable: False goes back to transformers' own code.
 
     Returns:
-        Names of the mixers within the model.
+        The names of the mixers within the model.
 
     Raises:
-        ValueError: if the model has no such mixer, one whose `forward` somebody else has replaced, or one whose
-            activation has parameters, which transformers' own code does not read.
+        ValueError: if the model has no such mixer, one whose `forward` was replaced, or one whose activation has
+            parameters, which transformers' own code does not read.
         RuntimeError: if the installed transformers lacks something that the ops need; the message names it.
     """
     found = stock_mixers(model)
@@ -96,14 +96,14 @@ def uncalled_layers(mixer: nn.Module) -> list[str]:
 
 
 def has_stock_mixers(model: nn.Module) -> bool:
-    """Whether a model has mixers that `use_fast_ops` can change."""
+    """Tell whether a model has mixers that `use_fast_ops` can change."""
     return bool(stock_mixers(model))
 
 
 def mixer_class(module: nn.Module) -> type[nn.Module]:
-    """The class of a module; for a mixer that runs by this package's ops, the transformers class it is made from.
+    """Return the class of a module, or for a mixer that runs by this package's ops its transformers class.
 
-    So too for one with a parametrisation, whose class torch derives from its own.
+    For a module with a parametrisation, whose class torch derives from its own, that is the original class.
     """
     cls = type(module)
     while cls.__module__ in (__name__, "torch.nn.utils.parametrize"):
@@ -112,7 +112,7 @@ def mixer_class(module: nn.Module) -> type[nn.Module]:
 
 
 def stock_mixers(model: nn.Module) -> dict[str, nn.Module]:
-    """The mixers that `use_fast_ops` can change, and those that it has changed, by name."""
+    """Return the mixers that `use_fast_ops` can change or has changed, by name."""
     return {name: module for name, module in model.named_modules() if _path(mixer_class(module)) in _FORWARDS}
 
 
@@ -121,7 +121,7 @@ def _path(cls: type) -> str:
 
 
 def fast_class(stock: type) -> type:
-    """The subclass of a transformers class that runs by this package's ops."""
+    """Return the subclass of a transformers class that runs by this package's ops."""
     return _fast_class(_path(stock))
 
 
@@ -141,7 +141,8 @@ def _forward(scan: Callable, used: list[str], stock: type) -> Callable:
         scan: takes the mixer, hidden states (B, L, H) that are zero at padding, the mask, the cache and the cached
             state, and returns the input of the output projection.
         used: names of layers whose weights it uses without calling them; accelerate may have offloaded these.
-        stock: the transformers class, whose forward runs if the mixer is only lent and the ops cannot do what is asked.
+        stock: the transformers class, whose forward runs if the mixer is only switched on for a limited time and the
+            ops cannot do what is asked.
     """
 
     # Weights of children that are used without calling them must be brought in where accelerate offloads them.
@@ -172,7 +173,7 @@ def _forward(scan: Callable, used: list[str], stock: type) -> Callable:
 
 
 def _reduce(self: Any, protocol: Any) -> tuple:
-    """A mixer that is only lent is copied and pickled as what it was."""
+    """Copy and pickle a mixer that is switched on for a limited time as the stock mixer."""
     made: Any = nn.Module.__reduce_ex__(self, protocol)
     if LENT not in vars(self):
         return made
@@ -181,7 +182,7 @@ def _reduce(self: Any, protocol: Any) -> tuple:
 
 
 def __getattr__(name: str) -> Any:
-    """The subclasses by name, for pickle."""
+    """Find the subclasses by name, for pickle."""
     for path in _FORWARDS:
         if path.rpartition(".")[2] == name:
             return _fast_class(path)
@@ -189,7 +190,11 @@ def __getattr__(name: str) -> Any:
 
 
 def require(mixer: nn.Module) -> None:
-    """Raise if the installed transformers is not as the forward functions below take it to be."""
+    """Check that the installed transformers is as the scan functions below expect it.
+
+    Raises:
+        RuntimeError: naming what is missing or unknown.
+    """
     from transformers import cache_utils
 
     used, _ = _FORWARDS[_path(mixer_class(mixer))]
@@ -210,7 +215,7 @@ def require(mixer: nn.Module) -> None:
 
 
 def _mamba_scan(mixer: Any, hidden: Tensor, attention_mask: Tensor | None, cache: Any, state: Tensor | None) -> Tensor:
-    """Mamba, and FalconMamba and Jamba, which normalise dt, B and C."""
+    """Scan of Mamba, FalconMamba and Jamba; the last two normalise dt, B and C. (B, L, H) -> (B, L, I)."""
     u, gate = mixer.in_proj(hidden).chunk(2, dim=-1)
     u = real_positions(convolve(mixer, u, cache), attention_mask)
     size = mixer.A_log.shape[1]
@@ -226,7 +231,7 @@ def _mamba_scan(mixer: Any, hidden: Tensor, attention_mask: Tensor | None, cache
 
 
 def _mamba2_scan(mixer: Any, hidden: Tensor, attention_mask: Tensor | None, cache: Any, state: Tensor | None) -> Tensor:
-    """Mamba-2 and its kin; Falcon-H1 multiplies its projections and may gate without a norm."""
+    """Scan of Mamba-2 and similar mixers; Falcon-H1 scales its projections and may gate without a norm."""
     if hasattr(mixer, "mup_vector"):
         projected = mixer.in_proj(hidden * mixer.ssm_in_multiplier) * mixer.mup_vector
     else:

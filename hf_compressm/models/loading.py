@@ -1,4 +1,4 @@
-"""Loading that refuses tensors which do not have the sizes that the config says."""
+"""Refuse to load tensors that do not have the sizes which the config says."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Any
 
 
 class SizesFromConfig:
-    """Mixin: `from_pretrained` refuses tensors of other sizes than the config says, instead of drawing new ones."""
+    """Mixin whose `from_pretrained` refuses tensors of other sizes than the config says, and never draws new ones."""
 
     @classmethod
     def from_pretrained(
@@ -17,7 +17,7 @@ class SizesFromConfig:
         output_loading_info: bool = False,
         **kwargs: Any,
     ) -> Any:
-        """As in transformers, but an error about tensors of another size names them.
+        """Load a model as transformers does; an error about tensors of another size names them.
 
         Raises:
             RuntimeError: if tensors of the checkpoint do not have the sizes that the config says, or state matrices
@@ -34,7 +34,7 @@ class SizesFromConfig:
         matrices = ("read_in", "read_out")
         missing = info["missing_keys"]
         for name in sorted(missing):
-            # Where the whole layer is missing, transformers says so and draws all of it.
+            # If the whole layer is missing, transformers warns and draws all of it.
             if name.endswith(matrices) and f"{name.rpartition('.')[0]}.A_log" not in missing:
                 wrong.append(f"{name} is missing")
         wrong += [f"{name} has no place" for name in sorted(info["unexpected_keys"]) if name.endswith(matrices)]

@@ -1,4 +1,4 @@
-"""From features of positions to features of sequences. B batch, L length, H features."""
+"""Masks of padding, and pooling of positions to one vector for each sequence. B batch, L length, H features."""
 
 from __future__ import annotations
 
@@ -9,7 +9,14 @@ POOLINGS = ("mean", "last")
 
 
 def mask_of_steps(attention_mask: Tensor | None, hidden_states: Tensor) -> Tensor | None:
-    """(B, L) bool for the present steps from a mask that may reach back over cached ones.
+    """Return the part of a mask that belongs to the present steps; it may also cover cached ones.
+
+    Args:
+        attention_mask: (B, L) or, with cached steps, (B, more), nonzero at real positions; None if all are real.
+        hidden_states: (B, L, ...).
+
+    Returns:
+        (B, L) bool, or None.
 
     Raises:
         ValueError: if the mask has another shape.
@@ -26,14 +33,20 @@ def mask_of_steps(attention_mask: Tensor | None, hidden_states: Tensor) -> Tenso
 
 
 def padding_of_steps(attention_mask: Tensor | None, inputs: Tensor) -> Tensor | None:
-    """`mask_of_steps` for inputs (B, L) or (B, L, H), and None where all positions are real."""
+    """Return `mask_of_steps` for inputs (B, L) or (B, L, H), or None if all positions are real."""
     mask = mask_of_steps(attention_mask, inputs)
     # Compiled code must not depend on values, and is right with a mask of ones too.
     return None if mask is None or (not torch.compiler.is_compiling() and bool(mask.all())) else mask
 
 
 def pooled(hidden_states: Tensor, attention_mask: Tensor | None, pooling: str) -> Tensor:
-    """(B, L, H) -> (B, H): the "mean" over real positions, zero for none, or the "last" of them."""
+    """Pool positions: (B, L, H) -> (B, H).
+
+    Args:
+        hidden_states: (B, L, H) floats.
+        attention_mask: (B, L), nonzero at real positions, or None if all are real.
+        pooling: "mean" over real positions, zero if there is none, or the "last" of them.
+    """
     mask = mask_of_steps(attention_mask, hidden_states)
     if pooling == "last":
         if mask is None:

@@ -55,7 +55,7 @@ def load_model(name: str, device: str = "auto") -> Any:
     for auto in HEADS.values():
         if architecture in [known.__name__ for known in model_classes(auto, type(config))]:
             model = _load(auto, name).eval()
-            # A quantised model is where its quantiser has put it, and may not be moved.
+            # A quantised model is on the device that its quantiser chose, and may not be moved.
             return model if getattr(config, "quantization_config", None) else model.to(place)
     raise ValueError(
         f"{name} was saved as {architecture or 'an unnamed architecture'}; supported are causal language models and "

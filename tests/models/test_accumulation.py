@@ -15,7 +15,7 @@ PROBLEMS = {
     "regression to one": (1, lambda g: torch.randn(B, generator=g)),
     "regression to several": (4, lambda g: torch.randn(B, 4, generator=g)),
 }
-SPLITS = [(2, 4), (3, 3)]
+WHOLE, SPLIT = (B, 1), (3, 3)
 """Rows of a part, parts of a step: the last of eight rows in three parts is smaller."""
 
 
@@ -46,20 +46,19 @@ def step(model, data, folder, rows, parts):
 
 
 def by_hand(model, data):
-    """The gradients of the mean over all label entries of the batch."""
+    """The gradients of the mean over all label entries of the batch, and that mean."""
     model = copy.deepcopy(model).train()
-    model(**{key: torch.stack([row[key] for row in data]) for key in data[0]}).loss.backward()
-    return {name: parameter.grad for name, parameter in model.named_parameters()}
+    loss = model(**{key: torch.stack([row[key] for row in data]) for key in data[0]}).loss
+    loss.backward()
+    return {name: parameter.grad for name, parameter in model.named_parameters()}, float(loss)
 
 
-def compare(model, data, folder):
-    expected = by_hand(model, data)
-    whole, loss = step(model, data, folder, B, 1)
-    for rows, parts in SPLITS:
+def compare(model, data, folder, *splits):
+    expected, loss = by_hand(model, data)
+    for rows, parts in splits:
         found, logged = step(model, data, folder, rows, parts)
-        assert logged == pytest.approx(loss, rel=1e-3)
+        assert logged == pytest.approx(loss, rel=1e-3, abs=1e-4)  # the Trainer's log has four digits
         for name, change in found.items():
-            assert torch.allclose(change, whole[name], rtol=1e-3, atol=1e-5), (rows, parts, name)
             assert torch.allclose(change, expected[name], rtol=1e-3, atol=1e-5), (rows, parts, name)
 
 
@@ -74,7 +73,7 @@ def test_classifiers(name, problem, tmp_path):
     if problem.startswith("single"):
         targets[3] = -100  # left out
     data = [{"input_ids": ids, "labels": target} for ids, target in zip(own.ids(), targets, strict=True)]
-    compare(model, data, tmp_path)
+    compare(model, data, tmp_path, SPLIT)
 
 
 @pytest.mark.parametrize("name", CAUSAL)
@@ -83,4 +82,4 @@ def test_causal_models(name, tmp_path):
     ids = own.ids()
     labels = ids.masked_fill(torch.arange(L) < torch.arange(B)[:, None] % 5, -100)
     data = [{"input_ids": row, "labels": label} for row, label in zip(ids, labels, strict=True)]
-    compare(own.model(), data, tmp_path)
+    compare(own.model(), data, tmp_path, WHOLE, SPLIT)

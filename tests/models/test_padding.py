@@ -103,7 +103,7 @@ def test_the_first_step_may_be_padding(kind):
 
 
 @pytest.mark.parametrize("kind", [kind for kind in MODELS if kind != "mimo-batch"])  # training it mixes sequences
-@SIDES
+@pytest.mark.parametrize("side", ["both", "scattered"])
 @pytest.mark.parametrize("use_cache", [False, True])
 def test_gradients_are_those_of_each_text_alone(kind, side, use_cache):
     rows = texts((7, 1, 12, 3), 1)
@@ -147,7 +147,7 @@ def test_a_mask_of_ones_changes_no_bit_and_a_wrong_one_is_refused(kind):
             model(ids, attention_mask=torch.ones(shape))
 
 
-@KINDS
+@pytest.mark.parametrize("kind", ["mamba", "mamba2", "mimo-batch"])
 @torch.no_grad()
 def test_compiled_models_pass_over_padding_too(kind):
     model = MODELS[kind]()

@@ -1,4 +1,4 @@
-"""Batch normalisation of padded sequences. B batch, L length, H features."""
+"""Batch normalisation that leaves padding out. B batch, L length, H features."""
 
 from __future__ import annotations
 
@@ -25,7 +25,12 @@ class MimoSSMBatchNorm(nn.Module):
         self.register_buffer("running_var", torch.ones(hidden_size))
 
     def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
-        """x (B, L, H), any float dtype; mask (B, L) bool, True at real positions, or None if all are real."""
+        """Normalise (B, L, H) -> (B, L, H), and while training update the running statistics.
+
+        Args:
+            x: (B, L, H), any float dtype.
+            mask: (B, L) bool, True at real positions, or None if all are real.
+        """
         values = x.to(torch.promote_types(x.dtype, torch.float32))
         mean, variance = self._statistics(values, mask) if self.training else (self.running_mean, self.running_var)
         scale = self.weight.to(values.dtype) * torch.rsqrt(variance.to(values.dtype) + self.eps)
@@ -50,5 +55,5 @@ class MimoSSMBatchNorm(nn.Module):
 
 
 def _recomputing() -> bool:
-    """Whether this is gradient checkpointing's second forward, inside a backward: it must leave no trace."""
+    """Tell whether gradient checkpointing runs this forward again in a backward, which must not update statistics."""
     return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1

@@ -1,4 +1,4 @@
-"""What the MimoSSM models remember of a sequence. B batch, N states of a layer."""
+"""Cache of the MimoSSM models: the state of each layer. B batch, N states of a layer."""
 
 from __future__ import annotations
 
@@ -19,11 +19,12 @@ class MimoSSMCacheLayer(LinearAttentionCacheLayerMixin):
 
     @property
     def state(self) -> Tensor | None:
+        """The state (B, N) complex, or None before the first token."""
         return self.recurrent_states[0]
 
     @state.setter
     def state(self, value: Tensor | None) -> None:
-        # Assigned, not copied into place: what was returned earlier, and gradients through it, stay as they were.
+        # Assigned, not copied in place, so that tensors returned earlier, and their gradients, stay as they were.
         self.recurrent_states[0] = value
         self.is_recurrent_states_initialized[0] = self.has_previous_state[0] = value is not None
         if value is not None:
@@ -35,19 +36,27 @@ class MimoSSMCacheLayer(LinearAttentionCacheLayerMixin):
         return -1 if self.state is None else self.state.shape[0]
 
     def lazy_initialization(self, *args: Any, **kwargs: Any) -> None:
-        """Nothing to do: a state is present from its first update on."""
+        """Do nothing: the first update makes the state."""
 
     def update_recurrent_state(self, recurrent_states: Tensor, state_idx: int = 0, **kwargs: Any) -> Tensor:
-        """Go on from this state, (B, N) complex."""
+        """Set the state, (B, N) complex, and return it."""
         self.state = recurrent_states
         return recurrent_states
 
     def update_conv_state(self, conv_states: Tensor, state_idx: int = 0, **kwargs: Any) -> Tensor:
-        """Raise NotImplementedError: there is no convolution."""
+        """Refuse: there is no convolution.
+
+        Raises:
+            NotImplementedError: always.
+        """
         raise NotImplementedError("a MimoSSM layer has no convolution whose inputs could be cached")
 
     def update(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Raise NotImplementedError: there are no keys and values."""
+        """Refuse: there are no keys and values.
+
+        Raises:
+            NotImplementedError: always.
+        """
         raise NotImplementedError("a MimoSSM layer has a state in place of keys and values")
 
     def reset(self) -> None:
@@ -55,11 +64,11 @@ class MimoSSMCacheLayer(LinearAttentionCacheLayerMixin):
         self.state = None
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Let row i go on from the state of row beam_idx[i]."""
+        """Give row i the state of row beam_idx[i]; beam_idx (B,) integers in [0, B)."""
         self.batch_select_indices(beam_idx)
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        """Keep the given rows of the batch, in the given order."""
+        """Keep the given rows of the batch, in the given order; indices (B',) integers in [0, B)."""
         if self.state is not None:
             self.state = self.state[indices.to(self.state.device)]
 
@@ -69,10 +78,14 @@ class MimoSSMCacheLayer(LinearAttentionCacheLayerMixin):
             self.state = self.state.repeat_interleave(repeats, dim=0)
 
     def activate_past_recording(self) -> None:
-        """Nothing to do: earlier states are not kept, and `is_croppable` says so."""
+        """Do nothing: earlier states are not kept, and `is_croppable` is False."""
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Raise RuntimeError unless no token is to be removed: a state does not remember the states before it."""
+        """Remove no token; a state does not hold the states before it.
+
+        Raises:
+            RuntimeError: if tokens are to be removed.
+        """
         if tokens_to_remove != 0:
             raise RuntimeError("a recurrent state cannot be rolled back; keep a copy.deepcopy of the cache instead")
 
@@ -80,8 +93,8 @@ class MimoSSMCacheLayer(LinearAttentionCacheLayerMixin):
 class MimoSSMCache(Cache):
     """The state of every layer after the tokens seen so far: (B, N) complex per layer, whatever their number.
 
-    The library's own cache for recurrent layers cannot serve: it counts no tokens, and it takes a state for
-    present only after a convolution has written its own.
+    transformers' own cache for recurrent layers does not fit: it counts no tokens, and it regards a state as present
+    only after a convolution has written its own.
     """
 
     layers: Any
@@ -119,6 +132,7 @@ class MimoSSMCache(Cache):
 
     @property
     def is_initialized(self) -> bool:
+        """Whether the states have seen a token."""
         return self.seen_tokens > 0
 
     @property

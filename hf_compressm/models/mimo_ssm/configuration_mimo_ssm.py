@@ -38,7 +38,7 @@ class MimoSSMConfig(CarriesCode, PreTrainedConfig):
         use_cache: whether models return their states by default when they are not training.
         tie_word_embeddings: whether the language model's head is the embedding matrix.
         pad_token_id, bos_token_id, eos_token_id: special token ids; `attention_mask` alone tells padding.
-        compression_history: what was cut when, written by the compression code.
+        compression_history: which states were removed when, written by the compression code.
         **kwargs: what every transformers config takes: `num_labels`, `id2label`, `problem_type`, ...
 
     Raises:
@@ -103,7 +103,11 @@ class MimoSSMConfig(CarriesCode, PreTrainedConfig):
         self.architectures = self.architectures or []
 
     def check(self) -> None:
-        """Raise ValueError if a value is out of its range. Models call it again: fields can be set."""
+        """Check all fields. Models call it again, since fields may have been set.
+
+        Raises:
+            ValueError: if a value is out of its range.
+        """
         if self.vocab_size is not None and self.num_channels is not None:
             raise ValueError(
                 "set vocab_size for token ids or num_channels for continuous input, not both; got "

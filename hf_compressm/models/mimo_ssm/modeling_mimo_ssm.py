@@ -63,18 +63,18 @@ class MimoSSMBlock(GradientCheckpointingLayer):
     def forward(
         self, hidden_states: Tensor, mask: Tensor | None, state: Tensor | None, skips: bool = False
     ) -> tuple[Tensor, Tensor]:
-        """The block's output (B, L, H) and its final state (B, N), complex.
+        """Compute the block's output (B, L, H) and its final state (B, N), complex.
 
         Args:
             hidden_states: (B, L, H).
             mask: (B, L) bool, True at real positions, or None if all are real.
-            state: (B, N) complex, the state to go on from; zero if None.
-            skips: whether no time passes at padding; otherwise the state decays there, which matters only for states
-                that are gone on from and for padding between real positions.
+            state: (B, N) complex, the state to start from; zero if None.
+            skips: whether padding leaves the state unchanged. Otherwise the state decays there, which is exact unless
+                padding is between real positions or the final state is used.
         """
         x = _normalise(self.norm, hidden_states, mask) if self.prenorm else hidden_states
         if mask is not None:
-            # Without input the state stays zero, so a sequence behaves as if its left padding were not there.
+            # Without input the state stays zero, so left padding has no effect.
             x = x.masked_fill(~mask[:, :, None], 0)
         x, state = self.mixer(x, state, mask if skips else None)
         x = F.glu(self.out_proj(self.dropout(self.act(x))), dim=-1)
@@ -150,7 +150,7 @@ class MimoSSMModel(KnownModel, MimoSSMPreTrainedModel):
         return_dict: bool | None = None,
         cache: MimoSSMCache | None = None,
     ) -> BaseModelOutputWithPast | tuple:
-        """Features of every position, which depend on it and on the positions before it.
+        """Compute the features (B, L, H) of every position from it and the positions before it.
 
         Args:
             input_ids: (B, L) integers in [0, V), if the config has `vocab_size`.
@@ -158,7 +158,7 @@ class MimoSSMModel(KnownModel, MimoSSMPreTrainedModel):
                 last L count. Padding, wherever it is, leaves no trace in states and outputs of real positions.
             inputs_embeds: (B, L, H) floats, instead of `input_ids` or `input_values`.
             input_values: (B, L, num_channels) floats, if the config has `num_channels`.
-            past_key_values: states to go on from, as an earlier call returned them; updated in place if
+            past_key_values: states to continue from, as an earlier call returned them; updated in place if
                 `use_cache`.
             use_cache: whether to return the states; by default as the config says, and not while training.
             output_hidden_states: whether to return the input of every block and the last hidden state.
@@ -166,8 +166,8 @@ class MimoSSMModel(KnownModel, MimoSSMPreTrainedModel):
             cache: another name of `past_key_values`, by which newer versions of transformers pass it.
 
         Raises:
-            ValueError: if not exactly one input is given, or one that the config does not provide for, or a
-                mask of another shape.
+            ValueError: if not exactly one input is given, or one that the config does not allow, or a mask of another
+                shape.
             TypeError: if `past_key_values` is not a `MimoSSMCache`, or two different ones are given.
         """
         hidden_states = self._embed(input_ids, input_values, inputs_embeds)
@@ -249,7 +249,7 @@ class MimoSSMForCausalLM(CausalLM, MimoSSMPreTrainedModel, GenerationMixin):
 
     @classmethod
     def _supports_default_dynamic_cache(cls) -> bool:
-        # `generate` then leaves it to the model's first forward to create its own kind of cache.
+        # So `generate` makes no cache, and the model's first forward creates its own kind.
         return False
 
     def forward(
@@ -266,10 +266,10 @@ class MimoSSMForCausalLM(CausalLM, MimoSSMPreTrainedModel, GenerationMixin):
         cache: MimoSSMCache | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast | tuple:
-        """Logits (B, L, V) for the token after each position; inputs as for `MimoSSMModel`.
+        """Compute logits (B, L, V) for the token after each position; inputs as for `MimoSSMModel`.
 
         Args:
-            labels: (B, L) token ids, usually `input_ids` themselves, shifted inside; -100 is left out.
+            labels: (B, L) token ids, usually `input_ids` themselves, shifted inside; -100 is ignored.
             logits_to_keep: compute the logits of that many last positions only, or of the positions in a
                 tensor; 0 for all.
             **kwargs: for the loss: `num_items_in_batch`, the number of labels over which it is a mean, where
