@@ -73,22 +73,13 @@ class MimoSSMConfig(CarriesCode, PreTrainedConfig):
         compression_history: list[dict[str, Any]] | None = None,
         **kwargs: Any,
     ) -> None:
-        self.vocab_size = vocab_size
-        self.num_channels = num_channels
-        self.hidden_size = hidden_size
-        self.num_hidden_layers = num_hidden_layers
+        self.vocab_size, self.num_channels = vocab_size, num_channels
+        self.hidden_size, self.num_hidden_layers = hidden_size, num_hidden_layers
         self.state_sizes = [state_sizes] * num_hidden_layers if isinstance(state_sizes, int) else list(state_sizes)
-        self.r_min = r_min
-        self.r_max = r_max
-        self.max_phase = max_phase
-        self.norm = norm
-        self.prenorm = prenorm
-        self.dropout = dropout
-        self.hidden_act = hidden_act
-        self.pooling = pooling
-        self.layer_norm_eps = layer_norm_eps
-        self.initializer_range = initializer_range
-        self.use_cache = use_cache
+        self.r_min, self.r_max, self.max_phase = r_min, r_max, max_phase
+        self.norm, self.prenorm, self.layer_norm_eps = norm, prenorm, layer_norm_eps
+        self.dropout, self.hidden_act, self.pooling = dropout, hidden_act, pooling
+        self.initializer_range, self.use_cache = initializer_range, use_cache
         self.compression_history = compression_history
         self.check()
         # Arguments of the base class in early releases of transformers 5, plain attributes in later ones.
