@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..ops.diag_scan import diag_system
+from ..ops.diag_system import diag_system
 from .padding import RealFirst
 
 SMALLEST_DECAY = 1e-6

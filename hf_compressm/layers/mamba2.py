@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from ..compatibility import check_keywords, one_cache
 from ..ops.ssd_scan import ssd_scan, ssd_state_update
-from ..ops.ssd_scan.step import time_steps
+from ..ops.ssd_scan.naive import time_steps
 from .mamba import convolve, inverse_softplus_of_time_steps, recurrent_state, scan_or_step
 from .padding import RealFirst
 

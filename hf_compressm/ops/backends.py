@@ -1,11 +1,13 @@
-"""Which implementation of an op runs: chosen by device, or forced by an argument or an environment variable."""
+"""Chooses the implementation of an op by device, or as an argument or an environment variable says."""
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import logging
 import os
 from functools import cache
+from types import ModuleType
 
 import torch
 
@@ -20,18 +22,18 @@ def choose_backend(op: str, wanted: str | None, device: str, available: tuple[st
     """The backend that an op runs with; logged once per op, backend and device.
 
     Args:
-        op: name of the op, for messages and for the environment variable `HF_COMPRESSM_<OP>` that forces a backend.
-        wanted: one of `available`, or None. An argument wins over the environment.
+        op: name of the op, for messages and for the environment variable `HF_COMPRESSM_<OP>`.
+        wanted: one of `available`, or None. It has priority over the environment variable.
         device: device type of the op's tensors.
-        available: the backends that the op has; a name beside `BACKENDS` is that of a package for CUDA devices, which
-            runs only if asked for.
+        available: the backends that the op has. A name that is not in `BACKENDS` is that of a package for CUDA devices,
+            which runs only if it is asked for.
 
     Returns:
-        `wanted` or what the environment names; by default "triton" on CUDA devices and "cpu" on the CPU where these can
-        run, else "naive", with one warning.
+        `wanted`, or else what the environment variable says. If neither is given: "triton" on CUDA devices, "cpu" on
+        the CPU, or "naive", with one warning, where that cannot run.
 
     Raises:
-        ValueError: if the backend asked for is unknown or cannot run; the message says why.
+        ValueError: if the backend that is asked for is unknown or cannot run; the message says why.
     """
     variable = f"HF_COMPRESSM_{op.upper()}"
     forced = wanted or os.environ.get(variable)
@@ -43,6 +45,16 @@ def choose_backend(op: str, wanted: str | None, device: str, available: tuple[st
         raise ValueError(f"the backend {chosen!r} of {op} cannot run: {obstacle}")
     _announce(op, "naive" if obstacle else chosen, device, obstacle)
     return "naive" if obstacle else chosen
+
+
+def kernels(package: str | None, backend: str) -> ModuleType:
+    """The module of an op that holds a backend: `ops/<op>/<backend>.py`, with functions `forward` and `backward`.
+
+    Args:
+        package: `__package__` of the op's modules.
+        backend: "cpu" or "triton".
+    """
+    return importlib.import_module(f".{backend}", package)
 
 
 def _obstacle(backend: str, device: str) -> str | None:

@@ -19,7 +19,7 @@ from hf_compressm.ops.backends import BACKENDS, choose_backend
 from hf_compressm.ops.diag_scan import diag_scan
 from hf_compressm.ops.selective_scan import selective_scan
 from hf_compressm.ops.ssd_scan import ssd_scan
-from hf_compressm.ops.state_statistics import state_gramian
+from hf_compressm.ops.state_gramian import state_gramian
 from hf_compressm.surgery.adapters.selective import look_weights
 
 SMALL = (2, 67, 24)

@@ -10,7 +10,7 @@ from stock_models import CONFIGS
 from transformers import AutoModelForCausalLM
 
 from hf_compressm import compress, state_sizes
-from hf_compressm.ops.state_statistics import state_gramian
+from hf_compressm.ops.state_gramian import state_gramian
 from hf_compressm.surgery import find_mixers, gather_statistics, selective_signals
 from hf_compressm.surgery.adapters.selective import SelectiveMeasurement, look_weights
 from hf_compressm.surgery.policies import Energy

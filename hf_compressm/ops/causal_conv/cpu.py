@@ -1,4 +1,4 @@
-"""Numba kernels of the causal convolution: threads over chunks of time steps, vectors over channels.
+"""The causal convolution on the CPU, by Numba: threads over chunks of time steps, vectors over channels.
 
 Sums over time are formed per chunk and added in a fixed order, so results do not depend on the number of threads. The
 last vector of channels overlaps the one before it, so that no vector is incomplete.
@@ -18,10 +18,11 @@ from torch.nn import functional as F
 
 from ..lanes import LANES, bytes_of, load, sigmoid, store
 from ..threads import run_units
+from .op import Gradients, Inputs
 
 FAST = {"reassoc", "contract", "arcp", "nsz"}
 TAPS = 4
-"""Most taps, as the kernels are written."""
+"""Most taps that the kernels take."""
 CHUNK = 64
 
 
@@ -100,25 +101,27 @@ def causal_conv_bwd_kernel(begin, end, x, x_batch, x_row, weight, bias, zeros, g
         scratch[0] = 0  # It must live until here.
 
 
-def conv_forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """y (B, L, C), from x (B, L, C) with C >= LANES, weight (C, K) with K <= TAPS, and bias (C,) of one dtype."""
-    y = torch.empty(x.shape, dtype=x.dtype)
-    _run(causal_conv_fwd_kernel, x, weight, bias, y)
+def forward(inputs: Inputs) -> Tensor:
+    """y (B, L, C), from tensors of one dtype with C >= LANES channels and K <= TAPS taps."""
+    y = torch.empty(inputs.x.shape, dtype=inputs.x.dtype)
+    _run(causal_conv_fwd_kernel, inputs, y)
     return y
 
 
-def conv_backward(grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of x, weight and bias."""
+def backward(gradients: Gradients, inputs: Inputs) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of x (B, L, C), weight (C, K) and bias (C,), from tensors of one dtype."""
+    x, weight, _ = inputs
     batch, length, channels = x.shape
     dx, sums = torch.empty(x.shape, dtype=x.dtype), x.new_empty(batch * -(-length // CHUNK), TAPS + 1, channels)
-    _run(causal_conv_bwd_kernel, x, weight, bias, grad.contiguous(), dx, sums)
+    _run(causal_conv_bwd_kernel, inputs, gradients.dy.contiguous(), dx, sums)
     total = sums.sum(0)
-    return dx, total[TAPS - weight.shape[1] : TAPS].t().contiguous(), total[TAPS].clone()
+    return dx, total[TAPS - weight.shape[1] : TAPS].t(), total[TAPS].clone()
 
 
-def _run(kernel: Any, x: Tensor, weight: Tensor, bias: Tensor | None, *others: Tensor) -> None:
+def _run(kernel: Any, inputs: Inputs, *others: Tensor) -> None:
+    x, weight, bias = inputs
     x = x if x.stride(2) == 1 or x.shape[2] == 1 else x.contiguous()
-    # Fewer taps are as many, the first of them zero.
+    # With fewer than TAPS taps, the first ones are zero.
     weight = F.pad(weight.t(), (0, 0, TAPS - weight.shape[1], 0)).contiguous()
     zeros = torch.zeros_like(weight[0])
     bias = zeros if bias is None else bias.contiguous()

@@ -8,13 +8,19 @@ from torch.nn import functional as F
 
 
 def causal_conv_step(window: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """The last step of `causal_conv`, from its last K inputs: plain PyTorch, since any kernel's call would cost more.
+    """The last step of `causal_conv`, from its last K inputs.
+
+    It is plain PyTorch, since the call of a kernel would cost more than the arithmetic.
 
     Args:
-        window: (B, C, K), the inputs in order of time. weight: (C, K). bias: (C,), or None.
+        window: (B, C, K), the inputs in order of time.
+        weight: (C, K).
+        bias: (C,), or None.
 
     Returns:
-        (B, C) in the dtype of `window`; differentiable.
+        y (B, C) in the dtype of `window`; differentiable.
+
+    Source: Gu and Dao 2023, arXiv 2312.00752, section 3.4.
     """
     dtype = torch.promote_types(window.dtype, torch.float32)
     wide, weight = window.to(dtype), weight.to(dtype)

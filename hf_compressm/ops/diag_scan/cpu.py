@@ -1,4 +1,4 @@
-"""Numba kernels of the diagonal scan: threads over sequences and blocks of states, vectors over states.
+"""The diagonal scan on the CPU, by Numba: threads over sequences and blocks of states, vectors over states.
 
 Complex numbers are pairs of reals, (real, imaginary), in the last dimension. A unit of work, one block of states of
 one sequence, goes through time alone, so results do not depend on the number of threads.
@@ -15,6 +15,7 @@ from numba import njit
 from torch import Tensor
 
 from ..threads import run_units
+from .op import Gradients, Inputs, Saved
 
 FAST = {"reassoc", "contract", "arcp", "nsz"}
 """Sums may be reordered, so that they vectorise; NaN and infinity keep their meaning."""
@@ -92,35 +93,35 @@ def diag_scan_bwd_kernel(begin, end, lam, states, initial, grad, carry, adjoint,
 
 
 def run(kernel: Any, lam: Tensor, *tensors: Tensor) -> None:
-    """A kernel on contiguous real tensors, of which the next after lam (N, 2) has B rows."""
+    """Run a kernel on contiguous real tensors: lam (N, 2), then a tensor with B rows, then others."""
     units = len(tensors[0]) * -(-len(lam) // BLOCK)
     run_units(kernel, units, *(tensor.detach().numpy() for tensor in (lam, *tensors)))
 
 
 def real_pairs(x: Tensor) -> Tensor:
-    """x as contiguous pairs of reals, (..., 2)."""
+    """Complex x (...) as contiguous pairs of reals (..., 2)."""
     return torch.view_as_real(x.resolve_conj().contiguous())
 
 
 def initial_pairs(state: Tensor | None, u: Tensor, lam: Tensor) -> Tensor:
-    """A fresh copy of a state (B, N) as pairs of reals (B, N, 2); zeros if there is none."""
+    """A new copy of a state (B, N) as pairs of reals (B, N, 2); zeros if it is None. B is that of u, N that of lam."""
     if state is None:
         return lam.real.new_zeros(u.shape[0], lam.shape[0], 2)
     return torch.view_as_real(state.resolve_conj()).clone(memory_format=torch.contiguous_format)
 
 
-def scan_forward(lam: Tensor, u: Tensor, initial: Tensor | None) -> tuple[Tensor, Tensor]:
+def forward(inputs: Inputs) -> tuple[Tensor, Tensor]:
     """States (B, L, N) and the final state (B, N), complex, as in `diag_scan`."""
+    lam, u, initial, _ = inputs
     carry, drive = initial_pairs(initial, u, lam), real_pairs(u)
     states = torch.empty_like(drive)
     run(diag_scan_fwd_kernel, real_pairs(lam), drive, carry, states)
     return torch.view_as_complex(states), torch.view_as_complex(carry)
 
 
-def scan_backward(
-    lam: Tensor, states: Tensor, initial: Tensor | None, dstates: Tensor | None, dfinal: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor]:
+def backward(gradients: Gradients, saved: Saved) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of lam (N,), u (B, L, N) and the initial state (B, N), complex."""
+    (dstates, dfinal), (lam, states, initial, _) = gradients, saved
     carry, dlam = initial_pairs(dfinal, states, lam), initial_pairs(None, states, lam)
     start, kept = initial_pairs(initial, states, lam), real_pairs(states)
     grad = torch.zeros_like(kept) if dstates is None else real_pairs(dstates)

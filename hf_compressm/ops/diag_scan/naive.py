@@ -1,4 +1,4 @@
-"""The diagonal complex scan as its equation says it, with autograd's gradients: the reference for kernels."""
+"""The diagonal scan in plain PyTorch: differentiable, in float64 if its inputs are; the reference for kernels."""
 
 from __future__ import annotations
 
@@ -12,12 +12,14 @@ def naive_diag_scan(lam: Tensor, u: Tensor, initial_state: Tensor | None = None)
     h_k = lam * h_{k-1} + u_k for k = 0 .. L-1, with h_{-1} = initial_state.
 
     Args:
-        lam: (N,) complex64 or complex128, the poles.
-        u: (B, L, N), the dtype of `lam`, L >= 1: what enters each state.
+        lam: (N,) complex64 or complex128, the poles; any modulus.
+        u: (B, L, N), the dtype of `lam`, L >= 1: the input of each state.
         initial_state: (B, N), the dtype of `lam`; zero if None.
 
     Returns:
         states (B, L, N), where states[:, k] = h_k includes u_k, and the final state h_{L-1} (B, N).
+
+    Source: Orvieto et al. 2023, arXiv 2303.06349, section 3.
     """
     state = torch.zeros_like(u[:, 0]) if initial_state is None else initial_state
     states = []

@@ -1,4 +1,4 @@
-"""Plain PyTorch reference of the selective scan: differentiable, in float64 if its inputs are."""
+"""The selective scan in plain PyTorch: differentiable, in float64 if its inputs are; the reference for kernels."""
 
 from __future__ import annotations
 
@@ -8,18 +8,13 @@ from torch.nn import functional as F
 
 
 def naive_selective_scan(
-    u: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None = None,
-    z: Tensor | None = None,
-    delta_bias: Tensor | None = None,
-    delta_softplus: bool = False,
-    initial_state: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Output and final state; arguments as in `selective_scan`."""
+    u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None = None, z: Tensor | None = None,
+    delta_bias: Tensor | None = None, delta_softplus: bool = False, initial_state: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """y (B, L, H) in u's dtype and the final state (B, H, N); arguments as in `selective_scan`.
+
+    Source: Gu and Dao 2023, arXiv 2312.00752, section 3.
+    """
     dtype = torch.promote_types(u.dtype, torch.float32)
     dt = step_sizes(delta.to(dtype), delta_bias, delta_softplus)
     wide, A, B, C = (tensor.to(dtype) for tensor in (u, A, B, C))
@@ -40,6 +35,9 @@ def naive_selective_scan(
 
 
 def step_sizes(delta: Tensor, delta_bias: Tensor | None, delta_softplus: bool) -> Tensor:
-    """dt from delta, its bias and softplus, in delta's dtype."""
+    """Step sizes dt from delta (..., H), its bias (H,) and softplus; delta's shape and dtype.
+
+    Source: Gu and Dao 2023, arXiv 2312.00752, section 3.
+    """
     dt = delta if delta_bias is None else delta + delta_bias.to(delta.dtype)
     return F.softplus(dt) if delta_softplus else dt

@@ -10,6 +10,8 @@ import triton
 from torch import Tensor
 from torch.nn import functional as F
 
+from ..memory import row_contiguous
+from .op import Gradients, Inputs
 from .triton_kernels import LOG2E, selective_scan_bwd_kernel, selective_scan_fwd_kernel
 
 CHUNK, H_BLOCK = 64, 32
@@ -20,31 +22,23 @@ PROGRAMS = 1024
 """Beyond so many programs, one of the backward pass takes several blocks. Fixed: the order of sums depends on it."""
 
 
-def checkpoint_shape(batch: int, length: int, channels: int, size: int) -> tuple[int, ...]:
-    return batch, -(-length // CHUNK) + 2, size, channels
+def checkpoint_shape(inputs: Inputs) -> tuple[int, ...]:
+    """(B, K + 2, N, H): the states before each chunk, those at the end, and room for one more plane."""
+    batch, length, channels = inputs.u.shape
+    return batch, -(-length // CHUNK) + 2, inputs.A.shape[1], channels
 
 
-def scan_forward(
-    u: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    z: Tensor | None,
-    delta_bias: Tensor | None,
-    initial_state: Tensor | None,
-    delta_softplus: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """y (B, L, H), final state (B, H, N) and checkpoints (B, K + 2, N, H); see `selective_scan`."""
-    batch, length, channels = u.shape
-    dtype = torch.promote_types(u.dtype, torch.float32)
-    u, delta, z = _strided(u), _strided(delta), None if z is None else _strided(z)
+def forward(inputs: Inputs) -> tuple[Tensor, Tensor, Tensor]:
+    """y (B, L, H), the final state (B, H, N) and the checkpoints; see `selective_scan`."""
+    _, _, A, B, C, D, _, delta_bias, initial_state, delta_softplus, _ = inputs
+    batch, length, channels = inputs.u.shape
+    dtype = torch.promote_types(inputs.u.dtype, torch.float32)
+    u, delta, z = _rows(inputs)
     y = u.new_empty(batch, length, channels)
-    checkpoints = u.new_empty(checkpoint_shape(batch, length, channels, A.shape[1]), dtype=dtype)
+    checkpoints = u.new_empty(checkpoint_shape(inputs), dtype=dtype)
     checkpoints[:, 0] = 0 if initial_state is None else initial_state.mT
     checkpoints[:, -1] = 0
-    with _on(u):
+    with torch.cuda.device_of(u):
         selective_scan_fwd_kernel[(batch * triton.cdiv(channels, H_BLOCK),)](
             u, delta, _rates(A, dtype), _padded(B, dtype), _padded(C, dtype), _whole(D), z, _whole(delta_bias), y,
             checkpoints, length, channels, A.shape[1], *_strides(u, delta, z),
@@ -53,27 +47,16 @@ def scan_forward(
     return y, checkpoints[:, -2].mT.clone(memory_format=torch.contiguous_format), checkpoints
 
 
-def scan_backward(
-    dy: Tensor,
-    dfinal: Tensor | None,
-    u: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    z: Tensor | None,
-    delta_bias: Tensor | None,
-    checkpoints: Tensor,
-    delta_softplus: bool,
-) -> tuple[Tensor | None, ...]:
+def backward(gradients: Gradients, inputs: Inputs) -> tuple[Tensor | None, ...]:
     """Gradients of u, delta, A, B, C, D, z (None if there is none), delta_bias and the initial state."""
-    batch, length, channels = u.shape
+    _, _, A, B, C, D, _, delta_bias, _, delta_softplus, _ = inputs
+    dy, dfinal, checkpoints = gradients
+    batch, length, channels = inputs.u.shape
     size, dtype, new = A.shape[1], checkpoints.dtype, checkpoints.new_empty
     blocks = triton.cdiv(channels, H_BLOCK)
     each = max(1, batch * blocks // PROGRAMS)
     groups = triton.cdiv(blocks, each)
-    u, delta, dy, z = _strided(u), _strided(delta), _strided(dy), None if z is None else _strided(z)
+    (u, delta, z), dy = _rows(inputs), row_contiguous(dy)
     du, ddelta = torch.empty_like(u, memory_format=torch.contiguous_format), delta.new_empty(delta.shape)
     dz = None if z is None else z.new_empty(z.shape)
     costates, dA = new(batch, size, channels), new(batch, size, channels)
@@ -82,7 +65,7 @@ def scan_backward(
     dB, dC = (new(batch, groups, size, triton.cdiv(length, CHUNK) * CHUNK) for _ in "BC")
     # Blocks beyond the last one write nothing here.
     dD, dbias = new(batch, channels), new(batch, channels)
-    with _on(u):
+    with torch.cuda.device_of(u):
         selective_scan_bwd_kernel[(batch * groups,)](
             u, delta, _rates(A, dtype), _padded(B, dtype), _padded(C, dtype), _whole(D), z, _whole(delta_bias), dy,
             checkpoints, between, costates, du, ddelta, dA, dB, dC, dD, dz, dbias,
@@ -94,9 +77,12 @@ def scan_backward(
     return du, ddelta, dA.sum(0).t(), dB, dC, dD.sum(0), dz, dbias.sum(0), dinitial
 
 
-def _strided(tensor: Tensor) -> Tensor:
-    """The tensor with neighbours in memory in its last dimension."""
-    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
+def _rows(inputs: Inputs) -> tuple[Tensor, Tensor, Tensor | None]:
+    return (
+        row_contiguous(inputs.u),
+        row_contiguous(inputs.delta),
+        None if inputs.z is None else row_contiguous(inputs.z),
+    )
 
 
 def _padded(rows: Tensor, dtype: torch.dtype) -> Tensor:
@@ -119,8 +105,3 @@ def _strides(*tensors: Tensor | None) -> list[int]:
 def _terms(dtype: torch.dtype) -> int:
     """Terms of the series of log(1 + e)."""
     return 17 if dtype == torch.float64 else 8
-
-
-def _on(tensor: Tensor) -> torch.cuda.device:
-    """Makes a tensor's device the current one; does nothing on the CPU."""
-    return torch.cuda.device(tensor.device.index if tensor.is_cuda else -1)

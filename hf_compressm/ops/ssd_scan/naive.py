@@ -1,4 +1,6 @@
-"""The scan of Mamba-2 in chunks, by matrix products: plain PyTorch, differentiable, in float64 if its inputs are.
+"""Mamba-2's scan in plain PyTorch, in chunks, by matrix products: the reference for kernels.
+
+It is differentiable, and runs in float64 if its inputs are.
 
 Shapes: batch B, L steps in K chunks of T, G groups of J heads each, P channels of a head, N states.
 """
@@ -9,17 +11,52 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+Limits = tuple[float, float]
+
+
+def time_steps(dt: Tensor, dt_bias: Tensor | None, dt_softplus: bool, dt_limit: Limits) -> Tensor:
+    """The time steps that the scan runs with, from dt (..., H) and dt_bias (H,); dt's shape and dtype.
+
+    Source: Dao and Gu 2024, arXiv 2405.21060, section 7.
+    """
+    dt = dt if dt_bias is None else dt + dt_bias.to(dt.dtype)
+    dt = F.softplus(dt) if dt_softplus else dt
+    return dt if dt_softplus and dt_limit == (0.0, float("inf")) else dt.clamp(*dt_limit)
+
+
+def time_steps_backward(
+    grad: Tensor, dt: Tensor, dt_bias: Tensor | None, dt_softplus: bool, dt_limit: Limits
+) -> Tensor:
+    """The gradient of dt + dt_bias (..., H) from that of `time_steps`, `grad` (..., H); other arguments as there.
+
+    Source: the derivative of `time_steps`.
+    """
+    dt = dt if dt_bias is None else dt + dt_bias.to(dt.dtype)
+    step = F.softplus(dt) if dt_softplus else dt
+    grad = grad * ((step >= dt_limit[0]) & (step <= dt_limit[1]))
+    return grad * dt.sigmoid() if dt_softplus else grad
+
 
 def naive_ssd_scan(
-    x: Tensor,
-    dt: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    initial_state: Tensor | None = None,
+    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None = None, dt_bias: Tensor | None = None,
+    dt_softplus: bool = False, dt_limit: Limits = (0.0, float("inf")), initial_state: Tensor | None = None,
     chunk_size: int = 64,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """y (B, L, H, P) in x's dtype and the final state (B, H, P, N); arguments as in `ssd_scan`.
+
+    Source: Dao and Gu 2024, arXiv 2405.21060, section 6.
+    """
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    step = time_steps(dt.to(dtype), dt_bias, dt_softplus, dt_limit)
+    wide, A, B, C = (tensor.to(dtype) for tensor in (x, A, B, C))
+    y, final = _scan_in_chunks(wide, step, A, B, C, initial_state, chunk_size)
+    return (y if D is None else y + wide * D.to(dtype)[:, None]).to(x.dtype), final
+
+
+def _scan_in_chunks(
+    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, initial_state: Tensor | None, chunk_size: int
 ) -> tuple[Tensor, Tensor]:
-    """Output (B, L, H, P) and final state (B, H, P, N); arguments as in `ssd_scan`, dt being the time step itself."""
+    """The scan without the direct term, `dt` being the time step itself."""
     batch, length, heads, width = x.shape
     groups, size = B.shape[2:]
     per_group, chunk = heads // groups, min(chunk_size, length)

@@ -1,8 +1,10 @@
-"""Mamba-2's scan by Triton kernels: their launches, and the sums over single steps in between."""
+"""Mamba-2's scan on CUDA devices: launches of the Triton kernels, and the sums over single steps between them.
+
+Shapes: batch B, length L, H heads of P channels, G groups, N states, K chunks of T steps.
+"""
 
 from __future__ import annotations
 
-import contextlib
 from typing import Any
 
 import torch
@@ -11,6 +13,8 @@ import triton.language as tl
 from torch import Tensor
 from torch.nn import functional as F
 
+from ..memory import row_contiguous
+from .op import Gradients, Inputs
 from .triton_kernels import (
     ssd_scan_bwd_bc_kernel,
     ssd_scan_bwd_pairs_kernel,
@@ -61,25 +65,25 @@ def tiles(width: int, size: int, T: int, dtype: torch.dtype) -> dict[str, Any]:
     }
 
 
-def checkpoint_shape(x: Tensor, size: int, chunk: int) -> tuple[int, ...]:
+def checkpoint_shape(inputs: Inputs) -> tuple[int, ...]:
     """(B, K, H, P, N): the states before each chunk."""
-    batch, length, heads, width = x.shape
-    return batch, -(-length // chunk_length(length, chunk, x.dtype)), heads, width, size
+    batch, length, heads, width = inputs.x.shape
+    chunks = -(-length // chunk_length(length, inputs.chunk_size, inputs.x.dtype))
+    return batch, chunks, heads, width, inputs.B.shape[3]
 
 
-def scan_forward(
-    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, initial: Tensor | None, chunk: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    """y (B, L, H, P), final state (B, H, P, N) and the states before each chunk.
+def forward(inputs: Inputs) -> tuple[Tensor, Tensor, Tensor]:
+    """y (B, L, H, P), the final state (B, H, P, N) and the states before each chunk.
 
-    x, B and C may be of half precision; dt (B, L, H), the time step itself, A, D and the initial state are not.
+    x, B and C may be of half precision.
     """
-    T = chunk_length(x.shape[1], chunk, x.dtype)
-    x, B, C = _rows(x), _rows(B), _rows(C)
+    x, dt, A, B, C, D, _, initial, *_ = inputs
+    T = chunk_length(x.shape[1], inputs.chunk_size, x.dtype)
+    x, B, C = row_contiguous(x), row_contiguous(B), row_contiguous(C)
     step, sums = _per_step(dt, A, T)
-    states = dt.new_empty(checkpoint_shape(x, B.shape[3], chunk))
+    states = dt.new_empty(checkpoint_shape(inputs))
     final = dt.new_empty(states.shape[0], *states.shape[2:])
-    with _on(x):
+    with torch.cuda.device_of(x):
         _outer(x, B, step * _to_end(sums, T), states, T)
         _pass(states, sums, initial, final, T)
         y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
@@ -91,23 +95,15 @@ def scan_forward(
     return y, final, states
 
 
-def scan_backward(
-    x: Tensor,
-    dt: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    states: Tensor,
-    dy: Tensor,
-    dfinal: Tensor | None,
-    chunk: int,
-) -> tuple[Tensor, ...]:
+def backward(gradients: Gradients, inputs: Inputs) -> tuple[Tensor, ...]:
     """Gradients of x, dt, A, B, C, D and the initial state, from those of y and the final state."""
+    x, dt, A, B, C, D, *_ = inputs
+    dy, dfinal, states = gradients
+    assert dy is not None
     batch, length, heads, width = x.shape
     groups, size, chunks = *B.shape[2:], states.shape[1]
-    T = chunk_length(length, chunk, x.dtype)
-    x, B, C, dy = _rows(x), _rows(B), _rows(C), _rows(dy)
+    T = chunk_length(length, inputs.chunk_size, x.dtype)
+    x, B, C, dy = (row_contiguous(tensor) for tensor in (x, B, C, dy))
     dfinal = None if dfinal is None else dfinal.contiguous()
     step, sums = _per_step(dt, A, T)
     costates, dinitial = torch.empty_like(states), torch.empty_like(states[:, 0])
@@ -122,7 +118,7 @@ def scan_backward(
     dB, dC = (dt.new_empty(splits, batch, length, groups, size) for _ in range(2))
     pairs = dt.new_empty(batch, chunks, groups, splits, T, T)
     sizes, strides = _sizes(x, B, T), _strides(x, B, C, dy)
-    with _on(x):
+    with torch.cuda.device_of(x):
         _outer(dy, C, sums.exp(), costates, T)
         _pass(costates, sums, dfinal, dinitial, T, before=states, products=ends)
         ssd_scan_bwd_x_kernel[(grid * p_blocks,)](
@@ -189,13 +185,5 @@ def _pass(
     ssd_scan_pass_kernel[grid](states, sums, start, end, before, products, width * size, heads, chunks, **constants)
 
 
-def _rows(tensor: Tensor) -> Tensor:
-    return tensor if tensor.stride(3) == 1 else tensor.contiguous()
-
-
 def _strides(*tensors: Tensor) -> tuple[int, ...]:
     return tuple(tensor.stride(axis) for tensor in tensors for axis in range(3))
-
-
-def _on(tensor: Tensor) -> Any:
-    return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...ops.state_statistics import state_gramian
+from ...ops.state_gramian import state_gramian
 from ...reduction import empirical_singular_values, select_subset
 from .base import ReductionError, find_mixers
 

@@ -9,24 +9,18 @@ import torch
 import triton
 from torch import Tensor
 
+from .op import Inputs
 from .triton_kernels import state_gramian_fwd_kernel
 
 LOG2E = 1.4426950408889634
 SCHEDULE = {"H_BLOCK": 16, "T": 2, "SPAN": 256}
 WARPS = 4096
-"""Beyond so many, a program takes several blocks of channels. Fixed: the order of sums depends on it."""
+"""Number of warps beyond which a program takes several blocks of channels. Fixed: the order of sums depends on it."""
 
 
-def state_gramian(u: Tensor, dt: Tensor, A: Tensor, B: Tensor, weights: Tensor | None = None) -> Tensor:
-    """float64 (G, N, N): weighted sum of h_t h_t^T over batch, channels and time steps. See the op.
-
-    Args:
-        u: (B, L, I), any float dtype and strides, as all others.
-        dt: (B, L, I).
-        A: (I, N) or (I, 1).
-        B: (B, L, G, N).
-        weights: (B, L), any dtype.
-    """
+def forward(inputs: Inputs) -> Tensor:
+    """float64 (G, N, N), the weighted sum of h_t h_t^T; see `state_gramian` of the package."""
+    u, dt, A, B, weights, _ = inputs
     groups, size = B.shape[2:]
     tile = tile_of(size)
     tiles = triton.cdiv(size, tile)
@@ -42,12 +36,12 @@ def state_gramian(u: Tensor, dt: Tensor, A: Tensor, B: Tensor, weights: Tensor |
 
 
 def tile_of(size: int) -> int:
-    """How many states a program has on one side."""
+    """Number of states on each side of a program's tile, 16 to 64, for N = size."""
     return min(64, max(16, triton.next_power_of_2(size)))
 
 
 def options(tile: int) -> dict[str, int]:
-    """How a program of so many states is compiled."""
+    """Options that a program with `tile` states on each side is compiled with."""
     # Left to itself, ptxas would rather spill a few of its registers than run two programs at a time instead of three.
     return {"num_warps": tile // 16, "num_stages": 1, "maxnreg": 255 if tile > 32 else 128}
 
@@ -70,7 +64,7 @@ def _launch(
     units = batch * blocks
     each = max(1, triton.cdiv(units, max(1, WARPS // (options(tile)["num_warps"] * groups * pairs))))
     sums = u.new_zeros(groups, pairs, triton.cdiv(units, each), tile, tile, dtype=torch.float64)
-    with torch.cuda.device(u.device.index if u.is_cuda else -1):
+    with torch.cuda.device_of(u):
         state_gramian_fwd_kernel[sums.shape[2], pairs, groups](
             u, dt, rates, B, weights, sums, length, size, width, blocks, units, each,
             *u.stride(), *dt.stride(), *B.stride(), *((0, 0) if weights is None else weights.stride()),

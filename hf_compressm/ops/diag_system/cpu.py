@@ -1,7 +1,9 @@
-"""A diagonal system on the CPU, tile by tile: the states of a tile stay in the processor's cache from projection to
-read-out, and its memory serves the next tile.
+"""The diagonal system on the CPU, tile by tile: the states of a tile stay in the processor's cache from the input map
+to the read-out, and the next tile uses the same memory.
 
-A tile is a group of sequences by a chunk of time; its size does not depend on the number of threads.
+A tile is a group of sequences by a span of time; its size does not depend on the number of threads.
+
+Shapes: batch B, length L, H features, N states, K spans of time.
 """
 
 from __future__ import annotations
@@ -9,27 +11,30 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..diag_scan.cpu import diag_scan_bwd_kernel, diag_scan_fwd_kernel, initial_pairs, real_pairs, run
 from ..threads import map_calls
-from .cpu import diag_scan_bwd_kernel, diag_scan_fwd_kernel, initial_pairs, real_pairs, run
+from .op import Gradients, Inputs
 
+CHUNK = 512
+"""Most time steps of a span."""
 TILE_BYTES = 1 << 21
-"""States of a tile: well below a last-level cache, and enough for the threads."""
+"""Bytes of the states of a tile: well below a last-level cache, and enough work for the threads."""
 
 
-def system_forward(
-    u: Tensor, lam: Tensor, B: Tensor, C: Tensor, D: Tensor, initial: Tensor | None, keep: str, chunk: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    """y (B, L, H), the final state (B, N) complex, and what the backward pass needs; arguments as in `diag_system`.
+def kept_shape(inputs: Inputs) -> tuple[int, ...]:
+    """Shape of the real tensor that the forward pass keeps, see `Inputs`."""
+    batch, length, _ = inputs.u.shape
+    size = inputs.lam.shape[0]
+    shapes = {"states": (batch, length, size, 2), "checkpoints": (-(-length // CHUNK), batch, size, 2)}
+    return shapes.get(inputs.keep, (0,))
 
-    Args:
-        keep: "states" for all states, (B, L, N, 2), "checkpoints" for those before each span of time, (K, B, N, 2), or
-            "nothing".
-        chunk: most steps of a span.
-    """
-    groups, spans = _tiles(u, lam, chunk)
+
+def forward(inputs: Inputs) -> tuple[Tensor, Tensor, Tensor]:
+    """y (B, L, H), the final state (B, N) complex, and what the backward pass needs, see `Inputs`."""
+    u, lam, B, C, D, initial, keep = inputs
+    groups, spans = _tiles(u, lam)
     poles, carry = real_pairs(lam), initial_pairs(initial, u, lam)
-    shape = {"states": (*u.shape[:2], *poles.shape), "checkpoints": (len(spans), *carry.shape), "nothing": (0,)}
-    y, kept = torch.empty_like(u, memory_format=torch.contiguous_format), poles.new_empty(shape[keep])
+    y, kept = torch.empty_like(u, memory_format=torch.contiguous_format), poles.new_empty(kept_shape(inputs))
 
     def work(group: slice) -> None:
         for k, span in enumerate(spans):
@@ -47,21 +52,11 @@ def system_forward(
     return y, torch.view_as_complex(carry), kept
 
 
-def system_backward(
-    dy: Tensor | None,
-    dfinal: Tensor | None,
-    u: Tensor,
-    lam: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor,
-    initial: Tensor | None,
-    kept: Tensor,
-    keep: str,
-    chunk: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of u, lam, B, C, D and the initial state, from those of y and the final state and what was kept."""
-    groups, spans = _tiles(u, lam, chunk)
+def backward(gradients: Gradients, inputs: Inputs) -> tuple[Tensor, ...]:
+    """Gradients of u (B, L, H), lam (N,), B (2 N, H), C (H, 2 N), D (H,) and the initial state (B, N)."""
+    u, lam, B, C, D, initial, keep = inputs
+    dy, dfinal, kept = gradients
+    groups, spans = _tiles(u, lam)
     poles, start, carry = real_pairs(lam), initial_pairs(initial, u, lam), initial_pairs(dfinal, u, lam)
     dlam, du = torch.zeros_like(carry), torch.empty_like(u, memory_format=torch.contiguous_format)
     dy = torch.zeros_like(u) if dy is None else dy
@@ -92,10 +87,10 @@ def system_backward(
     return du, torch.view_as_complex(dlam.sum(0)), dB, dC, dD, torch.view_as_complex(carry)
 
 
-def _tiles(u: Tensor, lam: Tensor, chunk: int) -> tuple[list[slice], list[slice]]:
-    """Groups of sequences, and `ceil(L / chunk)` spans of time of about equal length."""
+def _tiles(u: Tensor, lam: Tensor) -> tuple[list[slice], list[slice]]:
+    """Groups of sequences, and `ceil(L / CHUNK)` spans of time of about equal length."""
     batch, length, _ = u.shape
-    span = -(-length // -(-length // chunk))
+    span = -(-length // -(-length // CHUNK))
     group = max(1, TILE_BYTES // (span * lam.nbytes))
     return [slice(i, min(i + group, batch)) for i in range(0, batch, group)], [
         slice(k, min(k + span, length)) for k in range(0, length, span)
@@ -107,7 +102,7 @@ def _rows(x: Tensor, group: slice, span: slice) -> Tensor:
 
 
 def _states(rows: Tensor, B: Tensor, poles: Tensor, carry: Tensor) -> Tensor:
-    """States (b, t, N, 2) of a tile from its rows of u and the states before it, `carry`, which becomes the last."""
+    """States (b, t, N, 2) of a tile, from its rows of u and the states before it, `carry`; updates `carry`."""
     states = (rows @ B.t()).to(poles.dtype).view(len(carry), -1, *poles.shape)
     run(diag_scan_fwd_kernel, poles, states, carry, states)
     return states

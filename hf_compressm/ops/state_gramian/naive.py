@@ -1,4 +1,4 @@
-"""Second moments of the states of a selective layer, accumulated while the states pass by."""
+"""The state Gramian in plain PyTorch, summed step by step: the reference for kernels."""
 
 from __future__ import annotations
 
@@ -6,12 +6,15 @@ import torch
 from torch import Tensor
 
 CHUNK = 16
-"""Time steps whose decays are computed at once; memory is CHUNK times that of the states."""
+"""Time steps whose decays are computed at once; memory is `CHUNK` times that of the states."""
 
 
 @torch.no_grad()
 def naive_state_gramian(u: Tensor, dt: Tensor, A: Tensor, B: Tensor, weights: Tensor | None = None) -> Tensor:
-    """Weighted sum of h_t h_t^T over batch, channels and time steps. See `state_gramian`."""
+    """float64 (G, N, N), the weighted sum of h_t h_t^T; arguments as in `state_gramian`.
+
+    Source: Gu and Dao 2023, arXiv 2312.00752, section 3, for the states.
+    """
     batch, length, channels = u.shape
     groups, size = B.shape[2:]
     A = A.float().reshape(groups, channels // groups, -1)

@@ -1,4 +1,4 @@
-"""Second moments of the states on the CPU: a Numba kernel lays out the states looked at, matrix products sum them.
+"""The state Gramian on the CPU: a Numba kernel writes the states of nonzero weight, matrix products sum them.
 
 Shapes: batch B, length L, I channels in G groups, each in blocks of 16 channels, N states.
 """
@@ -13,11 +13,13 @@ from numba import njit
 from torch import Tensor
 
 from ..lanes import LANES, LOG2E, bytes_of, exp2, full, gather, load, read, scatter, store
+from ..memory import row_contiguous
 from ..threads import run_units
+from .op import Inputs
 
 FAST = {"contract", "nsz", "arcp"}
 STRETCH_BYTES = 1 << 22
-"""Of states looked at that wait for their product: what a core's cache holds."""
+"""Most bytes of states that wait for their product: what a core's cache holds."""
 TILE = 32
 """Rows of a product; of a symmetric matrix only the tiles up to the diagonal are computed."""
 # Rows of the table of tensors: address and the strides of its first three dimensions in bytes; address 0 for none.
@@ -30,7 +32,7 @@ def _place(table, which, i, j):
 
 
 @njit(nogil=True, fastmath=FAST, cache=True)
-def _states_kernel(begin, end, table, places, start, stop, channels, groups, size, rates, like):
+def state_gramian_fwd_kernel(begin, end, table, places, start, stop, channels, groups, size, rates, like):
     # Goes on from the states in CARRY (B, blocks, N, 16) through the time steps from start to stop, and writes those of
     # nonzero WEIGHTS (B, L), times the weight, into SEEN (G, N, looks, I / G), a sequence b from places[b] on.
     item = bytes_of(like)
@@ -72,27 +74,29 @@ def _states_kernel(begin, end, table, places, start, stop, channels, groups, siz
 
 
 @torch.no_grad()
-def state_gramian(u: Tensor, dt: Tensor, A: Tensor, B: Tensor, weights: Tensor | None) -> Tensor:
+def forward(inputs: Inputs) -> Tensor:
     """float64 (G, N, N), see `state_gramian` of the package; products in float32, their sums in float64."""
+    u, dt, A, B, weights, _ = inputs
     batch, length, channels = u.shape
     groups, size = B.shape[2:]
     width = channels // groups
     blocks = -(-width // LANES)
     weights = torch.ones(1, 1).expand(batch, length) if weights is None else weights.float()
-    inputs = {U: _rows(u), DT: _rows(dt), A_: A.float().contiguous(), B_: _rows(B)}
-    inputs[WEIGHTS] = weights.sqrt()  # of both factors of a product
-    inputs[CARRY] = torch.zeros(batch, groups, blocks, size, LANES)
+    rows = (row_contiguous(tensor.float()) for tensor in (u, dt, B))
+    tensors = dict(zip((U, DT, B_), rows, strict=True)) | {A_: A.float().contiguous()}
+    tensors[WEIGHTS] = weights.sqrt()  # of both factors of a product
+    tensors[CARRY] = torch.zeros(batch, groups, blocks, size, LANES)
     looked = weights != 0
     stretches = _stretches(looked.sum(0).tolist(), max(1, STRETCH_BYTES // (4 * groups * size * width)))
     storage = torch.empty(max((looks for *_, looks in stretches), default=0) * size * channels)
     total = torch.zeros(groups, size, size, dtype=torch.float64)
     for start, stop, looks in stretches:
         counts = looked[:, start:stop].sum(1)
-        rows = storage[: looks * size * channels].view(groups, size, looks, width)
+        seen = storage[: looks * size * channels].view(groups, size, looks, width)
         places = (counts.cumsum(0) - counts).numpy()
-        given = (_table(inputs | {SEEN: rows}), places, start, stop, channels, groups, size, A.shape[1])
-        run_units(_states_kernel, batch * groups * blocks, *given, np.float32(0))
-        flat = rows.flatten(2)
+        given = (_table(tensors | {SEEN: seen}), places, start, stop, channels, groups, size, A.shape[1])
+        run_units(state_gramian_fwd_kernel, batch * groups * blocks, *given, np.float32(0))
+        flat = seen.flatten(2)
         for low in range(0, size, TILE):
             high = min(low + TILE, size)
             total[:, low:high, :high] += flat[:, low:high] @ flat[:, :high].mT
@@ -100,7 +104,10 @@ def state_gramian(u: Tensor, dt: Tensor, A: Tensor, B: Tensor, weights: Tensor |
 
 
 def _stretches(counts: list[int], room: int) -> list[tuple[int, int, int]]:
-    """Start, end and number of looks of stretches of time with at most `room` looks, or one step; up to the last."""
+    """Stretches of time with at most `room` states of nonzero weight, or of one step: (start, end, number of these).
+
+    The last one ends with the sequence.
+    """
     stretches, start, looks = [], 0, 0
     for step, count in enumerate(counts):
         if looks and looks + count > room:
@@ -108,12 +115,6 @@ def _stretches(counts: list[int], room: int) -> list[tuple[int, int, int]]:
             start, looks = step, 0
         looks += count
     return [*stretches, (start, len(counts), looks)] if looks else stretches
-
-
-def _rows(tensor: Tensor) -> Tensor:
-    """The tensor in float32, with neighbours in memory in its last dimension."""
-    tensor = tensor.float()
-    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
 
 
 def _table(tensors: dict[int, Tensor]) -> Any:

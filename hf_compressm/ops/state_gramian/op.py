@@ -1,14 +1,16 @@
-"""The state statistics of selective layers: G without ever storing all states."""
+"""The state Gramian: checks, custom op and the choice of the backend."""
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..backends import choose_backend
+from ..backends import choose_backend, kernels
+from ..checks import check_devices
+from ..custom_ops import custom_op
 from .naive import naive_state_gramian
-
-__all__ = ["naive_state_gramian", "state_gramian"]
 
 
 def state_gramian(
@@ -26,21 +28,31 @@ def state_gramian(
     channels here. Memory does not grow with the length. The result has no gradient.
 
     Args:
-        u: (batch, L, I), any float dtype: what drives the channels.
+        u: (batch, L, I), any float dtype: the input of the channels.
         dt: (batch, L, I), >= 0: step sizes, after softplus.
         A: (I, N), or (I, 1) where all states of a channel decay alike; usually negative.
         B: (batch, L, G, N), with I divisible by G.
-        weights: (batch, L), any dtype, >= 0: how often h_t h_t^T counts; once if None. States of weight 0 are not
-            looked at, which saves most of the work.
+        weights: (batch, L), any dtype, >= 0: weights of h_t h_t^T; 1 if None. Time steps of weight 0 cost little:
+            their states are computed but not multiplied.
         backend: "naive", "cpu" (Numba) or "triton"; chosen by device if None. The environment variable
-            HF_COMPRESSM_STATE_GRAMIAN forces one as well.
+            HF_COMPRESSM_STATE_GRAMIAN sets one too.
 
     Returns:
-        float64 (G, N, N), accumulated in float32 over short stretches and in float64 over these.
+        float64 (G, N, N), positive semidefinite; summed in float32 over short stretches of time and in float64 over
+        the stretches.
 
     Raises:
         ValueError: if a shape or device does not fit, or the backend is unknown or cannot run here.
+
+    Source: Gu and Dao 2023, arXiv 2312.00752, section 3, for the states; Antoulas 2005, Approximation of Large-Scale
+    Dynamical Systems, section 4.3, for the Gramian.
     """
+    _check(u, dt, A, B, weights)
+    backend = choose_backend("state_gramian", backend, u.device.type)
+    return _gramian(*(None if tensor is None else tensor.detach() for tensor in (u, dt, A, B, weights)), backend)
+
+
+def _check(u: Tensor, dt: Tensor, A: Tensor, B: Tensor, weights: Tensor | None) -> None:
     if u.ndim != 3 or u.numel() == 0:
         raise ValueError(f"u must be (batch, L, I), each >= 1; got {tuple(u.shape)}")
     batch, length, channels = u.shape
@@ -52,26 +64,27 @@ def state_gramian(
         raise ValueError(f"A must be ({channels}, {B.shape[3]}) or ({channels}, 1), got {tuple(A.shape)}")
     if weights is not None and weights.shape != u.shape[:2]:
         raise ValueError(f"weights must be {tuple(u.shape[:2])}, got {tuple(weights.shape)}")
-    given = [tensor for tensor in (u, dt, A, B, weights) if tensor is not None]
-    if len(devices := {tensor.device for tensor in given}) > 1:
-        raise ValueError(f"all tensors must be on one device; got {', '.join(sorted(map(str, devices)))}")
-    backend = choose_backend("state_gramian", backend, u.device.type)
-    return _gramian(*(None if t is None else t.detach() for t in (u, dt, A, B, weights)), backend)
+    check_devices(u=u, dt=dt, A=A, B=B, weights=weights)
 
 
-@torch.library.custom_op("hf_compressm::state_gramian", mutates_args=())
-def _gramian(u: Tensor, dt: Tensor, A: Tensor, B: Tensor, weights: Tensor | None, backend: str) -> Tensor:
-    if backend == "naive":
-        return naive_state_gramian(u, dt, A, B, weights)
-    if backend == "triton":
-        from .triton import state_gramian as on_gpu
+class Inputs(NamedTuple):
+    """Arguments of the custom op, as in `state_gramian`."""
 
-        return on_gpu(u, dt, A, B, weights)
-    from .cpu import state_gramian as on_cpu
-
-    return on_cpu(u, dt, A, B, weights)
+    u: Tensor
+    dt: Tensor
+    A: Tensor
+    B: Tensor
+    weights: Tensor | None
+    backend: str
 
 
-@_gramian.register_fake
-def _(u: Tensor, dt: Tensor, A: Tensor, B: Tensor, weights: Tensor | None, backend: str) -> Tensor:
-    return u.new_empty(B.shape[2], B.shape[3], B.shape[3], dtype=torch.float64)
+def _fake(inputs: Inputs) -> Tensor:
+    _, _, groups, size = inputs.B.shape
+    return inputs.u.new_empty(groups, size, size, dtype=torch.float64)
+
+
+@custom_op("state_gramian", Inputs, returns=1, fake=_fake)
+def _gramian(inputs: Inputs) -> Tensor:
+    if inputs.backend == "naive":
+        return naive_state_gramian(*inputs[:5])
+    return kernels(__package__, inputs.backend).forward(inputs)
