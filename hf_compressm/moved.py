@@ -32,6 +32,14 @@ MODULES: dict[str, tuple[str, ...]] = {
     "hub.svg": ("report.svg",),
     "hub.tables": ("report.tables",),
     "models.stand_ins": ("models.torch_ops",),
+    "ops.diag_scan.cpu_system": ("ops.diag_system.cpu",),
+    "ops.diag_scan.scan": ("ops.diag_scan.op",),
+    "ops.diag_scan.system": ("ops.diag_system.op",),
+    "ops.ssd_scan.scan": ("ops.ssd_scan.op",),
+    "ops.state_statistics": ("ops.state_gramian",),
+    "ops.state_statistics.cpu": ("ops.state_gramian.cpu",),
+    "ops.state_statistics.naive": ("ops.state_gramian.naive",),
+    "ops.state_statistics.triton": ("ops.state_gramian.triton",),
     "pretraining": ("runs.pretraining",),
     "reproduction.stability": ("reproduction.ranking_stability",),
     "reproduction.tables": ("reproduction.summary",),
@@ -77,6 +85,7 @@ NAMES: dict[str, dict[str, str]] = {
     "runs.evaluation": {"execute": "runs.evaluation:run_evaluation"},
     "runs.finetuning": {"execute": "runs.finetuning:run_finetuning"},
     "runs.pretraining": {"execute": "runs.pretraining:run_pretraining"},
+    "ops.diag_scan": {"diag_system": "ops.diag_system"},
 }
 """Names that have left a module which is still there, and where they are: `module`, or `module:new name`."""
 

@@ -113,14 +113,14 @@ def test_training_writes_steps_and_what_is_left_of_the_possible(tmp_path):
 
 
 def test_ops_refuses_to_time_a_wrong_kernel(tmp_path):
-    done = wrong("diag_scan.cpu", "scan_backward", *OPS, "--ops", "diag_scan", "--json", tmp_path / "ops.json")
+    done = wrong("diag_scan.cpu", "backward", *OPS, "--ops", "diag_scan", "--json", tmp_path / "ops.json")
     assert done.returncode == 1
     assert "diag_scan, N = 1: outputs or gradients of the backend 'cpu'" in done.stderr
     assert "nothing is timed" in done.stderr and not (tmp_path / "ops.json").exists()
 
 
 def test_training_refuses_to_time_a_wrong_kernel():
-    done = wrong("ssd_scan.cpu", "scan_backward", *TRAINING, "--models", "compressm_mamba2")
+    done = wrong("ssd_scan.cpu", "backward", *TRAINING, "--models", "compressm_mamba2")
     assert done.returncode == 1
     assert "compressm_mamba2: loss, logits or gradients differ" in done.stderr and "SSD_SCAN=naive" in done.stderr
 

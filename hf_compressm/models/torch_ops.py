@@ -7,56 +7,25 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
-from torch import Tensor
-from torch.nn import functional as F
-
 from ..ops.causal_conv.naive import naive_causal_conv
-from ..ops.diag_scan.naive import naive_diag_scan
+from ..ops.diag_system.naive import naive_diag_system
 from ..ops.selective_scan.naive import naive_selective_scan
 from ..ops.ssd_scan.naive import naive_ssd_scan
-from ..ops.ssd_scan.step import time_steps
 
 causal_conv = naive_causal_conv
+diag_system = naive_diag_system
 
 
 def selective_scan(*tensors: Any, return_final_state: bool = False, **options: Any) -> Any:
-    """Selective scan of Mamba."""
+    """Selective scan of Mamba: y (B, L, H), and the final state (B, H, N) if it is asked for."""
     y, final = naive_selective_scan(*tensors, **options)
     return (y, final) if return_final_state else y
 
 
-def ssd_scan(
-    x: Tensor,
-    dt: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor,
-    dt_bias: Tensor,
-    dt_softplus: bool,
-    dt_limit: tuple[float, float],
-    initial_state: Tensor | None = None,
-    chunk_size: int = 64,
-    return_final_state: bool = False,
-) -> Any:
-    """Scan of Mamba-2."""
-    dtype = torch.promote_types(x.dtype, torch.float32)
-    step = time_steps(dt.to(dtype), dt_bias, dt_softplus, dt_limit)
-    wide, A, B, C, D = (tensor.to(dtype) for tensor in (x, A, B, C, D))
-    y, final = naive_ssd_scan(wide, step, A, B, C, initial_state, chunk_size)
-    y = (y + wide * D[:, None]).to(x.dtype)
+def ssd_scan(*tensors: Any, return_final_state: bool = False, **options: Any) -> Any:
+    """Scan of Mamba-2: y (B, L, H, P), and the final state (B, H, P, N) if it is asked for."""
+    y, final = naive_ssd_scan(*tensors, **options)
     return (y, final) if return_final_state else y
-
-
-def diag_system(
-    u: Tensor, lam: Tensor, B: Tensor, C: Tensor, D: Tensor, initial_state: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
-    """Diagonal linear system with many inputs and outputs, in real form."""
-    driven = F.linear(u, B).to(lam.real.dtype).unflatten(-1, (-1, 2))
-    states, final = naive_diag_scan(lam, torch.view_as_complex(driven), initial_state)
-    y = F.linear(torch.view_as_real(states).flatten(-2).to(u.dtype), C)
-    return torch.addcmul(y, D.to(y.dtype), u.to(y.dtype)), final
 
 
 class CarriesCode:

@@ -51,7 +51,7 @@ def custom_op(name: str, *groups: type, returns: int, fake: Callable) -> Callabl
     return register
 
 
-def register_gradient(op: Any, backward: Any, inputs: type, saved: Callable, outputs: int) -> None:
+def register_gradient(op: Any, backward: Any, arguments: type, saved: Callable, outputs: int) -> None:
     """Make a custom op differentiable by another one.
 
     `backward` takes the gradients of the op's first `outputs` outputs, each None if nothing flows back through it, and
@@ -60,20 +60,20 @@ def register_gradient(op: Any, backward: Any, inputs: type, saved: Callable, out
     Args:
         op: what `custom_op` returned for the forward pass.
         backward: what it returned for the backward pass.
-        inputs: the NamedTuple class of the op's arguments, tensors first.
-        saved: function of (an instance of `inputs`, the tuple of outputs) that returns what the backward pass needs:
+        arguments: the NamedTuple class of the op's arguments, tensors first.
+        saved: function of (an instance of `arguments`, the tuple of outputs) that returns what the backward pass needs:
             first tensors or None, then settings.
         outputs: how many outputs have a gradient.
     """
 
-    def save(ctx: Any, values: tuple, output: Any) -> None:
+    def save(ctx: Any, inputs: tuple, output: Any) -> None:
         found = output if isinstance(output, tuple) else (output,)
         ctx.mark_non_differentiable(*found[outputs:])
         ctx.set_materialize_grads(False)
-        kept = saved(inputs(*values), found)
+        kept = saved(arguments(*inputs), found)
         tensors = [value for value in kept if value is None or isinstance(value, Tensor)]
         ctx.settings = tuple(kept[len(tensors) :])
-        ctx.dtypes = [value.dtype if isinstance(value, Tensor) else None for value in values]
+        ctx.dtypes = [value.dtype if isinstance(value, Tensor) else None for value in inputs]
         ctx.save_for_backward(*tensors)
 
     def differentiate(ctx: Any, *gradients: Tensor | None) -> tuple:

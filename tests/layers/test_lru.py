@@ -140,7 +140,7 @@ def test_dtypes(dtype, parameters):
 
 
 def test_autocast_keeps_the_recurrence_in_float32(monkeypatch):
-    import hf_compressm.ops.diag_scan.cpu_system as module
+    import hf_compressm.ops.diag_system.cpu as module
 
     seen = []
 

@@ -87,7 +87,7 @@ def test_opcheck(initial):
     lam, u, state = inputs(2, 7, 3)
     opcheck(torch.ops.hf_compressm.diag_scan.default, (lam, u, state if initial else None, "cpu"))
     states, final = (t.detach() for t in diag_scan(lam, u, state))
-    tensors = lam.detach(), states, state.detach() if initial else None, u.detach(), None, "cpu"
+    tensors = u.detach(), None, lam.detach(), states, state.detach() if initial else None, "cpu"
     opcheck(torch.ops.hf_compressm.diag_scan_backward.default, tensors)
 
 

@@ -8,8 +8,9 @@ pytest.importorskip("triton")
 import aot
 import interpreter
 
-from hf_compressm.ops.diag_scan import diag_scan, diag_system, naive_diag_scan
+from hf_compressm.ops.diag_scan import diag_scan, naive_diag_scan
 from hf_compressm.ops.diag_scan import triton as kernels
+from hf_compressm.ops.diag_system import diag_system
 
 SIZES = [(1, 1, 1), (2, 63, 3), (3, 17, 12), (1, 150, 17), (5, 40, 30)]
 TOLERANCE = {torch.complex128: 1e-11, torch.complex64: 1e-4}

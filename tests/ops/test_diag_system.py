@@ -6,7 +6,7 @@ from torch.library import opcheck
 
 from hf_compressm.layers import LRU
 from hf_compressm.ops import threads
-from hf_compressm.ops.diag_scan import cpu_system, diag_system, system
+from hf_compressm.ops.diag_system import cpu, diag_system, op
 
 SIZES = [(1, 1, 1, 1), (2, 12, 3, 3), (3, 63, 5, 2), (5, 11, 70, 3), (1, 31, 12, 7)]
 
@@ -30,9 +30,9 @@ def outputs_and_gradients(tensors, weights, backend, use_y=True, use_final=True)
 @pytest.fixture(params=["states", "checkpoints"])
 def tiny_tiles(request, monkeypatch):
     """Several groups of sequences and several chunks of time, with either thing kept for the backward pass."""
-    monkeypatch.setattr(system, "RECOMPUTE_UP_TO", 0 if request.param == "states" else 64)
-    monkeypatch.setattr(system, "CHUNK", 5)
-    monkeypatch.setattr(cpu_system, "TILE_BYTES", 512)
+    monkeypatch.setattr(op, "RECOMPUTE_UP_TO", 0 if request.param == "states" else 64)
+    monkeypatch.setattr(cpu, "CHUNK", 5)
+    monkeypatch.setattr(cpu, "TILE_BYTES", 512)
 
 
 @pytest.mark.parametrize("initial", [True, False], ids=["initial", "zero"])
@@ -98,7 +98,7 @@ def test_opcheck(keep):
         detached = [t.detach() for t in tensors]
         kept = torch.ops.hf_compressm.diag_system(*detached, keep)[2]
         backward = torch.ops.hf_compressm.diag_system_backward.default
-        opcheck(backward, (torch.randn_like(detached[0]), None, *detached, kept, keep))
+        opcheck(backward, (torch.randn_like(detached[0]), None, kept, *detached, keep))
 
 
 def test_compiled_layer_recompiles_for_a_change_of_states_only():

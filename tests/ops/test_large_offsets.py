@@ -7,7 +7,7 @@ import torch
 from hf_compressm.ops.diag_scan import diag_scan
 from hf_compressm.ops.selective_scan import selective_scan
 from hf_compressm.ops.ssd_scan import ssd_scan
-from hf_compressm.ops.state_statistics import state_gramian
+from hf_compressm.ops.state_gramian import state_gramian
 
 FAR = 2**31 + 64
 

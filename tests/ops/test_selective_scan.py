@@ -208,7 +208,7 @@ def test_custom_ops_obey_their_contract(sizes, everything):
     y, final, kept = torch.ops.hf_compressm.selective_scan(*fixed, True, "cpu")
     torch.library.opcheck(
         torch.ops.hf_compressm.selective_scan_backward,
-        (y, final, *fixed[:8], kept, True, "cpu"),
+        (y, final, kept, *fixed[:8], None, True, "cpu"),
         test_utils=("test_schema", "test_faketensor"),
     )
 

@@ -170,7 +170,7 @@ def test_custom_ops(optional):
     torch.library.opcheck(torch.ops.hf_compressm.ssd_scan.default, (*tensors, *settings))
     detached = [None if v is None else v.detach() for v in tensors]
     y, final, checkpoints = torch.ops.hf_compressm.ssd_scan(*detached, *settings)
-    arguments = (*detached[:7], checkpoints, torch.randn_like(y), torch.randn_like(final) if optional else None)
+    arguments = (torch.randn_like(y), torch.randn_like(final) if optional else None, checkpoints, *detached[:7], None)
     torch.library.opcheck(torch.ops.hf_compressm.ssd_scan_backward.default, (*arguments, *settings))
 
 

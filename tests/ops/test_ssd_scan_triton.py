@@ -97,7 +97,7 @@ def test_custom_ops():
     torch.library.opcheck(torch.ops.hf_compressm.ssd_scan.default, (*tensors, *settings), test_utils=tests)
     detached = [v.detach() for v in tensors]
     y, final, states = torch.ops.hf_compressm.ssd_scan(*detached, *settings)
-    arguments = (*detached[:7], states, torch.randn_like(y), torch.randn_like(final), *settings)
+    arguments = (torch.randn_like(y), torch.randn_like(final), states, *detached[:7], None, *settings)
     torch.library.opcheck(torch.ops.hf_compressm.ssd_scan_backward.default, arguments, test_utils=tests)
 
 

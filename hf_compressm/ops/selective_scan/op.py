@@ -109,14 +109,14 @@ def _mamba_ssm(inputs: Inputs, return_final_state: bool) -> Tensor:
 
 
 def _check(inputs: Inputs) -> None:
-    u, _, A = inputs[:3]
+    u, delta, A, B, C, D, z, delta_bias, initial_state, *_ = inputs
     if u.ndim != 3 or u.numel() == 0:
         raise ValueError(f"u must have shape (B, L, H) with B, L, H >= 1; got {tuple(u.shape)}")
     batch, length, channels = u.shape
     if A.ndim != 2 or A.shape[0] != channels or A.numel() == 0:
         raise ValueError(f"A must have shape (H, N) with H = {channels} as in u and N >= 1; got {tuple(A.shape)}")
     size = A.shape[1]
-    tensors = dict(zip(Inputs._fields[:9], inputs, strict=False))
+    tensors = {"delta": delta, "B": B, "C": C, "D": D, "z": z, "delta_bias": delta_bias, "initial_state": initial_state}
     expected = {
         "delta": ("(B, L, H)", (batch, length, channels)),
         "B": ("(B, L, N)", (batch, length, size)),
@@ -126,12 +126,12 @@ def _check(inputs: Inputs) -> None:
         "delta_bias": ("(H,)", (channels,)),
         "initial_state": ("(B, H, N)", (batch, channels, size)),
     }
-    for name, (letters, shape) in expected.items():
-        tensor = tensors[name]
+    for name, tensor in tensors.items():
+        letters, shape = expected[name]
         if tensor is not None and tensor.shape != shape:
             raise ValueError(f"{name} must be {shape}, {letters}, as in u and A; got {tuple(tensor.shape)}")
-    check_real(**tensors)
-    check_devices(**tensors)
+    check_real(u=u, A=A, **tensors)
+    check_devices(u=u, A=A, **tensors)
 
 
 def _fake(inputs: Inputs) -> tuple[Tensor, Tensor, Tensor]:

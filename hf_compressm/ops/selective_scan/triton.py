@@ -51,6 +51,7 @@ def backward(gradients: Gradients, inputs: Inputs) -> tuple[Tensor | None, ...]:
     """Gradients of u, delta, A, B, C, D, z (None if there is none), delta_bias and the initial state."""
     _, _, A, B, C, D, _, delta_bias, _, delta_softplus, _ = inputs
     dy, dfinal, checkpoints = gradients
+    assert dy is not None
     batch, length, channels = inputs.u.shape
     size, dtype, new = A.shape[1], checkpoints.dtype, checkpoints.new_empty
     blocks = triton.cdiv(channels, H_BLOCK)

@@ -8,7 +8,7 @@ pytest.importorskip("triton")
 import aot
 import interpreter
 
-from hf_compressm.ops.state_statistics import naive_state_gramian
+from hf_compressm.ops.state_gramian import naive_state_gramian, state_gramian
 
 TOLERANCE = 1e-5
 """Of the largest entry: sums of some thousand terms in float32."""
@@ -25,11 +25,9 @@ def draws(batch, length, channels, groups, size, shared=False, dtype=torch.float
 
 
 def compare(u, dt, A, B, weights=None):
-    from hf_compressm.ops.state_statistics import triton as kernels
-
     expected = naive_state_gramian(u, dt, A, B, weights)
     with interpreter.poisoned():
-        found = kernels.state_gramian(u, dt, A, B, weights)
+        found = state_gramian(u, dt, A, B, weights, backend="triton")
     assert found.dtype == torch.float64 and found.shape == expected.shape
     assert torch.equal(found, found.mT)
     # Not of a single largest entry: each group must be right.
@@ -63,9 +61,10 @@ def test_lengths_and_looks(length, every):
 @interpreter.interpreted
 @pytest.mark.parametrize("batch, length", [(0, 5), (2, 0)])
 def test_nothing_to_sum(batch, length):
-    from hf_compressm.ops.state_statistics import triton as kernels
+    from hf_compressm.ops.state_gramian import triton as kernels
+    from hf_compressm.ops.state_gramian.op import Inputs
 
-    found = kernels.state_gramian(*draws(batch, length, 4, 2, 3))
+    found = kernels.forward(Inputs(*draws(batch, length, 4, 2, 3), "triton"))
     assert torch.equal(found, torch.zeros(2, 3, 3, dtype=torch.float64))
 
 
@@ -94,7 +93,7 @@ def test_strides(shared):
 @interpreter.interpreted
 @pytest.mark.parametrize("warps", [1, 6, 8])
 def test_several_blocks_of_channels_per_program(monkeypatch, warps):
-    from hf_compressm.ops.state_statistics import triton as kernels
+    from hf_compressm.ops.state_gramian import triton as kernels
 
     monkeypatch.setattr(kernels, "WARPS", warps)
     compare(*draws(2, 20, 2 * 40, 2, 3))
@@ -126,7 +125,7 @@ def test_in_the_interpreter():
     ],
 )
 def test_kernel_compiles_without_spills_or_tensor_cores(cc, dtype, size, diagonal, shared, weights):
-    from hf_compressm.ops.state_statistics import triton as kernels
+    from hf_compressm.ops.state_gramian import triton as kernels
 
     kernel, tile = kernels.state_gramian_fwd_kernel, kernels.tile_of(size)
     types = dict.fromkeys(["u", "dt", "B"], f"*{dtype}") | {"A": "*fp32", "weights": weights, "sums": "*fp64"}

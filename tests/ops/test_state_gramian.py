@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from hf_compressm.ops.state_statistics import state_gramian
+from hf_compressm.ops.state_gramian import state_gramian
 
 
 def draws(batch=2, length=37, channels=6, groups=2, size=5, shared=False):
@@ -58,7 +58,7 @@ def test_nothing_looked_at(backend):
 @pytest.mark.parametrize("sizes", [(1, 1, 1, 1, 1), (3, 70, 34, 2, 33), (1, 9, 48, 3, 100)])
 @pytest.mark.parametrize("stretch", [1, 5000, 1 << 22])
 def test_kernels_at_awkward_sizes_and_stretches(sizes, stretch, monkeypatch):
-    from hf_compressm.ops.state_statistics import cpu
+    from hf_compressm.ops.state_gramian import cpu
 
     monkeypatch.setattr(cpu, "STRETCH_BYTES", stretch)
     given = draws(*sizes)
