@@ -39,6 +39,6 @@ def test_what_the_vectors_use_of_numba_is_there(name):
     except pydoc.ErrorDuringImport:
         found = None
     assert hasattr(found, last), (
-        f"numba {numba.__version__} has no {name}, which hf_compressm/ops/lanes.py uses: adapt that file, then raise the "
-        "upper bound of numba in pyproject.toml"
+        f"numba {numba.__version__} has no {name}, which hf_compressm/ops/lanes.py uses: adapt that file, then raise "
+        "the upper bound of numba in pyproject.toml"
     )
