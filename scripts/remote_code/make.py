@@ -19,15 +19,10 @@ from bundle import PACKAGE, ROOT, Bundle
 FOLDER = ROOT / PACKAGE / "models/remote"
 COMMAND = "python scripts/remote_code/make.py"
 NAMES = {"compressm_mamba": "CompreSSMMamba", "compressm_mamba2": "CompreSSMMamba2", "mimo_ssm": "MimoSSM"}
-OPS = {
-    "causal_conv": "causal_conv",
-    "selective_scan": "selective_scan",
-    "ssd_scan": "ssd_scan",
-    "diag_system": "diag_scan",
-}
-"""Functions of `models/torch_ops.py`, and the op of the same name that each replaces."""
+OPS = ("causal_conv", "diag_system", "selective_scan", "ssd_scan")
+"""Functions of `models/torch_ops.py`, each with the name of the op that it replaces."""
 TORCH_OPS = f"{PACKAGE}.models.torch_ops"
-REPLACEMENTS = {(f"{PACKAGE}.ops.{module}", name): (TORCH_OPS, name) for name, module in OPS.items()}
+REPLACEMENTS = {(f"{PACKAGE}.ops.{name}", name): (TORCH_OPS, name) for name in OPS}
 REPLACEMENTS[(f"{PACKAGE}.models.remote_code", "CarriesCode")] = (TORCH_OPS, "CarriesCode")
 
 TITLE = """{what} of {name}.
