@@ -21,6 +21,7 @@ from .runs.arguments import EXIT_CODES, TRACEBACK_HELP, DataSource, as_mapping, 
 
 if TYPE_CHECKING:
     from .hub import Exported, Form
+    from .surgery import Policy
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False)
 
@@ -197,6 +198,20 @@ class SizeOptions:
         bool | None, typer.Option(help="Cut all layers to one common size. Default: only if the class needs it.")
     ] = None
 
+    def policy(self) -> Policy:
+        """Return how much to cut.
+
+        Raises:
+            ValueError: if not exactly one amount is given, or it is out of its range.
+        """
+        from .surgery.policies import choose_policy
+
+        names = ("--tau", "--target-state-size", "--fraction")
+        chosen = choose_policy(self.tau, self.target, self.fraction, names)
+        if chosen is None:
+            raise ValueError(f"give exactly one of {names[0]}, {names[1]} and {names[2]}, not none")
+        return chosen
+
 
 @command("inspect")
 def inspect(
@@ -294,18 +309,12 @@ def compress(
     """
     from .reduction import SizeConstraints
     from .runs.compression import CompressionJob, compress_saved_model, summary
-    from .surgery.policies import choose_policy
 
     options.import_modules()
-    policy = choose_policy(
-        sizes.tau, sizes.target, sizes.fraction, names=("--tau", "--target-state-size", "--fraction")
-    )
-    if policy is None:
-        raise ValueError("give exactly one of --tau, --target-state-size and --fraction, not none")
     job = CompressionJob(
         model=model,
         output=output,
-        policy=policy,
+        policy=sizes.policy(),
         constraints=SizeConstraints(sizes.min_state_size, sizes.multiple_of, sizes.uniform),
         data=data.source(),
         device=options.device,

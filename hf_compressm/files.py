@@ -135,7 +135,11 @@ def new_file(path: Path, durable: bool = False) -> Iterator[Path]:
 
 
 def sync(path: str | os.PathLike[str]) -> None:
-    """Wait until a file or folder is on the disk."""
+    """Wait until a file or folder is on the disk.
+
+    Raises:
+        OSError: if there is no such file or folder.
+    """
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -148,6 +152,9 @@ def new_folder(output: Path) -> Iterator[Path]:
     """Give a folder that takes the name `output`, and the place of what had it, when the block ends without an error.
 
     After an error nothing is left of it, and what had the name keeps it.
+
+    Raises:
+        OSError: if the folder cannot be made or renamed.
     """
     partial, replaced = (output.with_name(f".{output.name}.{kind}-{os.getpid()}") for kind in ("partial", "replaced"))
     try:

@@ -181,6 +181,7 @@ def launched(words: list[str]) -> None:
         timeout=300,
     )
     assert done.returncode == 0, done.stderr[-3000:]
+    assert re.search(r"layer 0 .*\ntotal .*\ntest accuracy: .*\nsaved to ", done.stdout, re.DOTALL), done.stdout
 
 
 @contextmanager

@@ -53,7 +53,7 @@ class Task:
 
 
 def label_fields(names: Sequence[str]) -> dict[str, Any]:
-    """Config fields of a classifier into classes of these names."""
+    """Return the config fields of a classifier into classes of these names."""
     return {
         "num_labels": len(names),
         "id2label": dict(enumerate(names)),
@@ -84,7 +84,7 @@ def register_task(name: str) -> Callable[[TaskBuilder], TaskBuilder]:
 
 
 def task_names() -> list[str]:
-    """The names that `load_task` knows, sorted."""
+    """Return the names that `load_task` knows, sorted."""
     return sorted(_BUILDERS)
 
 

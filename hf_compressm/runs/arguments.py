@@ -129,13 +129,13 @@ class OneLineParser(argparse.ArgumentParser):
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """Text for the end of a message: the known name that is nearest to a given one; empty if none is near."""
+    """Return the end of a message that names the known name nearest to a given one; empty if none is near."""
     near = difflib.get_close_matches(name, list(known), n=1)
     return f"; did you mean {near[0] if near[0].startswith('-') else repr(near[0])}?" if near else ""
 
 
 def as_mapping(source: str, value: Any) -> dict[str, Any]:
-    """A mapping, or the JSON object that a string holds; empty for None.
+    """Return a mapping, or the JSON object that a string holds; an empty one for None.
 
     Args:
         source: name of the option, for the message.

@@ -91,7 +91,11 @@ def parse_run(argv: Sequence[str]) -> Run:
 
 
 def make_run(content: Mapping[str, Any], source: str) -> Run:
-    """The run that a file with this content describes; `source` is for the messages.
+    """Make the run that a file of this content describes.
+
+    Args:
+        content: option -> value.
+        source: name of the file, for the messages.
 
     Raises:
         ValueError: as `parse_run`.
@@ -159,7 +163,7 @@ class _StrictLoader(yaml.SafeLoader):
 
 
 def load_yaml(path: Path) -> dict[Any, Any]:
-    """The mapping in a YAML file, in which no key is given twice.
+    """Read the mapping in a YAML file, in which no key may be given twice.
 
     Raises:
         ValueError: on a file that is not such a mapping.
@@ -175,7 +179,7 @@ def load_yaml(path: Path) -> dict[Any, Any]:
 
 
 def read_options(path: Path, groups: Sequence[Any], mappings: Sequence[str] = ()) -> dict[str, Any]:
-    """The options in a YAML file, of the types that their fields have.
+    """Read the options in a YAML file, and give each the type of its field.
 
     Args:
         path: the file.
@@ -193,7 +197,17 @@ def read_options(path: Path, groups: Sequence[Any], mappings: Sequence[str] = ()
 def check_options(
     content: Mapping[Any, Any], source: str, groups: Sequence[Any], mappings: Sequence[str] = ()
 ) -> dict[str, Any]:
-    """Options of the types that their fields have; as `read_options`, for a mapping that `source` names."""
+    """Give options the types of their fields, as `read_options` does.
+
+    Args:
+        content: option -> value.
+        source: name of the file, for the messages.
+        groups: dataclasses whose fields the options are.
+        mappings: fields whose values are mappings.
+
+    Raises:
+        ValueError: on an unknown key (with the nearest known one), or a value of the wrong type.
+    """
     known = {field.name: field for group in groups for field in dataclasses.fields(group) if field.init}
     for key in content:
         if key not in known:

@@ -119,7 +119,10 @@ def workspace(tmp_path_factory):
     (folder / "run.yaml").write_text(yaml.safe_dump({"task": "digits", "tua": 0.1}))
     names = {"MODEL": "model", "TEXT": "text.txt", "EMPTY": "empty.txt", "FOLDER": "folder", "RUN": "run.yaml"}
     names = {short: str(folder / name) for short, name in names.items()} | {"OUT": str(folder / "out")}
-    return folder, names | {"SUITE": str(ROOT / "configs" / "suites" / "cpu.yaml")}
+    config = str(ROOT / "configs" / "runs" / "digits_narrow.yaml")
+    suite = {"seeds": 1, "tasks": {"narrow": {"config": config, "methods": {"full": {"method": "full"}}}}}
+    (folder / "suite.yaml").write_text(yaml.safe_dump(suite))
+    return folder, names | {"SUITE": str(folder / "suite.yaml")}
 
 
 @pytest.fixture(scope="module")
