@@ -1,5 +1,6 @@
 """The console script."""
 
+import importlib
 import inspect as introspection
 import json
 import subprocess
@@ -13,7 +14,7 @@ from helpers import small_model
 from transformers import AutoModelForSequenceClassification
 from typer.testing import CliRunner
 
-from hf_compressm import cli, state_sizes
+from hf_compressm import cli, runs, state_sizes
 from hf_compressm.hub import push
 from hf_compressm.runs.compression import CompressionJob
 
@@ -85,3 +86,20 @@ def test_help_loads_neither_torch_nor_transformers(tmp_path):
     for command in ("inspect", "push"):
         done = subprocess.run([sys.executable, "-c", program.format(command)], capture_output=True, text=True)
         assert done.returncode == 0 and "Usage: hf-compressm" in done.stdout, done.stderr
+
+
+@pytest.mark.parametrize(
+    "module, old, new",
+    [
+        ("pretraining", "execute", "run_pretraining"),
+        ("finetuning", "execute", "run_finetuning"),
+        ("evaluation", "execute", "run_evaluation"),
+        ("compression", "run", "compress_saved_model"),
+        ("data_source", "calibration", "draw_calibration"),
+    ],
+)
+def test_old_names_of_runs_warn(module, old, new):
+    home = importlib.import_module(f"hf_compressm.runs.{module}")
+    with pytest.warns(DeprecationWarning, match=f"is now hf_compressm.runs.{module}.{new}"):
+        assert getattr(home, old) is getattr(home, new)
+    assert new == "draw_calibration" or getattr(runs, new) is getattr(home, new)

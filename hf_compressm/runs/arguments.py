@@ -94,9 +94,9 @@ def errors_as_lines(argv: Sequence[str]) -> Iterator[list[str]]:
 
 def _is_of_the_user(error: Exception) -> bool:
     frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
-    modules = [frame.f_globals.get("__name__", "") for frame in frames]
-    if any(module == "transformers.trainer" for module in modules):
-        return isinstance(error, ValueError) and modules[-1].startswith("hf_compressm.")
+    places = [(frame.f_globals.get("__name__", ""), frame.f_code.co_name) for frame in frames]
+    if ("transformers.trainer", "train") in places:
+        return isinstance(error, ValueError) and places[-1][0].startswith("hf_compressm.")
     if isinstance(error, ImportError):
         return error.name is None  # Python itself gives the name of what it could not import
     return isinstance(error, (ValueError, OSError, RuntimeError))

@@ -29,6 +29,7 @@ from ..surgery import (
     with_ties,
 )
 from ..surgery import record_keys as keys
+from ..surgery.policies import check_target
 from .calibration import Batches, TrainingData
 from .checkpoints.resume import checkpoint_folder, load_callback_state, save_callback_state
 from .checkpoints.verification import check_history, exported_state, pending_work, read_exported
@@ -186,12 +187,8 @@ class CompressionRun:
     def _check_settings(self, args: TrainingArguments, model: nn.Module) -> None:
         config, sizes = self.config, state_sizes(model)
         with_ties(model, config.constraints())  # refuses sizes that the model's configs cannot hold
-        target = config.target_state_size
-        if target is not None and not history(model) and target >= mean_size(sizes):
-            raise ValueError(
-                f"target_state_size is {target:g}, but the model has only {mean_size(sizes):g} states per layer "
-                f"({sizes}). Choose a smaller target, or a larger model."
-            )
+        if not history(model):
+            check_target(config.order_policy(), sizes)
         if config.uniform and len(set(sizes)) > 1:
             raise ValueError(f"uniform=True needs layers of one common size; the model has {sizes}")
         if config.min_state_size > min(sizes) and not history(model):

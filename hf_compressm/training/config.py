@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from ..reduction import SizeConstraints
-from ..surgery import Energy, Fraction, Policy, Target
+from ..surgery import Policy
+from ..surgery.policies import choose_policy
 
 
 @dataclass
@@ -164,13 +165,10 @@ class CompressionConfig:
 
     def order_policy(self) -> Policy:
         """The order policy that these settings describe."""
-        if self.policy == "target":
-            assert self.target_state_size is not None
-            return Target(self.target_state_size)
-        if self.policy == "fraction":
-            assert self.keep_fraction is not None
-            return Fraction(self.keep_fraction)
-        return Energy(self.tau)
+        tau = self.tau if self.policy == "energy" else None
+        chosen = choose_policy(tau, self.target_state_size, self.keep_fraction)
+        assert chosen is not None  # it is one of the three, and has its number
+        return chosen
 
     def constraints(self) -> SizeConstraints:
         """The constraints on state sizes that these settings describe."""

@@ -179,7 +179,7 @@ def raise_in(module: str, error: Exception) -> None:
     scope = {"__name__": module, "error": error}
     exec("def fail():\n    raise error", scope)
     trainer = {"__name__": "transformers.trainer", "fail": scope["fail"]}
-    exec("fail()", trainer)
+    exec("def train():\n    fail()\ntrain()", trainer)
 
 
 def test_while_the_trainer_trains_only_this_packages_errors_count(capsys):
