@@ -15,12 +15,14 @@ from .base import (
     state_sizes,
     supported_mixers,
 )
+from .gated_delta import GatedDeltaAdapter
 from .lru import LRUAdapter
 from .mamba import MambaAdapter
 from .mamba2 import CompreSSMMamba2Adapter, StockMamba2Adapter
 
 __all__ = [
     "CompreSSMMamba2Adapter",
+    "GatedDeltaAdapter",
     "LRUAdapter",
     "MambaAdapter",
     "Measurement",

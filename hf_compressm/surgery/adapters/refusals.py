@@ -18,11 +18,6 @@ _REASONS = {
         "it has one state per channel, so there is no state to remove but with its channel."
     ),
     "lfm2.modeling_lfm2.Lfm2ShortConv": "it is a short convolution and has no recurrent state.",
-    "qwen3_next.modeling_qwen3_next.Qwen3NextGatedDeltaNet": _DELTA,
-    "qwen3_5.modeling_qwen3_5.Qwen3_5GatedDeltaNet": _DELTA,
-    "qwen3_5_moe.modeling_qwen3_5_moe.Qwen3_5MoeGatedDeltaNet": _DELTA,
-    "qwen4_exp.modeling_qwen4_exp.Qwen4ExpTextGatedDeltaNet": _DELTA,
-    "olmo_hybrid.modeling_olmo_hybrid.OlmoHybridGatedDeltaNet": _DELTA,
     "kimi_linear.modeling_kimi_linear.KimiLinearDeltaAttention": _DELTA,
     "bailing_hybrid.modeling_bailing_hybrid.BailingHybridDeltaAttention": _DELTA,
     "glm5_next.modeling_glm5_next.Glm5NextTextLinearAttention": _DELTA,

@@ -1,0 +1,365 @@
+"""Adapters for gated delta-rule mixers (Gated DeltaNet) of transformers: a subset of key channels.
+
+The state of a value head is a matrix S (K, V); a cut lowers K, which the config holds once for all layers. Rows that
+make the removed channels of q and k leave the projections and the convolution, so the result is a plain checkpoint.
+Queries and keys are normalised behind the convolution, so what is left of them has length 1 again, which was measured
+to be better than to keep its length before the cut.
+
+Shapes: batch B, length L, G key heads of size K, H value heads of size V, H a multiple of G.
+
+Source: the recurrence: Yang et al., arXiv 2412.06464; the choice of channels: `reduction.key_channels`.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ...layers.mamba import real_positions
+from ...layers.plain import innermost
+from ...reduction import Selection, empirical_singular_values
+from ...reduction.key_channels import key_moments, missed_share, select_key_channels
+from ..changes import ParameterChange, Term
+from .base import MixerAdapter, MixerReduction, ReductionError, register_adapter
+from .selective import look_weights, real_tokens
+
+EPS = 1e-6
+"""Added to the squared length of a key or query before it is normalised, as transformers does."""
+KEY, OTHER = "key", "other"
+
+
+@dataclass(frozen=True)
+class DeltaSignals:
+    """What enters the recurrence S_t = a_t S_{t-1} + beta_t k_t (v_t - a_t S_{t-1}^T k_t)^T, with a_t = exp(g_t).
+
+    Attributes:
+        q, k: (B, L, G, K), of length 1.
+        v: (B, L, H, V).
+        g: (B, L, H), <= 0.
+        beta: (B, L, H), >= 0.
+    """
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    g: Tensor
+    beta: Tensor
+
+
+class DeltaStatistics:
+    """Sums over tokens, padding left out, of second moments of queries, keys and states, per key head.
+
+    Args:
+        signals: function of a mixer, its hidden states (B, L, D) and its mask (B, L) that gives `DeltaSignals`.
+
+    Attributes:
+        sums: float64 (3, G, K, K): of q q^T, of k k^T, and of S S^T over value channels and the head's value heads,
+            the last estimated by `look_weights`.
+        tokens: number of tokens.
+    """
+
+    def __init__(self, signals: Callable[[Any, Tensor, Tensor | None], DeltaSignals]):
+        self.signals = signals
+        self.sums: Tensor | None = None
+        self.tokens = 0
+
+    @torch.no_grad()
+    def observe(self, mixer: nn.Module, hidden_states: Tensor, attention_mask: Tensor | None) -> None:
+        """Take in one batch of a mixer's inputs.
+
+        Raises:
+            ReductionError: if a sum is NaN or infinite.
+        """
+        real = real_tokens(attention_mask, hidden_states)
+        signals = self.signals(mixer, hidden_states, attention_mask)
+        moments = [_moment(part * real[..., None, None]) for part in (signals.q, signals.k)]
+        sums = torch.stack([*moments, state_moment(signals, look_weights(real))])
+        if not sums.isfinite().all():
+            raise ReductionError("queries, keys or states are NaN or infinite on the calibration data")
+        self.sums = sums if self.sums is None else self.sums + sums
+        self.tokens += int(real.sum())
+
+    def sum_with(self, all_reduce: Callable[[Tensor], Any]) -> None:
+        """Sum everything over processes, in place, by a function that does so for one tensor."""
+        assert self.sums is not None
+        flat = torch.cat([self.sums.flatten(), self.sums.new_tensor([self.tokens])])
+        all_reduce(flat)
+        self.sums, self.tokens = flat[:-1].view_as(self.sums), int(flat[-1])
+
+
+@dataclass(frozen=True)
+class DeltaMeasurement:
+    """Second moments of a delta-rule layer, per key head, as means over tokens.
+
+    Attributes:
+        Q, K: float64 (G, K, K), of queries and of keys.
+        P: float64 (G, K, K), of states, summed over value channels and the head's value heads.
+    """
+
+    Q: Tensor
+    K: Tensor
+    P: Tensor
+
+    @classmethod
+    def of(cls, statistics: DeltaStatistics | None) -> DeltaMeasurement:
+        """The measurement that gathered statistics amount to, on the CPU.
+
+        Raises:
+            ValueError: if nothing was gathered.
+        """
+        if statistics is None or statistics.sums is None:
+            raise ValueError("delta-rule layers are measured on calibration data; pass its statistics")
+        return cls(*(statistics.sums / max(statistics.tokens, 1)).cpu())
+
+    def spectrum(self) -> Tensor:
+        """Empirical Hankel singular values (K,), root of the sum of squares over key heads at equal rank."""
+        values = [empirical_singular_values(P, Q) for P, Q in zip(self.P, self.Q, strict=True)]
+        return torch.stack(values).square().sum(0).sqrt()
+
+    def agreement(self, previous: DeltaMeasurement, depth: int) -> float:
+        """Average overlap of the leading choices of channels, over key heads and over all depths up to `depth`."""
+        if self.Q.shape != previous.Q.shape:
+            return 0.0
+        scores = []
+        for parts in zip(self.Q, self.K, previous.Q, previous.K, strict=True):
+            now, then = select_key_channels(*parts[:2], depth), select_key_channels(*parts[2:], depth)
+            scores += [len({*now[:k]} & {*then[:k]}) / k for k in range(1, depth + 1)]
+        return sum(scores) / len(scores)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The three moments by name, float64 (G, K, K)."""
+        return {"Q": self.Q, "K": self.K, "P": self.P}
+
+
+class GatedDeltaAdapter(MixerAdapter[Any]):
+    """Gated delta-rule mixers in transformers, whose config holds one key size for all layers.
+
+    Args:
+        mixer_class: full name of the class.
+    """
+
+    uniform = True
+    size_field = "linear_key_head_dim"
+    dynamics = ("A_log", "dt_bias")
+    output = "out_proj"
+
+    def __init__(self, mixer_class: str):
+        self.mixer_class = mixer_class
+
+    @abstractmethod
+    def segments(self, mixer: Any) -> dict[str, list[tuple[str, int]]]:
+        """How the rows of each projection are divided: (KEY, key head) or (OTHER, number of rows), in their order."""
+
+    @abstractmethod
+    def projected(self, mixer: Any, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Channels q|k|v before the convolution, raw time step and raw write strength: (B, L, C), (B, L, H) twice."""
+
+    def strength(self, mixer: Any, raw: Tensor) -> Tensor:
+        """Write strength beta from its raw value (B, L, H)."""
+        return raw.sigmoid()
+
+    def state_size(self, mixer: Any) -> int:
+        keys = [kind for kind, _ in self._segments(mixer)["conv1d"]].count(KEY)
+        return (mixer.conv1d.weight.shape[0] - _value_size(mixer)) // keys
+
+    def parameter_shapes(self, mixer: Any, order: int) -> dict[str, torch.Size]:
+        shapes = {}
+        for name, segments in self._segments(mixer).items():
+            rows = sum(order if kind == KEY else number for kind, number in segments)
+            layer = innermost(getattr(mixer, name))
+            if layer.weight is not None:
+                tail = (1, mixer.conv_kernel_size) if name == "conv1d" else (layer.in_features,)
+                shapes[f"{name}.weight"] = torch.Size([rows, *tail])
+            if layer.bias is not None:
+                shapes[f"{name}.bias"] = torch.Size([rows])
+        return shapes
+
+    def order_of(self, mixer: Any, shapes: Mapping[str, torch.Size]) -> int | None:
+        for name, segments in self._segments(mixer).items():
+            if f"{name}.weight" in shapes:
+                others = sum(number for kind, number in segments if kind == OTHER)
+                return (shapes[f"{name}.weight"][0] - others) // [kind for kind, _ in segments].count(KEY)
+        return None
+
+    def statistics(self, mixer: Any) -> DeltaStatistics:
+        return DeltaStatistics(self.signals)
+
+    def measure(self, mixer: Any, statistics: DeltaStatistics | None = None) -> DeltaMeasurement:
+        return DeltaMeasurement.of(statistics)
+
+    def load_measurement(self, state: Mapping[str, Tensor]) -> DeltaMeasurement:
+        return DeltaMeasurement(state["Q"], state["K"], state["P"])
+
+    def signals(self, mixer: Any, hidden_states: Tensor, attention_mask: Tensor | None) -> DeltaSignals:
+        """What the mixer gives its recurrence for the hidden states (B, L, D) that it gets; zero writes at padding."""
+        hidden_states = real_positions(hidden_states, attention_mask)
+        channels, step, strength = self.projected(mixer, hidden_states)
+        convolved = F.silu(mixer.conv1d(channels.mT)[..., : channels.shape[1]].mT).float()
+        size, heads = self.state_size(mixer), mixer.num_k_heads
+        q, k, v = convolved.split([heads * size, heads * size, _value_size(mixer)], dim=-1)
+        q, k = (_unit(part.unflatten(-1, (heads, size))) for part in (q, k))
+        g = -mixer.A_log.float().exp() * F.softplus(step.float() + mixer.dt_bias.float())
+        beta = real_positions(self.strength(mixer, strength.float()), attention_mask)
+        g = real_positions(g, attention_mask)
+        return DeltaSignals(q, k, v.unflatten(-1, (mixer.num_v_heads, -1)), g, beta)
+
+    def reduce(
+        self,
+        mixer: Any,
+        measurement: DeltaMeasurement,
+        order: int,
+        selection: Selection = "largest",
+        generator: torch.Generator | None = None,
+    ) -> MixerReduction:
+        kept = [_channels(Q, K, order, selection, generator) for Q, K in zip(measurement.Q, measurement.K, strict=True)]
+        missed = [
+            missed_share(key_moments(Q, K), channels)
+            for Q, K, channels in zip(measurement.Q, measurement.K, kept, strict=True)
+        ]
+        return MixerReduction(self.keep(mixer, kept), residual=sum(missed) / len(missed))
+
+    def keep(self, mixer: Any, kept: Sequence[Sequence[int]]) -> dict[str, ParameterChange]:
+        """Parameters with the given channels of each key head and everything else unchanged."""
+        index = {name: self._rows(mixer, name, kept) for name in self._segments(mixer)}
+        changes = {}
+        for name in self.parameter_shapes(mixer, self.state_size(mixer)):
+            picked = Term(name, rows=index[name.partition(".")[0]])
+            changes[name] = ParameterChange(picked(mixer.get_parameter(name).detach().cpu()), (picked,), rows=picked)
+        return changes
+
+    def refitted(self, mixer: Any) -> dict[str, Any]:
+        every = [range(self.state_size(mixer))] * mixer.num_k_heads
+        rows = {name: self._rows(mixer, name, every, others=False) for name in self._segments(mixer)}
+        return {name: rows[name.partition(".")[0]] for name in self.parameter_shapes(mixer, self.state_size(mixer))}
+
+    def resized(self, mixer: Any, order: int) -> None:
+        mixer.head_k_dim, mixer.key_dim = order, order * mixer.num_k_heads
+        mixer.conv_dim = mixer.conv1d.weight.shape[0]
+        mixer.conv1d.in_channels = mixer.conv1d.out_channels = mixer.conv1d.groups = mixer.conv_dim
+        for name in self._segments(mixer):
+            if name != "conv1d":
+                getattr(mixer, name).out_features = getattr(mixer, name).weight.shape[0]
+
+    def _segments(self, mixer: Any) -> dict[str, list[tuple[str, int]]]:
+        heads = [(KEY, head) for head in range(mixer.num_k_heads)]
+        return self.segments(mixer) | {"conv1d": [*heads, *heads, (OTHER, _value_size(mixer))]}
+
+    def _rows(self, mixer: Any, name: str, kept: Sequence[Sequence[int]], others: bool = True) -> Tensor:
+        """Indices of a projection's rows that belong to the given channels of each key head, and all other rows."""
+        size, start, rows = self.state_size(mixer), 0, []
+        for kind, number in self._segments(mixer)[name]:
+            if kind == KEY:
+                rows += [start + channel for channel in kept[number]]
+            elif others:
+                rows += range(start, start + number)
+            start += size if kind == KEY else number
+        return torch.tensor(rows)
+
+
+class QwenDeltaAdapter(GatedDeltaAdapter):
+    """Qwen3.5 and Qwen4-exp: one projection for q|k|v."""
+
+    def segments(self, mixer: Any) -> dict[str, list[tuple[str, int]]]:
+        heads = [(KEY, head) for head in range(mixer.num_k_heads)]
+        return {"in_proj_qkv": [*heads, *heads, (OTHER, _value_size(mixer))]}
+
+    def projected(self, mixer: Any, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return tuple(layer(hidden_states) for layer in (mixer.in_proj_qkv, mixer.in_proj_a, mixer.in_proj_b))  # type: ignore[return-value]
+
+
+class QwenNextDeltaAdapter(GatedDeltaAdapter):
+    """Qwen3-Next: one projection in which q, k, v and the gate of a key head lie side by side."""
+
+    def segments(self, mixer: Any) -> dict[str, list[tuple[str, int]]]:
+        width = 2 * _value_size(mixer) // mixer.num_k_heads
+        heads = [[(KEY, head), (KEY, head), (OTHER, width)] for head in range(mixer.num_k_heads)]
+        return {"in_proj_qkvz": sum(heads, [])}
+
+    def projected(self, mixer: Any, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        parts = mixer.fix_query_key_value_ordering(mixer.in_proj_qkvz(hidden_states), mixer.in_proj_ba(hidden_states))
+        q, k, v, _, b, a = parts
+        return torch.cat([part.flatten(2) for part in (q, k, v)], dim=-1), a, b
+
+
+class OlmoDeltaAdapter(GatedDeltaAdapter):
+    """OLMo-Hybrid: a projection each for q, k and v; write strengths up to 2 where the config allows it."""
+
+    output = "o_proj"
+
+    def segments(self, mixer: Any) -> dict[str, list[tuple[str, int]]]:
+        heads = [(KEY, head) for head in range(mixer.num_k_heads)]
+        return {"q_proj": heads, "k_proj": heads}
+
+    def projected(self, mixer: Any, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        parts = [layer(hidden_states) for layer in (mixer.q_proj, mixer.k_proj, mixer.v_proj)]
+        return torch.cat(parts, dim=-1), mixer.a_proj(hidden_states), mixer.b_proj(hidden_states)
+
+    def strength(self, mixer: Any, raw: Tensor) -> Tensor:
+        return raw.sigmoid() * (2 if mixer.allow_neg_eigval else 1)
+
+
+def state_moment(signals: DeltaSignals, weights: Tensor) -> Tensor:
+    """Sum over tokens of weights (B, L) times S_t S_t^T, over value channels and a key head's value heads.
+
+    Returns:
+        float64 (G, K, K).
+    """
+    B, L, G, K = signals.k.shape
+    H, V = signals.v.shape[2:]
+    k = signals.k.repeat_interleave(H // G, dim=2)
+    state = signals.v.new_zeros(B, H, K, V)
+    total = torch.zeros(G, K, K, dtype=torch.float64, device=state.device)
+    for t in range(L):
+        state = state * signals.g[:, t, :, None, None].exp()
+        error = signals.v[:, t] - torch.einsum("bhkv,bhk->bhv", state, k[:, t])
+        state = state + (signals.beta[:, t, :, None] * k[:, t])[..., None] * error[:, :, None]
+        looked = weights[:, t].nonzero()[:, 0]
+        if len(looked):
+            rows = state[looked] * weights[looked, t, None, None, None].sqrt()
+            rows = rows.unflatten(1, (G, H // G)).permute(1, 3, 0, 2, 4).reshape(G, K, -1)
+            total += (rows @ rows.mT).double()
+    return total
+
+
+def _value_size(mixer: Any) -> int:
+    return mixer.num_v_heads * mixer.head_v_dim
+
+
+def _unit(keys: Tensor) -> Tensor:
+    return keys * torch.rsqrt(keys.square().sum(-1, keepdim=True) + EPS)
+
+
+def _moment(signal: Tensor) -> Tensor:
+    """Sum over tokens of x x^T per head, for x (B, L, G, K): float64 (G, K, K)."""
+    rows = signal.flatten(0, 1).transpose(0, 1)
+    return (rows.mT @ rows).double()
+
+
+def _channels(Q: Tensor, K: Tensor, order: int, selection: str, generator: torch.Generator | None) -> list[int]:
+    """Channels of one key head to keep, ascending."""
+    if selection == "largest":
+        return sorted(select_key_channels(Q, K, order))
+    if selection == "smallest":
+        return sorted(select_key_channels(Q, K, len(Q))[-order:])
+    if selection != "random":
+        raise ValueError(f"unknown selection {selection!r}; allowed are largest, smallest, random")
+    if generator is None:
+        raise ValueError("selection 'random' needs a generator, so that a run can be repeated")
+    return sorted(torch.randperm(len(Q), generator=generator)[:order].tolist())
+
+
+_STOCK = "transformers.models."
+for _adapter, _class in (
+    (QwenDeltaAdapter, "qwen3_5.modeling_qwen3_5.Qwen3_5GatedDeltaNet"),
+    (QwenDeltaAdapter, "qwen3_5_moe.modeling_qwen3_5_moe.Qwen3_5MoeGatedDeltaNet"),
+    (QwenDeltaAdapter, "qwen4_exp.modeling_qwen4_exp.Qwen4ExpTextGatedDeltaNet"),
+    (QwenNextDeltaAdapter, "qwen3_next.modeling_qwen3_next.Qwen3NextGatedDeltaNet"),
+    (OlmoDeltaAdapter, "olmo_hybrid.modeling_olmo_hybrid.OlmoHybridGatedDeltaNet"),
+):
+    register_adapter(_adapter(_STOCK + _class))
