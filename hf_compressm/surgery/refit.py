@@ -103,16 +103,58 @@ def refit(
         before = _error(mixer, portions)
         if not before.isfinite():
             raise ReductionError("the reduced layer puts out NaN or infinite values on the calibration data")
+        solve_read_out(mixer, site.adapter.read_out, portions)
         _descend(mixer, fitted, rows, portions, steps)
+        solve_read_out(mixer, site.adapter.read_out, portions)
         after = _error(mixer, portions)
     if not after < before:
         return reduction
     changes = dict(reduction.changes)
+    if site.adapter.read_out is not None:
+        name = f"{site.adapter.read_out}.weight"
+        changes[name] = replace(changes[name], value=mixer.get_parameter(name).detach().to(changes[name].value))
     for name, parameter in fitted.items():
         value = changes[name].value.clone()
         value[rows[name]] = parameter.detach()[rows[name]].to(value)
         changes[name] = replace(changes[name], value=value)
     return replace(reduction, changes=changes)
+
+
+@torch.no_grad()
+def solve_read_out(mixer: nn.Module, name: str | None, portions: list[tuple[Tensor, Tensor, Tensor | None]]) -> None:
+    """Change the weight of a mixer's last linear layer, in place, so that it fits the recorded outputs best.
+
+    Ridge regression towards the present weight W: with X the layer's inputs on the T recorded tokens and E what is
+    missing in its outputs, W + E^T X (X^T X + r I)^-1, where r is the mean of the diagonal of X^T X times (number of
+    inputs) / T, so that few tokens move the weight little.
+
+    Args:
+        mixer: takes the recorded inputs (B, L, H).
+        name: of the layer, or None to do nothing.
+        portions: recorded inputs, outputs (B, L, H) and masks (B, L).
+    """
+    if name is None:
+        return
+    layer = mixer.get_submodule(name)
+    seen: list[Tensor] = []
+    handle = layer.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    try:
+        moments = missed = torch.zeros((), dtype=torch.float64)
+        tokens = 0
+        for inputs, outputs, mask in portions:
+            seen.clear()
+            device = layer.weight.device
+            found = mixer(inputs.to(device).float(), attention_mask=None if mask is None else mask.to(device))
+            real = torch.ones_like(inputs[..., 0], dtype=torch.bool) if mask is None else mask
+            real = real.flatten().to(device)
+            X = seen[0].reshape(len(real), -1)[real].double()
+            E = (outputs.to(device).float() - found).flatten(0, 1)[real].double()
+            moments, missed, tokens = moments.to(X) + X.T @ X, missed.to(X) + E.T @ X, tokens + len(X)
+    finally:
+        handle.remove()
+    ridge = moments.diagonal().mean() * len(moments) / max(tokens, 1)
+    inner = moments + ridge.clamp(min=1e-30) * torch.eye(len(moments), dtype=moments.dtype, device=moments.device)
+    layer.weight += torch.linalg.solve(inner, missed.T).T.to(layer.weight)
 
 
 def _descend(

@@ -81,6 +81,8 @@ class MixerAdapter(ABC, Generic[Mixer]):
         mixer_class: the class, or its full name "module.Class", so that its module need not be imported.
         size_field: name of the config's field that holds the state sizes.
         uniform: True where one number in that field is the state size of all layers, False where it is a list.
+        read_out: name of the linear layer that makes the mixer's output, which a refit solves for in closed form; its
+            weight is among the parameters that a cut replaces. None where a refit leaves it alone.
         dynamics: names of parameters that want a learning rate of their own and no weight decay; see
             `training.create_optimizer`.
     """
@@ -88,6 +90,7 @@ class MixerAdapter(ABC, Generic[Mixer]):
     mixer_class: type[Mixer] | str
     size_field: str = "state_sizes"
     uniform: bool = False
+    read_out: str | None = None
     dynamics: tuple[str, ...] = ()
 
     @abstractmethod

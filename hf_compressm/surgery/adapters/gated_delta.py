@@ -147,7 +147,7 @@ class GatedDeltaAdapter(MixerAdapter[Any]):
     uniform = True
     size_field = "linear_key_head_dim"
     dynamics = ("A_log", "dt_bias")
-    output = "out_proj"
+    read_out: str = "out_proj"
 
     def __init__(self, mixer_class: str):
         self.mixer_class = mixer_class
@@ -178,7 +178,7 @@ class GatedDeltaAdapter(MixerAdapter[Any]):
                 shapes[f"{name}.weight"] = torch.Size([rows, *tail])
             if layer.bias is not None:
                 shapes[f"{name}.bias"] = torch.Size([rows])
-        return shapes
+        return shapes | {f"{self.read_out}.weight": mixer.get_submodule(self.read_out).weight.shape}
 
     def order_of(self, mixer: Any, shapes: Mapping[str, torch.Size]) -> int | None:
         for name, segments in self._segments(mixer).items():
@@ -229,14 +229,12 @@ class GatedDeltaAdapter(MixerAdapter[Any]):
         index = {name: self._rows(mixer, name, kept) for name in self._segments(mixer)}
         changes = {}
         for name in self.parameter_shapes(mixer, self.state_size(mixer)):
-            picked = Term(name, rows=index[name.partition(".")[0]])
+            picked = Term(name, rows=index.get(name.partition(".")[0]))
             changes[name] = ParameterChange(picked(mixer.get_parameter(name).detach().cpu()), (picked,), rows=picked)
         return changes
 
-    def refitted(self, mixer: Any) -> dict[str, Any]:
-        every = [range(self.state_size(mixer))] * mixer.num_k_heads
-        rows = {name: self._rows(mixer, name, every, others=False) for name in self._segments(mixer)}
-        return {name: rows[name.partition(".")[0]] for name in self.parameter_shapes(mixer, self.state_size(mixer))}
+    def refitted(self, mixer: Any) -> dict[str, slice]:
+        return dict.fromkeys(self.parameter_shapes(mixer, self.state_size(mixer)), slice(None))
 
     def resized(self, mixer: Any, order: int) -> None:
         mixer.head_k_dim, mixer.key_dim = order, order * mixer.num_k_heads
@@ -250,13 +248,13 @@ class GatedDeltaAdapter(MixerAdapter[Any]):
         heads = [(KEY, head) for head in range(mixer.num_k_heads)]
         return self.segments(mixer) | {"conv1d": [*heads, *heads, (OTHER, _value_size(mixer))]}
 
-    def _rows(self, mixer: Any, name: str, kept: Sequence[Sequence[int]], others: bool = True) -> Tensor:
-        """Indices of a projection's rows that belong to the given channels of each key head, and all other rows."""
+    def _rows(self, mixer: Any, name: str, kept: Sequence[Sequence[int]]) -> Tensor:
+        """Indices of a projection's rows that stay: the given channels of each key head, and all that is not a key."""
         size, start, rows = self.state_size(mixer), 0, []
         for kind, number in self._segments(mixer)[name]:
             if kind == KEY:
                 rows += [start + channel for channel in kept[number]]
-            elif others:
+            else:
                 rows += range(start, start + number)
             start += size if kind == KEY else number
         return torch.tensor(rows)
@@ -290,7 +288,7 @@ class QwenNextDeltaAdapter(GatedDeltaAdapter):
 class OlmoDeltaAdapter(GatedDeltaAdapter):
     """OLMo-Hybrid: a projection each for q, k and v; write strengths up to 2 where the config allows it."""
 
-    output = "o_proj"
+    read_out = "o_proj"
 
     def segments(self, mixer: Any) -> dict[str, list[tuple[str, int]]]:
         heads = [(KEY, head) for head in range(mixer.num_k_heads)]
