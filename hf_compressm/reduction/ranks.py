@@ -22,7 +22,8 @@ class SizeConstraints:
 
     Attributes:
         minimum: fewest states a layer may be left with, >= 1.
-        multiple_of: sizes are multiples of this, >= 1. A layer whose present size is not a multiple may keep it.
+        multiple_of: sizes are multiples of this, >= 1. A layer whose present size is not a multiple may keep it. None:
+            what the model's mixers prefer, 1 for most.
         uniform: all layers end with one common size. None: only where the model's class needs it.
         minimum_change: a cut takes place only where at least this share of a layer's states goes, in [0, 1).
         tied: groups of layers, by index, each of which ends with one common size; filled in for configs that hold one
@@ -30,18 +31,23 @@ class SizeConstraints:
     """
 
     minimum: int = 1
-    multiple_of: int = 1
+    multiple_of: int | None = None
     uniform: bool | None = None
     minimum_change: float = 0.05
     tied: tuple[tuple[int, ...], ...] = ()
 
     def __post_init__(self) -> None:
-        if self.minimum < 1 or self.multiple_of < 1:
+        if self.minimum < 1 or self.block < 1:
             raise ValueError(
                 f"minimum and multiple_of must be >= 1; got minimum={self.minimum}, multiple_of={self.multiple_of}"
             )
         if not 0 <= self.minimum_change < 1:
             raise ValueError(f"minimum_change must lie in [0, 1); got {self.minimum_change}")
+
+    @property
+    def block(self) -> int:
+        """Sizes are multiples of this, >= 1."""
+        return 1 if self.multiple_of is None else self.multiple_of
 
     def for_uniform_layers(self, groups: Sequence[Sequence[int]]) -> SizeConstraints:
         """The same for layers of which a config holds one state size for each of these groups.
@@ -80,7 +86,7 @@ class SizeConstraints:
                 found = [sizes[layer] for layer in group]
                 raise ValueError(f"{what} needs layers of one common size; got sizes {found}")
             size, order = present.pop(), max(self.minimum, *(orders[layer] for layer in group))
-            order = min(math.ceil(order / self.multiple_of) * self.multiple_of, size)
+            order = min(math.ceil(order / self.block) * self.block, size)
             if order < size and order <= (1 - self.minimum_change) * size:
                 for layer in group:
                     allowed[layer] = order
@@ -137,7 +143,7 @@ def target_orders(
             f"the target mean state size must lie between the minimum {constraints.minimum} and the present mean "
             f"{present:g}; got {mean_state_size:g}"
         )
-    block, groups = constraints.multiple_of, constraints.groups(len(spectra))
+    block, groups = constraints.block, constraints.groups(len(spectra))
     if len(groups) == 1 and (constraints.uniform or constraints.tied):
         return [max(int(mean_state_size // block) * block, constraints.minimum)] * len(spectra)
 

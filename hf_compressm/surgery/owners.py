@@ -8,6 +8,7 @@ by itself.
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -128,13 +129,16 @@ def write_sizes(model: nn.Module, sites: Sequence[MixerSite]) -> None:
 
 
 def with_ties(model: nn.Module, constraints: SizeConstraints) -> SizeConstraints:
-    """The constraints, and those of configs that hold one size for several mixers.
+    """The constraints, with the multiple that the mixers prefer, and those of configs with one size for several mixers.
 
     Raises:
         ValueError: if uniform=False contradicts a config, or a list in a config is of another length than there are
             mixers.
     """
     sites = find_mixers(model)
+    if constraints.multiple_of is None:
+        preferred = math.lcm(*(site.adapter.size_multiple(site.mixer) for site in sites))
+        constraints = dataclasses.replace(constraints, multiple_of=preferred)
     index = {site.name: position for position, site in enumerate(sites)}
     for owner in find_owners(model, sites):
         numbers, entries = ([[index[name] for name in group] for group in groups] for groups in owner.ties())

@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -143,8 +144,8 @@ def solve_read_out(mixer: nn.Module, name: str | None, portions: list[tuple[Tens
         tokens = 0
         for inputs, outputs, mask in portions:
             seen.clear()
-            device = layer.weight.device
-            found = mixer(inputs.to(device).float(), attention_mask=None if mask is None else mask.to(device))
+            device: Any = layer.weight.device
+            found = called(mixer, inputs.to(device).float(), None if mask is None else mask.to(device))
             real = torch.ones_like(inputs[..., 0], dtype=torch.bool) if mask is None else mask
             real = real.flatten().to(device)
             X = seen[0].reshape(len(real), -1)[real].double()
@@ -179,12 +180,22 @@ def _descend(
         optimizer.step()
 
 
+def called(mixer: nn.Module, inputs: Tensor, mask: Tensor | None) -> Tensor:
+    """A mixer's output (B, L, H) for hidden states (B, L, H) and a mask (B, L), which only some mixers take."""
+    return output_of(mixer(inputs) if mask is None else mixer(inputs, attention_mask=mask))
+
+
+def output_of(returned: Any) -> Tensor:
+    """The hidden states (B, L, H) in what a mixer returns, which may be a tuple with a state behind them."""
+    return returned[0] if isinstance(returned, tuple) else returned
+
+
 def _miss(mixer: nn.Module, inputs: Tensor, outputs: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
     """Sums of squares, over real tokens, of the deviation from the recorded outputs and of these outputs."""
     device = next(mixer.parameters()).device
     inputs, outputs = inputs.to(device).float(), outputs.to(device).float()
     mask = None if mask is None else mask.to(device)
-    miss = mixer(inputs, attention_mask=mask) - outputs
+    miss = called(mixer, inputs, mask) - outputs
     if mask is not None:
         miss, outputs = miss * mask[..., None], outputs * mask[..., None]
     return miss.square().sum(), outputs.square().sum()

@@ -16,7 +16,7 @@ from ..models.automatic import by_fast_ops
 from ..progress import with_progress
 from .adapters.base import MixerSite, ReductionError, Statistics, find_mixers
 from .batches import model_inputs
-from .refit import Recording
+from .refit import Recording, output_of
 
 Batches = Iterable[Mapping[str, Any]]
 
@@ -131,9 +131,9 @@ def _observing(sites: list[MixerSite], gathered: Mapping[str, Statistics]) -> It
 @contextmanager
 def _recording(sites: list[MixerSite], recordings: dict[str, Recording] | None) -> Iterator[None]:
     def hook(site: MixerSite, recording: Recording):
-        def record(mixer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
+        def record(mixer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
             hidden_states, mask = _inputs_of(mixer, args, kwargs)
-            recording.add(hidden_states, output, mask)
+            recording.add(hidden_states, output_of(output), mask)
 
         return record
 
@@ -151,11 +151,10 @@ def _recording(sites: list[MixerSite], recordings: dict[str, Recording] | None) 
 
 
 def _inputs_of(mixer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, Tensor | None]:
-    """Hidden states and attention mask that a mixer is called with."""
-    if len(args) > 1:
-        kwargs = inspect.signature(mixer.forward).bind(*args, **kwargs).arguments
-        args = ()
-    return args[0] if args else kwargs["hidden_states"], kwargs.get("attention_mask")
+    """Hidden states, which mixers take first, and attention mask that a mixer is called with."""
+    given = inspect.signature(mixer.forward).bind(*args, **kwargs).arguments
+    mask = given.get("attention_mask", given.get("kwargs", {}).get("attention_mask"))
+    return next(iter(given.values())), mask
 
 
 @contextmanager

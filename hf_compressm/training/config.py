@@ -65,7 +65,13 @@ class CompressionConfig:
         default=0.01, metadata={"help": "Time between two measurements (share of training, or steps)."}
     )
     min_state_size: int = field(default=1, metadata={"help": "Fewest states that a layer may be left with, >= 1."})
-    multiple_of: int = field(default=1, metadata={"help": "State sizes are rounded up to a multiple of this, >= 1."})
+    multiple_of: int | None = field(
+        default=None,
+        metadata={
+            "help": "State sizes are rounded up to a multiple of this, >= 1. Default: what the layers' kernels want, "
+            "which is 1 for most and 16 for delta-rule layers."
+        },
+    )
     uniform: bool | None = field(
         default=None,
         metadata={"help": "Cut all layers to one common size. Default: only where the model's class needs it."},

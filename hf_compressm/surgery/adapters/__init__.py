@@ -19,6 +19,7 @@ from .gated_delta import GatedDeltaAdapter
 from .lru import LRUAdapter
 from .mamba import MambaAdapter
 from .mamba2 import CompreSSMMamba2Adapter, StockMamba2Adapter
+from .xlstm import XLSTMAdapter
 
 __all__ = [
     "CompreSSMMamba2Adapter",
@@ -32,6 +33,7 @@ __all__ = [
     "ReductionError",
     "Statistics",
     "StockMamba2Adapter",
+    "XLSTMAdapter",
     "find_mixers",
     "register_adapter",
     "register_refusal",

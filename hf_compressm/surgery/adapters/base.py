@@ -150,6 +150,10 @@ class MixerAdapter(ABC, Generic[Mixer]):
     def resized(self, mixer: Mixer, order: int) -> None:
         """Update the mixer's attributes that hold the state size, if it has any."""
 
+    def size_multiple(self, mixer: Mixer) -> int:
+        """State sizes of this mixer are multiples of this, >= 1, where the caller asks for none of their own."""
+        return 1
+
     def write_config(self, config: Any, sizes: Sequence[int]) -> None:
         """Write the state sizes of all mixers of this class, in model order, to the config that describes them."""
         setattr(config, self.size_field, sizes[0] if self.uniform else list(sizes))

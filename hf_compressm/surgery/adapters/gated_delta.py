@@ -13,24 +13,27 @@ Source: the recurrence: Yang et al., arXiv 2412.06464; the choice of channels: `
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from ...layers.mamba import real_positions
 from ...layers.plain import innermost
-from ...reduction import Selection, empirical_singular_values
-from ...reduction.key_channels import key_moments, missed_share, select_key_channels
+from ...reduction import Selection
+from ...reduction.key_channels import key_moments, missed_share
 from ..changes import ParameterChange, Term
-from .base import MixerAdapter, MixerReduction, ReductionError, register_adapter
+from .base import MixerAdapter, MixerReduction, register_adapter
+from .matrix_states import MatrixMeasurement, MatrixStatistics, choose_channels, second_moment
 from .selective import look_weights, real_tokens
 
 EPS = 1e-6
 """Added to the squared length of a key or query before it is normalised, as transformers does."""
+BLOCK = 16
+"""Key sizes are multiples of this unless the caller says otherwise."""
 KEY, OTHER = "key", "other"
 
 
@@ -50,91 +53,6 @@ class DeltaSignals:
     v: Tensor
     g: Tensor
     beta: Tensor
-
-
-class DeltaStatistics:
-    """Sums over tokens, padding left out, of second moments of queries, keys and states, per key head.
-
-    Args:
-        signals: function of a mixer, its hidden states (B, L, D) and its mask (B, L) that gives `DeltaSignals`.
-
-    Attributes:
-        sums: float64 (3, G, K, K): of q q^T, of k k^T, and of S S^T over value channels and the head's value heads,
-            the last estimated by `look_weights`.
-        tokens: number of tokens.
-    """
-
-    def __init__(self, signals: Callable[[Any, Tensor, Tensor | None], DeltaSignals]):
-        self.signals = signals
-        self.sums: Tensor | None = None
-        self.tokens = 0
-
-    @torch.no_grad()
-    def observe(self, mixer: nn.Module, hidden_states: Tensor, attention_mask: Tensor | None) -> None:
-        """Take in one batch of a mixer's inputs.
-
-        Raises:
-            ReductionError: if a sum is NaN or infinite.
-        """
-        real = real_tokens(attention_mask, hidden_states)
-        signals = self.signals(mixer, hidden_states, attention_mask)
-        moments = [_moment(part * real[..., None, None]) for part in (signals.q, signals.k)]
-        sums = torch.stack([*moments, state_moment(signals, look_weights(real))])
-        if not sums.isfinite().all():
-            raise ReductionError("queries, keys or states are NaN or infinite on the calibration data")
-        self.sums = sums if self.sums is None else self.sums + sums
-        self.tokens += int(real.sum())
-
-    def sum_with(self, all_reduce: Callable[[Tensor], Any]) -> None:
-        """Sum everything over processes, in place, by a function that does so for one tensor."""
-        assert self.sums is not None
-        flat = torch.cat([self.sums.flatten(), self.sums.new_tensor([self.tokens])])
-        all_reduce(flat)
-        self.sums, self.tokens = flat[:-1].view_as(self.sums), int(flat[-1])
-
-
-@dataclass(frozen=True)
-class DeltaMeasurement:
-    """Second moments of a delta-rule layer, per key head, as means over tokens.
-
-    Attributes:
-        Q, K: float64 (G, K, K), of queries and of keys.
-        P: float64 (G, K, K), of states, summed over value channels and the head's value heads.
-    """
-
-    Q: Tensor
-    K: Tensor
-    P: Tensor
-
-    @classmethod
-    def of(cls, statistics: DeltaStatistics | None) -> DeltaMeasurement:
-        """The measurement that gathered statistics amount to, on the CPU.
-
-        Raises:
-            ValueError: if nothing was gathered.
-        """
-        if statistics is None or statistics.sums is None:
-            raise ValueError("delta-rule layers are measured on calibration data; pass its statistics")
-        return cls(*(statistics.sums / max(statistics.tokens, 1)).cpu())
-
-    def spectrum(self) -> Tensor:
-        """Empirical Hankel singular values (K,), root of the sum of squares over key heads at equal rank."""
-        values = [empirical_singular_values(P, Q) for P, Q in zip(self.P, self.Q, strict=True)]
-        return torch.stack(values).square().sum(0).sqrt()
-
-    def agreement(self, previous: DeltaMeasurement, depth: int) -> float:
-        """Average overlap of the leading choices of channels, over key heads and over all depths up to `depth`."""
-        if self.Q.shape != previous.Q.shape:
-            return 0.0
-        scores = []
-        for parts in zip(self.Q, self.K, previous.Q, previous.K, strict=True):
-            now, then = select_key_channels(*parts[:2], depth), select_key_channels(*parts[2:], depth)
-            scores += [len({*now[:k]} & {*then[:k]}) / k for k in range(1, depth + 1)]
-        return sum(scores) / len(scores)
-
-    def state_dict(self) -> dict[str, Tensor]:
-        """The three moments by name, float64 (G, K, K)."""
-        return {"Q": self.Q, "K": self.K, "P": self.P}
 
 
 class GatedDeltaAdapter(MixerAdapter[Any]):
@@ -187,14 +105,14 @@ class GatedDeltaAdapter(MixerAdapter[Any]):
                 return (shapes[f"{name}.weight"][0] - others) // [kind for kind, _ in segments].count(KEY)
         return None
 
-    def statistics(self, mixer: Any) -> DeltaStatistics:
-        return DeltaStatistics(self.signals)
+    def statistics(self, mixer: Any) -> MatrixStatistics:
+        return MatrixStatistics(self.moments)
 
-    def measure(self, mixer: Any, statistics: DeltaStatistics | None = None) -> DeltaMeasurement:
-        return DeltaMeasurement.of(statistics)
+    def measure(self, mixer: Any, statistics: MatrixStatistics | None = None) -> MatrixMeasurement:
+        return MatrixMeasurement.of(statistics)
 
-    def load_measurement(self, state: Mapping[str, Tensor]) -> DeltaMeasurement:
-        return DeltaMeasurement(state["Q"], state["K"], state["P"])
+    def load_measurement(self, state: Mapping[str, Tensor]) -> MatrixMeasurement:
+        return MatrixMeasurement(state["Q"], state["K"], state["P"])
 
     def signals(self, mixer: Any, hidden_states: Tensor, attention_mask: Tensor | None) -> DeltaSignals:
         """What the mixer gives its recurrence for the hidden states (B, L, D) that it gets; zero writes at padding."""
@@ -209,20 +127,29 @@ class GatedDeltaAdapter(MixerAdapter[Any]):
         g = real_positions(g, attention_mask)
         return DeltaSignals(q, k, v.unflatten(-1, (mixer.num_v_heads, -1)), g, beta)
 
+    def moments(self, mixer: Any, hidden_states: Tensor, attention_mask: Tensor | None) -> Tensor:
+        """Sums over tokens of q q^T, k k^T and, estimated by `look_weights`, S S^T: float64 (3, G, K, K)."""
+        real = real_tokens(attention_mask, hidden_states)
+        signals = self.signals(mixer, hidden_states, attention_mask)
+        queries, keys = (second_moment(part * real[..., None, None]) for part in (signals.q, signals.k))
+        return torch.stack([queries, keys, state_moment(signals, look_weights(real))])
+
     def reduce(
         self,
         mixer: Any,
-        measurement: DeltaMeasurement,
+        measurement: MatrixMeasurement,
         order: int,
         selection: Selection = "largest",
         generator: torch.Generator | None = None,
     ) -> MixerReduction:
-        kept = [_channels(Q, K, order, selection, generator) for Q, K in zip(measurement.Q, measurement.K, strict=True)]
-        missed = [
-            missed_share(key_moments(Q, K), channels)
-            for Q, K, channels in zip(measurement.Q, measurement.K, kept, strict=True)
-        ]
+        moments = list(zip(measurement.Q, measurement.K, strict=True))
+        kept = [choose_channels(Q, K, order, selection, generator) for Q, K in moments]
+        missed = [missed_share(key_moments(*pair), channels) for pair, channels in zip(moments, kept, strict=True)]
         return MixerReduction(self.keep(mixer, kept), residual=sum(missed) / len(missed))
+
+    def size_multiple(self, mixer: Any) -> int:
+        """Kernels for GPUs work on blocks of 16 channels; a layer that has no more may have fewer."""
+        return BLOCK if self.state_size(mixer) > BLOCK else 1
 
     def keep(self, mixer: Any, kept: Sequence[Sequence[int]]) -> dict[str, ParameterChange]:
         """Parameters with the given channels of each key head and everything else unchanged."""
@@ -268,7 +195,7 @@ class QwenDeltaAdapter(GatedDeltaAdapter):
         return {"in_proj_qkv": [*heads, *heads, (OTHER, _value_size(mixer))]}
 
     def projected(self, mixer: Any, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        return tuple(layer(hidden_states) for layer in (mixer.in_proj_qkv, mixer.in_proj_a, mixer.in_proj_b))  # type: ignore[return-value]
+        return tuple(layer(hidden_states) for layer in (mixer.in_proj_qkv, mixer.in_proj_a, mixer.in_proj_b))
 
 
 class QwenNextDeltaAdapter(GatedDeltaAdapter):
@@ -331,25 +258,6 @@ def _value_size(mixer: Any) -> int:
 
 def _unit(keys: Tensor) -> Tensor:
     return keys * torch.rsqrt(keys.square().sum(-1, keepdim=True) + EPS)
-
-
-def _moment(signal: Tensor) -> Tensor:
-    """Sum over tokens of x x^T per head, for x (B, L, G, K): float64 (G, K, K)."""
-    rows = signal.flatten(0, 1).transpose(0, 1)
-    return (rows.mT @ rows).double()
-
-
-def _channels(Q: Tensor, K: Tensor, order: int, selection: str, generator: torch.Generator | None) -> list[int]:
-    """Channels of one key head to keep, ascending."""
-    if selection == "largest":
-        return sorted(select_key_channels(Q, K, order))
-    if selection == "smallest":
-        return sorted(select_key_channels(Q, K, len(Q))[-order:])
-    if selection != "random":
-        raise ValueError(f"unknown selection {selection!r}; allowed are largest, smallest, random")
-    if generator is None:
-        raise ValueError("selection 'random' needs a generator, so that a run can be repeated")
-    return sorted(torch.randperm(len(Q), generator=generator)[:order].tolist())
 
 
 _STOCK = "transformers.models."

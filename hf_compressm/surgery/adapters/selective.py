@@ -202,8 +202,17 @@ def choose_states(G: Tensor, W: Tensor, order: int, selection: str, generator: t
         return sorted(select_subset(G, W, order))
     if selection == "smallest":
         return sorted(select_subset(G, W, len(G))[-order:])
+    return random_channels(len(G), order, selection, generator)
+
+
+def random_channels(size: int, order: int, selection: str, generator: torch.Generator | None) -> list[int]:
+    """A random choice of `order` of `size` indices, ascending, for ablations.
+
+    Raises:
+        ValueError: if the selection is another one than "random", or there is no generator.
+    """
     if selection != "random":
         raise ValueError(f"unknown selection {selection!r}; allowed are largest, smallest, random")
     if generator is None:
         raise ValueError("selection 'random' needs a generator, so that a run can be repeated")
-    return sorted(torch.randperm(len(G), generator=generator)[:order].tolist())
+    return sorted(torch.randperm(size, generator=generator)[:order].tolist())
