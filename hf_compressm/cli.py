@@ -193,7 +193,10 @@ class SizeOptions:
     ] = None
     fraction: Annotated[float | None, typer.Option(help="Share of every layer's states to keep.")] = None
     min_state_size: Annotated[int, typer.Option(help="Smallest number of states that a layer may keep.")] = 1
-    multiple_of: Annotated[int, typer.Option(help="Round state sizes up to a multiple of this.")] = 1
+    multiple_of: Annotated[
+        int | None,
+        typer.Option(help="Round state sizes up to a multiple of this. Default: what the layers' kernels want."),
+    ] = None
     uniform: Annotated[
         bool | None, typer.Option(help="Cut all layers to one common size. Default: only if the class needs it.")
     ] = None

@@ -89,7 +89,8 @@ def test_permuting_the_channels_changes_nothing(family):
     sites = find_mixers(model)
     order = [torch.randperm(KEYS, generator=torch.Generator().manual_seed(head)).tolist() for head in range(2)]
     replace_parameters(sites, {s.name: {n: c.value for n, c in s.adapter.keep(s.mixer, order).items()} for s in sites})
-    assert (model(IDS).logits - full).abs().max() <= 1e-6 * full.abs().max().clamp(min=1)
+    # Sums of float32 in another order, in a stack of layers with large weights.
+    assert (model(IDS).logits - full).abs().max() <= 1e-5 * full.abs().max().clamp(min=1)
 
 
 @FAMILIES
@@ -118,7 +119,7 @@ def test_the_choice_and_the_refit_lower_the_error(family):
         model = make(family)
         full = model(IDS).logits.detach()
         compress(model, BATCH, target=8, refit_steps=steps, selection=selection)
-        errors[selection, steps] = float((model(IDS).logits - full).square().mean())
+        errors[selection, steps] = (model(IDS).logits - full).square().mean().item()
     assert errors["largest", 20] < errors["largest", 0] < errors["smallest", 0]
 
 

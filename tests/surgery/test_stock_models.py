@@ -1,20 +1,26 @@
 """Compression of plain transformers models of every supported family, and refusals of the others."""
 
+import ast
 import importlib.util
+import re
+from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from stock_models import CONFIGS, given_to_scan
 from transformers import (
     AutoModelForCausalLM,
-    Qwen3NextConfig,
+    KimiLinearConfig,
+    MiniMaxConfig,
     RecurrentGemmaConfig,
     RwkvConfig,
     ZambaConfig,
 )
 
 from hf_compressm import SizeConstraints, compress, state_sizes
-from hf_compressm.surgery import find_mixers, selective_signals
+from hf_compressm.surgery import find_mixers, selective_signals, supported_mixers
+from hf_compressm.surgery.adapters import refused_mixers
 
 FAMILIES = pytest.mark.parametrize("family", sorted(CONFIGS))
 IDS = torch.randint(0, 64, (4, 24), generator=torch.Generator().manual_seed(1))
@@ -112,10 +118,11 @@ def test_sizes_stay_uniform_and_uneven_ones_are_refused():
         (RecurrentGemmaConfig(vocab_size=8, hidden_size=32, num_hidden_layers=3, num_attention_heads=2,
                               intermediate_size=32, lru_width=32), "one state per channel"),
         (RwkvConfig(vocab_size=8, hidden_size=32, num_hidden_layers=2, context_length=8), "one state per channel"),
-        (Qwen3NextConfig(vocab_size=8, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, num_experts=2,
-                         num_key_value_heads=1, intermediate_size=32, moe_intermediate_size=16, head_dim=16,
-                         shared_expert_intermediate_size=16, linear_num_key_heads=2, linear_num_value_heads=2,
-                         linear_key_head_dim=8, linear_value_head_dim=8, num_experts_per_tok=1), "delta rule"),
+        (MiniMaxConfig(vocab_size=8, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, head_dim=16,
+                       num_key_value_heads=1, intermediate_size=16, num_local_experts=2), "for softmax attention"),
+        (KimiLinearConfig(vocab_size=8, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, head_dim=16,
+                          linear_num_heads=2, linear_head_dim=16, pad_token_id=0, layer_types=["linear_attention"],
+                          intermediate_size=16), "one number for the size of keys and values"),
     ],
 )  # fmt: skip
 def test_other_recurrent_models_are_refused_with_the_reason(config, reason):
@@ -135,3 +142,21 @@ def test_a_size_that_the_installed_convolution_kernel_cannot_run_is_refused(monk
     assert state_sizes(model) == [16, 16]
     compress(model, {"input_ids": IDS}, target=5, constraints=SizeConstraints(multiple_of=2), refit_steps=0)
     assert state_sizes(model) == [4, 4]
+
+
+RECURRENT = re.compile(r"recurrent_state|ssm_state|mlstm_backend|rwkv_linear|rg_lru")
+"""What the forward of a layer with a recurrent state speaks of in transformers."""
+
+
+def test_every_recurrent_layer_of_transformers_is_supported_or_refused_with_a_reason():
+    served = {*supported_mixers(), *refused_mixers()}
+    unknown = []
+    for path in sorted((Path(transformers.__file__).parent / "models").glob("*/modeling_*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if not isinstance(node, ast.ClassDef) or node.name.endswith(("Model", "ForCausalLM", "Rglru")):
+                continue
+            forwards = [inner for inner in node.body if getattr(inner, "name", "").endswith("forward")]
+            name = f"transformers.models.{path.parent.name}.{path.stem}.{node.name}"
+            if any(RECURRENT.search(ast.unparse(forward)) for forward in forwards) and name not in served:
+                unknown.append(name)
+    assert not unknown, "write an adapter for these, or give the reason in surgery/adapters/refusals.py"

@@ -225,6 +225,11 @@ def size_fields() -> list[str]:
     return sorted(found, key=lambda name: (name != MixerAdapter.size_field, name))
 
 
+def refused_mixers() -> dict[str, str]:
+    """Why mixers of classes without an adapter cannot be compressed, by full name of the class."""
+    return dict(_REFUSED)
+
+
 def find_mixers(model: nn.Module) -> list[MixerSite]:
     """All compressible mixers of a model, in the order of `named_modules`.
 

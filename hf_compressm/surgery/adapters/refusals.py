@@ -2,27 +2,30 @@
 
 from .base import register_refusal
 
-_DELTA = (
-    "its keys are L2-normalised and its delta rule lets every key channel act on all others, so channels cannot be "
-    "removed without changing what the rest computes."
+_TIED = (
+    "its config holds one number for the size of keys and values{more}, so keys cannot become smaller by themselves in "
+    "this class."
 )
+_KIMI = _TIED.format(more=" and for the ranks of two gate projections")
+_SHORT_CONVOLUTION = "it is a short convolution and has no recurrent state."
+_ONE_STATE = "it has one state per channel, so there is no state to remove but with its channel."
 _REASONS = {
     "zamba.modeling_zamba.ZambaMambaMixer": (
         "each of its heads projects to its own time step, B and C with its own weights, for which there is no adapter; "
         "Zamba2 is supported."
     ),
-    "recurrent_gemma.modeling_recurrent_gemma.RecurrentGemmaRecurrentBlock": (
-        "it has one state per channel, so there is no state to remove but with its channel."
-    ),
-    "rwkv.modeling_rwkv.RwkvSelfAttention": (
-        "it has one state per channel, so there is no state to remove but with its channel."
-    ),
-    "lfm2.modeling_lfm2.Lfm2ShortConv": "it is a short convolution and has no recurrent state.",
-    "kimi_linear.modeling_kimi_linear.KimiLinearDeltaAttention": _DELTA,
-    "bailing_hybrid.modeling_bailing_hybrid.BailingHybridDeltaAttention": _DELTA,
-    "glm5_next.modeling_glm5_next.Glm5NextTextLinearAttention": _DELTA,
+    "recurrent_gemma.modeling_recurrent_gemma.RecurrentGemmaRecurrentBlock": _ONE_STATE,
+    "rwkv.modeling_rwkv.RwkvSelfAttention": _ONE_STATE,
+    "lfm2.modeling_lfm2.Lfm2ShortConv": _SHORT_CONVOLUTION,
+    "lfm2_moe.modeling_lfm2_moe.Lfm2MoeShortConv": _SHORT_CONVOLUTION,
+    "lfm3.modeling_lfm3.Lfm3ShortConv": _SHORT_CONVOLUTION,
+    "zaya.modeling_zaya.ZayaCCAProjection": _SHORT_CONVOLUTION,
+    "kimi_linear.modeling_kimi_linear.KimiLinearDeltaAttention": _KIMI,
+    "bailing_hybrid.modeling_bailing_hybrid.BailingHybridDeltaAttention": _TIED.format(more=""),
+    "glm5_next.modeling_glm5_next.Glm5NextTextLinearAttention": _KIMI,
     "minimax.modeling_minimax.MiniMaxLightningAttention": (
-        "its queries and keys serve as the read-out and read-in of a head each, for which there is no adapter."
+        "its config holds one head size for this layer and for softmax attention, so keys cannot become smaller by "
+        "themselves in this class."
     ),
 }
 for _class, _reason in _REASONS.items():
