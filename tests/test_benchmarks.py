@@ -1,56 +1,58 @@
 """The speed benchmarks at tiny sizes: what they write, and that they time nothing that is wrong."""
 
 import argparse
+import importlib
 import importlib.util
 import json
 import math
-import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from programs import run_script
 
 FOLDER = Path(__file__).resolve().parents[1] / "scripts/benchmarks"
 OPS = ("ops.py", "--sizes", "1", "3", "12", "128", "--shape", "1", "9", "4", "--repeats", "3", "--threads", "1")
-TRAINING = ("training.py", "--sizes", "6", "3", "1", "--hidden", "16", "--length", "12", "--batch", "2")
-MATPLOTLIB = importlib.util.find_spec("matplotlib") is not None
-# The kernels' first results, off by a hundredth.
-WRONG = """
-import runpy, sys
-sys.path.insert(0, sys.argv[1])
-import hf_compressm.ops.{module} as kernels
-right = kernels.{function}
-def wrong(*arguments):
-    first, *others = right(*arguments)
-    return 1.01 * first, *others
-kernels.{function} = wrong
-sys.argv = sys.argv[2:]
-runpy.run_path(sys.argv[0], run_name="__main__")
-"""
+TRAINING = (
+    "training.py",
+    "--sizes",
+    "6",
+    "3",
+    "1",
+    "--hidden",
+    "16",
+    "--length",
+    "12",
+    "--batch",
+    "2",
+    "--threads",
+    "1",
+)
 
 
-def run(*command):
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("HF_COMPRESSM_")}
-    return subprocess.run(
-        [sys.executable, *map(str, command)], env=environment, capture_output=True, text=True, timeout=300
-    )
+@pytest.fixture
+def script(monkeypatch, capsys):
+    """Runs a benchmark in this process, and returns what it prints."""
+
+    def run(name, *arguments):
+        run_script(FOLDER / name, *arguments, monkeypatch=monkeypatch)
+        return capsys.readouterr().out
+
+    return run
 
 
-def script(name, *arguments):
-    done = run(FOLDER / name, *arguments)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+def make_wrong(monkeypatch, module, function):
+    """Let a kernel's first result be off by a hundredth."""
+    kernels = importlib.import_module(f"hf_compressm.ops.{module}")
+    right = getattr(kernels, function)
 
+    def wrong(*arguments):
+        first, *others = right(*arguments)
+        return 1.01 * first, *others
 
-def wrong(module, function, name, *arguments):
-    program = WRONG.format(module=module, function=function)
-    return run("-c", program, FOLDER, FOLDER / name, *arguments)
-
-
-def picture(path):
-    return ("--plot", path) if MATPLOTLIB else ()
+    monkeypatch.setattr(kernels, function, wrong)
 
 
 def assert_ordered(times):
@@ -62,9 +64,8 @@ def assert_describes(machine):
 
 
 @pytest.mark.slow
-def test_ops_writes_times_shares_and_how_they_go_with_the_size(tmp_path):
-    printed = script(*OPS, "--json", tmp_path / "ops.json", *picture(tmp_path / "ops.png"))
-    assert not MATPLOTLIB or (tmp_path / "ops.png").read_bytes().startswith(b"\x89PNG")
+def test_ops_writes_times_shares_and_how_they_go_with_the_size(script, tmp_path):
+    printed = script(*OPS, "--json", tmp_path / "ops.json")
     record = json.loads((tmp_path / "ops.json").read_text())
     assert_describes(record["machine"])
     assert record["copy_bandwidth_gb_s"] > 0
@@ -90,11 +91,9 @@ def test_ops_writes_times_shares_and_how_they_go_with_the_size(tmp_path):
 
 
 @pytest.mark.slow
-def test_training_writes_steps_and_what_is_left_of_the_possible(tmp_path):
+def test_training_writes_steps_and_what_is_left_of_the_possible(script, tmp_path):
     models = ("mimo_ssm", "compressm_mamba", "compressm_mamba2", "mamba", "mamba2")
-    files = ("--json", tmp_path / "training.json", *picture(tmp_path / "training.svg"))
-    script(*TRAINING, "--repeats", "2", "--against", "naive", *files)
-    assert not MATPLOTLIB or "<svg" in (tmp_path / "training.svg").read_text()
+    script(*TRAINING, "--repeats", "2", "--against", "naive", "--json", tmp_path / "training.json")
     record = json.loads((tmp_path / "training.json").read_text())
     assert_describes(record["machine"])
     assert record["settings"] == {"hidden": 16, "layers": 2, "length": 12, "batch": 2, "against": "naive"}
@@ -112,17 +111,17 @@ def test_training_writes_steps_and_what_is_left_of_the_possible(tmp_path):
             assert_ordered(row["against_times"])
 
 
-def test_ops_refuses_to_time_a_wrong_kernel(tmp_path):
-    done = wrong("diag_scan.cpu", "backward", *OPS, "--ops", "diag_scan", "--json", tmp_path / "ops.json")
-    assert done.returncode == 1
-    assert "diag_scan, N = 1: outputs or gradients of the backend 'cpu'" in done.stderr
-    assert "nothing is timed" in done.stderr and not (tmp_path / "ops.json").exists()
+def test_ops_refuses_to_time_a_wrong_kernel(script, tmp_path, monkeypatch):
+    make_wrong(monkeypatch, "diag_scan.cpu", "backward")
+    with pytest.raises(SystemExit, match="diag_scan, N = 1: outputs .* 'cpu'.*nothing is timed"):
+        script(*OPS, "--ops", "diag_scan", "--json", tmp_path / "ops.json")
+    assert not (tmp_path / "ops.json").exists()
 
 
-def test_training_refuses_to_time_a_wrong_kernel():
-    done = wrong("ssd_scan.cpu", "backward", *TRAINING, "--models", "compressm_mamba2")
-    assert done.returncode == 1
-    assert "compressm_mamba2: loss, logits or gradients differ" in done.stderr and "SSD_SCAN=naive" in done.stderr
+def test_training_refuses_to_time_a_wrong_kernel(script, monkeypatch):
+    make_wrong(monkeypatch, "ssd_scan.cpu", "backward")
+    with pytest.raises(SystemExit, match="compressm_mamba2: loss, logits or gradients differ.*SSD_SCAN=naive"):
+        script(*TRAINING, "--models", "compressm_mamba2")
 
 
 @pytest.fixture(scope="module")
@@ -174,6 +173,18 @@ def test_other_programs_are_noticed(common, capsys):
     assert "noisy: in 1 of 3 rows" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("ending, start", [("png", b"\x89PNG"), ("svg", b"<?xml")])
+def test_a_picture_of_time_against_states_is_written(monkeypatch, tmp_path, ending, start):
+    pytest.importorskip("matplotlib")
+    monkeypatch.syspath_prepend(str(FOLDER))
+    from plotting import plot
+
+    times = [{"p10_ms": 1.0, "median_ms": 2.0, "p90_ms": 3.0}] * 2
+    curve = {"label": "forward", "N": [1, 2], "times": times, "line": [2.0, 2.0]}
+    plot(tmp_path / f"times.{ending}", "an op", [{"title": "op", "curves": [curve], "log": False}])
+    assert (tmp_path / f"times.{ending}").read_bytes().startswith(start)
+
+
 @pytest.mark.parametrize(
     "options, message",
     [
@@ -211,6 +222,10 @@ def test_compatibility_counts_and_judges_outcomes(monkeypatch):
         assert not compatibility.verdict(outcomes | wrong, {})[1]
 
 
+@pytest.mark.slow
 def test_compatibility_runs_the_own_list():
-    printed = script("compatibility.py", "--only-own-list", "-k", "classes_generate")
-    assert "| **all** | 3 | 0 | 0 |" in printed
+    # In a process of its own, since it calls pytest.
+    command = [sys.executable, FOLDER / "compatibility.py", "--only-own-list", "-k", "classes_generate"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert "| **all** | 3 | 0 | 0 |" in done.stdout

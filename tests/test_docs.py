@@ -5,19 +5,20 @@ from __future__ import annotations
 import argparse
 import ast
 import json
-import os
 import re
 import runpy
 import shlex
-import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
 import typer
 from accelerate.commands.launch import launch_command_parser
 from documents import BLOCK, PAGES, ROOT, blocks, commands, commands_of
+from programs import go_offline, run_program
 from torch.distributed.run import get_args_parser
+from transformers import AutoConfig, AutoModelForSequenceClassification
 
 from hf_compressm.cli import app
 from hf_compressm.runs.evaluation import parse_evaluation
@@ -38,24 +39,11 @@ def program(page: Path, shell: bool = True) -> str:
     return "\n".join(lines)
 
 
-def run_program(text: str, folder: Path) -> str:
-    """What it prints."""
-    offline = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(
-        [sys.executable, "-c", text],
-        cwd=folder,
-        env=os.environ | offline,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done.stdout
-
-
 @pytest.mark.slow
-def test_the_tutorial_runs_in_order(tmp_path):
-    printed = run_program(program(ROOT / "docs/tutorial.md"), tmp_path)
+def test_the_tutorial_runs_in_order(tmp_path, monkeypatch, capsys):
+    go_offline(monkeypatch, tmp_path / "cache")
+    run_program(program(ROOT / "docs/tutorial.md"), tmp_path, monkeypatch)
+    printed = capsys.readouterr().out
     written = {path.relative_to(tmp_path / "outputs").as_posix() for path in tmp_path.rglob("outputs/**/*")}
     assert {"tutorial/report.html", "spectra.svg", "mamba-shell/config.json", "mamba-own/config.json"} <= written
     assert re.search(r"^\[CompreSSM\] Step 15: states \[64, 64\] .* -> .*, error bound <= .* per layer, .* s$",
@@ -65,12 +53,15 @@ def test_the_tutorial_runs_in_order(tmp_path):
 @pytest.mark.slow
 def test_the_adapter_of_the_page_is_right_trains_and_serves_the_shell(tmp_path, monkeypatch, capsys):
     page = ROOT / "docs/adapters.md"
-    run_program(program(page, shell=False), tmp_path)
+    go_offline(monkeypatch, tmp_path / "cache")
+    run_program(program(page, shell=False), tmp_path, monkeypatch)
     above, below, _ = page.read_text().partition("## Is it right?")
     assert below
     (tmp_path / "decay.py").write_text("\n".join(content for _, content in BLOCK.findall(above)))
-    monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [*sys.path])
+    # The program has registered the same classes in this process.
+    for auto in (AutoConfig, AutoModelForSequenceClassification):
+        monkeypatch.setattr(auto, "register", partial(auto.register, exist_ok=True))
     shown = [words for language, content in blocks(page) if language == "bash" for words in commands(content)]
     for words in shown:
         assert words[0] == "hf-compressm"

@@ -1,7 +1,9 @@
 """`stdlib_bytes`: a byte-level language model of the source of Python's own standard library. Needs no network."""
 
 import hashlib
+import os
 import sysconfig
+from collections.abc import Iterator
 from pathlib import Path
 
 from .language import language_metrics, packed_bytes, token_scores
@@ -47,12 +49,16 @@ def stdlib_bytes(*, length: int = 256, evaluation_bytes: int = 65536) -> Task:
 def _documents() -> dict[str, list[bytes]]:
     root = Path(sysconfig.get_paths()["stdlib"])
     found: dict[str, list[bytes]] = {"train": [], "validation": [], "test": []}
-    for path in sorted(root.rglob("*.py")):
-        relative = path.relative_to(root)
-        content = b"" if SKIPPED & set(relative.parts) else path.read_bytes()
-        if content:
-            found[_split_of(relative.as_posix())].append(content)
+    for path in sorted(_sources(root)):
+        if content := path.read_bytes():
+            found[_split_of(path.relative_to(root).as_posix())].append(content)
     return found
+
+
+def _sources(root: Path) -> Iterator[Path]:
+    for folder, subfolders, names in os.walk(root):
+        subfolders[:] = [name for name in subfolders if name not in SKIPPED]
+        yield from (Path(folder, name) for name in names if name.endswith(".py"))
 
 
 def _split_of(path: str) -> str:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import difflib
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -104,7 +106,7 @@ class Job:
 
     def fingerprint(self) -> str:
         """Hash of everything that decides the run's outcome, the runs that it needs included."""
-        parts: list[Any] = [load_yaml(self.task.config), self.task.options, self.seed]
+        parts: list[Any] = [_run_file(self.task.config), self.task.options, self.seed]
         for method in [self.method, *(self.task.methods[name] for name in self.method.needs)]:
             parts.append([method.kind, method.arguments, method.options])
         return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:16]
@@ -276,7 +278,7 @@ def make_job_run(job: Job, output: str | Path, model: Mapping[str, Any] | None =
     Raises:
         ValueError: as `parse_run`.
     """
-    content = load_yaml(job.task.config)
+    content = _run_file(job.task.config)
     layers = [job.task.options, job.method.options, {"model": dict(model or {})}]
     for options in layers:
         merged = {
@@ -296,6 +298,17 @@ def make_job_run(job: Job, output: str | Path, model: Mapping[str, Any] | None =
     }
     given = {name: value for name, value in content.items() if value is not None}
     return make_run(given, f"{job.task.config}, {job.method.name}")
+
+
+def _run_file(path: Path) -> dict[str, Any]:
+    """Return what a run file holds. It is read once while it does not change: a suite asks hundreds of times."""
+    stat = path.stat()
+    return copy.deepcopy(_read_run_file(path, stat.st_mtime_ns, stat.st_size))
+
+
+@lru_cache
+def _read_run_file(path: Path, changed: int, size: int) -> dict[str, Any]:
+    return load_yaml(path)
 
 
 def as_record(job: Job) -> dict[str, Any]:

@@ -7,6 +7,7 @@ import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -152,6 +153,11 @@ def _parse(
     return parsed, found
 
 
+@lru_cache
+def _option_parser(groups: tuple[Any, ...]) -> OptionParser:
+    return OptionParser(list(groups))  # takes 60 ms, and a suite needs one for each run
+
+
 class _StrictLoader(yaml.SafeLoader):
     """Refuses a key that is given twice, of which YAML takes the last."""
 
@@ -212,7 +218,7 @@ def check_options(
     for key in content:
         if key not in known:
             raise ValueError(f"{source}: unknown option {key!r}{did_you_mean(str(key), known)}")
-    parser = OptionParser(list(groups))
+    parser = _option_parser(tuple(groups))
     return {
         name: as_mapping(f"{source}: {name}", value)
         if name in mappings

@@ -27,18 +27,22 @@ def quoted(figure, measured):
     return any(abs(float(mean) - float(m)) <= half and abs(float(deviation) - float(d)) <= half for m, d in measured)
 
 
-@pytest.mark.parametrize("folder", EVIDENCE, ids=lambda folder: folder.name)
-def test_every_run_of_the_suite_has_its_result(folder):
-    planned = jobs(load_suite(ROOT / "configs" / "suites" / f"{folder.name}.yaml"))
-    records = current(read_records(folder / "results.jsonl"), planned)
+@pytest.fixture(scope="module", params=EVIDENCE, ids=lambda folder: folder.name)
+def evidence(request):
+    """A folder of results, its suite, the suite's runs, and the results of these as they are now."""
+    suite = load_suite(ROOT / "configs" / "suites" / f"{request.param.name}.yaml")
+    planned = jobs(suite)
+    return request.param, suite, planned, current(read_records(request.param / "results.jsonl"), planned)
+
+
+def test_every_run_of_the_suite_has_its_result(evidence):
+    _, _, planned, records = evidence
     missing = {job.key for job in planned} - {(r["task"], r["method"], r["seed"]) for r in records}
     assert not missing, "the suite or a run file has changed: run it again, and copy its results"
 
 
-@pytest.mark.parametrize("folder", EVIDENCE, ids=lambda folder: folder.name)
-def test_the_table_is_that_of_the_results(folder):
-    suite = load_suite(ROOT / "configs" / "suites" / f"{folder.name}.yaml")
-    records = current(read_records(folder / "results.jsonl"), jobs(suite))
+def test_the_table_is_that_of_the_results(evidence):
+    folder, suite, _, records = evidence
     assert (folder / "table.md").read_text() == results_table(suite, records)
 
 
