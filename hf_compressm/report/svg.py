@@ -1,4 +1,12 @@
-"""Small line and bar charts as SVG text, drawn for a width of 360 so that their letters stay readable on a phone."""
+"""Draw line and bar charts as SVG text, 360 units wide, so that their letters stay readable on a phone.
+
+Why not matplotlib, which draws the plots of suites and benchmarks? The same pages were drawn by it, with text kept as
+text, colours replaced by the page's variables and ids made unique. They look as good, light and dark, wide and on a
+phone. But pages of runs with 3, 24 and 64 layers weigh 155, 422 and 2,107 kB in place of 45, 263 and 443 kB, where at
+most 1,500 kB are wanted, and take 4.5, 15 and 60 s of processor time in place of 0.04, 0.12 and 0.14 s (matplotlib
+3.11.2, one thread of a busy x86-64 core). And every training that writes its report or card would need matplotlib,
+which is optional now.
+"""
 
 from __future__ import annotations
 
