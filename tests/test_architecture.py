@@ -31,7 +31,7 @@ ALLOWED = {
 EVERYWHERE = {"compatibility", "files", "moved", "progress"}
 FOREIGN = {
     "reduction": {"torch", "scipy"},
-    "ops": {"torch", "triton", "numba", "llvmlite", "mamba_ssm", "causal_conv1d", "numpy"},
+    "ops": {"torch", "triton", "numba", "llvmlite", "mamba_ssm", "causal_conv1d", "fla", "numpy"},
     "layers": {"torch"},
 }
 
