@@ -62,7 +62,7 @@ class Layout(NamedTuple):
 
 
 def chunk_layout(length: int, cu_seqlens: Tensor | None, chunk: int) -> Layout:
-    """The layout of sequences of `length` tokens, or of packed ones with the bounds `cu_seqlens` (sequences + 1,)."""
+    """The layout of sequences of `length` tokens, or of packed ones, whose bounds `cu_seqlens` have shape (n + 1,)."""
     if cu_seqlens is None:
         return Layout(chunk, None, [0, -(-length // chunk)])
     ends = cu_seqlens.tolist()
@@ -81,9 +81,9 @@ def most_chunks(length: int, sequences: int, chunk: int) -> int:
 class Chunk(NamedTuple):
     """Tensors of chunks: (n, M, C, ...) of all of them.
 
-    `into` and `reads` (.., C, K), erase keys and queries, meet the state before the chunk and hold the decay since then;
-    `writes` (.., C, K), keys, hold the decay up to its end. `keep` (.., 1 or K, 1) is the decay of the whole chunk, and
-    `erased` N and `mixed` P (.., C, C) belong to pairs of its tokens.
+    `into` and `reads` (.., C, K), erase keys and queries, meet the state before the chunk and hold the decay since
+    then; `writes` (.., C, K), keys, hold the decay up to its end. `keep` (.., 1 or K, 1) is the decay of the whole
+    chunk, and `erased` N and `mixed` P (.., C, C) belong to pairs of its tokens.
     """
 
     into: Tensor

@@ -36,7 +36,7 @@ def naive_gated_delta_scan(
             state = state[sequence : sequence + 1]
         for t in range(end - begin):
             token = [tensor[:, t] for tensor in part]
-            output, state = _step(*token, state, scale)
+            output, state = _step(scale, state, *token)
             outputs.append(output)
         empty = v.new_zeros(len(v), v.shape[2], k.shape[3], v.shape[3], dtype=dtype)
         finals.append(empty if state is None else state)
@@ -60,11 +60,11 @@ def naive_gated_delta_step(
 
     Source: Yang, Kautz and Hatamizadeh 2024, arXiv 2412.06464, equation 10.
     """
-    return _step(q, k, v, g, beta, k if erase is None else erase, state, scale)
+    return _step(scale, state, q, k, v, g, beta, k if erase is None else erase)
 
 
 def _step(
-    q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, erase: Tensor, state: Tensor | None, scale: float | None
+    scale: float | None, state: Tensor | None, q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, erase: Tensor
 ) -> tuple[Tensor, Tensor]:
     per_group = v.shape[1] // k.shape[1]
     q, k, erase = (tensor.repeat_interleave(per_group, 1) for tensor in (q, k, erase))
