@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..backends import choose_backend, kernels
 from ..checks import check_devices, check_real
 from .op import check_keys
 
@@ -38,16 +39,29 @@ def gated_delta_step(
     """
     _check(q, k, v, g, beta, state, erase)
     scale = k.shape[2] ** -0.5 if scale is None else float(scale)
-    dtype, erase = state.dtype, k if erase is None else erase
-    like, per_group = v, v.shape[1] // k.shape[1]
-    q, k, v, g, beta, erase = (tensor.to(dtype) for tensor in (q, k, v, g, beta, erase))
-    by_group = state.unflatten(1, (-1, per_group))
-    q, k, erase = (tensor[:, :, None, :, None] for tensor in (q, k, erase))
-    decay = g.exp().unflatten(1, (-1, per_group))
-    by_group.mul_(decay[..., None] if g.ndim == 3 else decay[..., None, None])
-    error = v.unflatten(1, (-1, per_group)) - (by_group * erase).sum(3)
-    by_group.addcmul_(k, (beta.unflatten(1, (-1, per_group))[..., None] * error)[..., None, :])
-    return (scale * (by_group * q).sum(3)).reshape(like.shape).to(like.dtype)
+    dtype = state.dtype
+    wide = [tensor.to(dtype) for tensor in (q, k, k if erase is None else erase, v, g.exp(), beta)]
+    wide[4] = wide[4] if g.ndim == 3 else wide[4][..., None]
+    if state.is_contiguous() and not torch.compiler.is_compiling() and _on_cpu(state):
+        return kernels(__package__, "cpu").step(*wide, scale, state).to(v.dtype)
+    return _step(*wide, scale, state).to(v.dtype)
+
+
+def _on_cpu(state: Tensor) -> bool:
+    return choose_backend("gated_delta_step", None, state.device.type, ("naive", "cpu")) == "cpu"
+
+
+def _step(
+    q: Tensor, k: Tensor, e: Tensor, v: Tensor, decay: Tensor, beta: Tensor, scale: float, state: Tensor
+) -> Tensor:
+    """As `step` of the CPU, with tensors of any strides."""
+    groups = k.shape[1]
+    states = state.unflatten(1, (groups, -1))
+    v, decay, beta = (tensor.unflatten(1, (groups, -1)) for tensor in (v, decay, beta[..., None]))
+    q, k, e = (tensor[:, :, None, :, None] for tensor in (q, k, e))
+    states.mul_(decay[..., None])
+    states.addcmul_(k, (beta * (v - (states * e).sum(3)))[..., None, :])
+    return (scale * (states * q).sum(3)).flatten(1, 2)
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, state: Tensor, erase: Tensor | None) -> None:
