@@ -15,7 +15,7 @@ ALONE = 1 << 18
 
 
 def step(
-    q: Tensor, k: Tensor, e: Tensor, v: Tensor, decay: Tensor, beta: Tensor, scale: float, state: Tensor
+    scale: float, state: Tensor, q: Tensor, k: Tensor, e: Tensor, v: Tensor, decay: Tensor, beta: Tensor
 ) -> Tensor:
     """Output (B, H, V) of one token; updates `state` (B, H, K, V), which is contiguous.
 
@@ -25,8 +25,9 @@ def step(
     output = state.new_empty(v.shape)
     arrays = [tensor.flatten(0, 1).contiguous().numpy() for tensor in (q, k, e, v, decay)]
     arguments = (*arrays, beta.flatten().numpy(), scale, state.flatten(0, 1).numpy(), output.flatten(0, 1).numpy())
+    heads = v.shape[0] * v.shape[1]
     if state.numel() <= ALONE:
-        gated_delta_step_kernel(0, len(arguments[-1]), *arguments)
+        gated_delta_step_kernel(0, heads, *arguments)
     else:
-        run_units(gated_delta_step_kernel, len(arguments[-1]), *arguments)
+        run_units(gated_delta_step_kernel, heads, *arguments)
     return output

@@ -43,8 +43,8 @@ def gated_delta_step(
     wide = [tensor.to(dtype) for tensor in (q, k, k if erase is None else erase, v, g.exp(), beta)]
     wide[4] = wide[4] if g.ndim == 3 else wide[4][..., None]
     if state.is_contiguous() and not torch.compiler.is_compiling() and _on_cpu(state):
-        return kernels(__package__, "cpu").step(*wide, scale, state).to(v.dtype)
-    return _step(*wide, scale, state).to(v.dtype)
+        return kernels(__package__, "cpu").step(scale, state, *wide).to(v.dtype)
+    return _step(scale, state, *wide).to(v.dtype)
 
 
 def _on_cpu(state: Tensor) -> bool:
@@ -52,7 +52,7 @@ def _on_cpu(state: Tensor) -> bool:
 
 
 def _step(
-    q: Tensor, k: Tensor, e: Tensor, v: Tensor, decay: Tensor, beta: Tensor, scale: float, state: Tensor
+    scale: float, state: Tensor, q: Tensor, k: Tensor, e: Tensor, v: Tensor, decay: Tensor, beta: Tensor
 ) -> Tensor:
     """As `step` of the CPU, with tensors of any strides."""
     groups = k.shape[1]
