@@ -6,22 +6,20 @@ What the commands run is imported when they run, so that `--help` loads neither 
 from __future__ import annotations
 
 import dataclasses
-import functools
 import inspect as introspection
 import json
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .runs.arguments import EXIT_CODES, TRACEBACK_HELP, DataSource, as_mapping, did_you_mean, errors_as_lines
+from .runs.arguments import EXIT_CODES, TRACEBACK_HELP, did_you_mean, errors_as_lines
+from .runs.command_options import DataOptions, InspectionData, ModelOptions, SizeOptions, take_groups
 
 if TYPE_CHECKING:
-    from .hub import Exported, Form
-    from .surgery import Policy
+    from .hub import ExportResult, Form
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False)
 
@@ -55,45 +53,29 @@ def _usage_message(error: Any) -> str:
     return f"unknown option {error.option_name}{did_you_mean(error.option_name, near)}"
 
 
+def _set_progress_bars() -> None:
+    """Show this package's progress bars alone."""
+    from huggingface_hub.constants import HF_HUB_DISABLE_PROGRESS_BARS
+    from huggingface_hub.utils import enable_progress_bars
+    from transformers.utils import logging
+
+    from .progress import GROUP
+
+    logging.disable_progress_bar()
+    if not HF_HUB_DISABLE_PROGRESS_BARS:  # the variable has priority, and huggingface_hub would warn
+        enable_progress_bars(GROUP)
+
+
 def command(name: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Register a command whose arguments of dataclass type are groups of options, one for each field."""
+    """Register a function as a command; see `take_groups`."""
 
     def register(function: Callable[..., None]) -> Callable[..., None]:
-        hints, parameters = get_type_hints(function, include_extras=True), []
-        groups: dict[str, Any] = {name: hint for name, hint in hints.items() if dataclasses.is_dataclass(hint)}
-        for parameter in introspection.signature(function).parameters.values():
-            if parameter.name in groups:
-                parameters += _fields_as_parameters(groups[parameter.name])
-            else:
-                parameters.append(parameter.replace(annotation=hints[parameter.name], kind=parameter.KEYWORD_ONLY))
-
-        @functools.wraps(function)
-        def run(**given: Any) -> None:
-            for group, made in groups.items():
-                given[group] = made(**{field.name: given.pop(field.name) for field in dataclasses.fields(made)})
-            _set_progress_bars()
-            function(**given)
-
-        run.__doc__ = f"{introspection.getdoc(function)}\n\n{EXIT_CODES} {TRACEBACK_HELP}"
-        run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
-        vars(run)["__signature__"] = introspection.Signature(parameters)
-        app.command(name)(run)
+        taking = take_groups(function, _set_progress_bars)
+        taking.__doc__ = f"{introspection.getdoc(function)}\n\n{EXIT_CODES} {TRACEBACK_HELP}"
+        app.command(name)(taking)
         return function
 
     return register
-
-
-def _fields_as_parameters(group: Any) -> list[introspection.Parameter]:
-    hints, kind = get_type_hints(group, include_extras=True), introspection.Parameter.KEYWORD_ONLY
-    return [
-        introspection.Parameter(
-            field.name,
-            kind,
-            annotation=hints[field.name],
-            default=[] if field.default is dataclasses.MISSING else field.default,
-        )
-        for field in dataclasses.fields(group)
-    ]
 
 
 @app.callback()
@@ -107,121 +89,13 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print the result as one JS
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the model that the folder holds.")]
 
 
-@dataclass(frozen=True)
-class DataOptions:
-    """Options about the data that selective layers are ranked on."""
-
-    data: Annotated[
-        str | None,
-        typer.Option(
-            help="Data to rank the states of selective layers on: a registered task, or a text file, parquet file or "
-            "folder of them, read with the model's own tokenizer. MIMO SSM models need none."
-        ),
-    ] = None
-    task_options: Annotated[str | None, typer.Option(help="Options of the task, as a JSON object.")] = None
-    data_dir: Annotated[str | None, typer.Option(help="Local folder with the task's data, instead of the hub.")] = None
-    batches: Annotated[int, typer.Option(help="Number of batches to rank the states on.")] = DataSource.batches
-    batch_size: Annotated[int, typer.Option(help="Sequences in a batch.")] = DataSource.batch_size
-    length: Annotated[
-        int | None, typer.Option(help="Tokens in a sequence. Default: what the task says, or 512 for files.")
-    ] = None
-    seed: Annotated[int, typer.Option(help="Seed of the task's data and of their order.")] = DataSource.seed
-
-    def source(self) -> DataSource | None:
-        """Return where the data come from; None if there are none.
-
-        Raises:
-            ValueError: if task options are not a JSON object, or are given without data.
-        """
-        if self.data is None:
-            if self.task_options is not None or self.data_dir is not None:
-                raise ValueError("--task-options and --data-dir belong to the task that --data names")
-            return None
-        settings = dataclasses.asdict(self)
-        options = as_mapping("--task-options", settings.pop("task_options"))
-        return DataSource(name=settings.pop("data"), options=options, **settings)
-
-
-@dataclass(frozen=True)
-class InspectionData(DataOptions):
-    """Options about the data to inspect a model on: as many batches as the callback takes."""
-
-    batches: Annotated[int, typer.Option(help="Number of batches to rank the states on.")] = 2
-
-
-@dataclass(frozen=True)
-class ModelOptions:
-    """Options about how a model is loaded and run."""
-
-    device: Annotated[
-        str, typer.Option(help="Device to run on, as torch names it; auto takes a GPU if there is one.")
-    ] = "auto"
-    fast_ops: Annotated[
-        bool,
-        typer.Option("--fast-ops/--no-fast-ops", help="Run stock selective layers by this package's ops meanwhile."),
-    ] = True
-    imports: Annotated[
-        list[str],
-        typer.Option(
-            "--import",
-            metavar="MODULE",
-            help="Module, or path of a .py file, that registers a model and an adapter of your own; may be given "
-            "several times. Its code is run.",
-        ),
-    ] = field(default_factory=list)
-
-    def import_modules(self) -> None:
-        """Import the user's modules.
-
-        Raises:
-            ValueError: if one does not exist.
-        """
-        from .runs.user_code import import_user_module
-
-        for name in self.imports:
-            import_user_module(name)
-
-
-@dataclass(frozen=True)
-class SizeOptions:
-    """Options about how many states stay."""
-
-    tau: Annotated[float | None, typer.Option(help="Share of the sum of singular values that may go.")] = None
-    target: Annotated[
-        float | None,
-        typer.Option("--target-state-size", "--target", help="Mean number of states per layer to reach."),
-    ] = None
-    fraction: Annotated[float | None, typer.Option(help="Share of every layer's states to keep.")] = None
-    min_state_size: Annotated[int, typer.Option(help="Smallest number of states that a layer may keep.")] = 1
-    multiple_of: Annotated[
-        int | None,
-        typer.Option(help="Round state sizes up to a multiple of this. Default: what the layers' kernels want."),
-    ] = None
-    uniform: Annotated[
-        bool | None, typer.Option(help="Cut all layers to one common size. Default: only if the class needs it.")
-    ] = None
-
-    def policy(self) -> Policy:
-        """Return how much to cut.
-
-        Raises:
-            ValueError: if not exactly one amount is given, or it is out of its range.
-        """
-        from .surgery.policies import choose_policy
-
-        names = ("--tau", "--target-state-size", "--fraction")
-        chosen = choose_policy(self.tau, self.target, self.fraction, names)
-        if chosen is None:
-            raise ValueError(f"give exactly one of {names[0]}, {names[1]} and {names[2]}, not none")
-        return chosen
-
-
 @command("inspect")
 def inspect(
     model: Model,
+    *,
     tau: Annotated[list[float], typer.Option(help="Tolerance to try; may be given several times.")] = [0.01, 0.05, 0.1],  # noqa: B006
-    data: InspectionData = InspectionData(),
-    options: ModelOptions = ModelOptions(),
+    data: InspectionData,
+    options: ModelOptions,
     plot: Annotated[
         Path | None, typer.Option(help="SVG file to write, with the singular values and what would be kept.")
     ] = None,
@@ -290,10 +164,11 @@ def card(
 @command("compress")
 def compress(
     model: Model,
+    *,
     output: Annotated[Path, typer.Option(help="Folder for the compressed model.")],
-    data: DataOptions = DataOptions(),
-    sizes: SizeOptions = SizeOptions(),
-    options: ModelOptions = ModelOptions(),
+    data: DataOptions,
+    sizes: SizeOptions,
+    options: ModelOptions,
     refit_steps: Annotated[
         int | None,
         typer.Option(
@@ -391,19 +266,6 @@ def push(
     _print(dataclasses.asdict(done), f"{_describe(done)}\npushed to {done.url} as {done.commit[:8]}", as_json)
 
 
-def _set_progress_bars() -> None:
-    """Show this package's progress bars alone."""
-    from huggingface_hub.constants import HF_HUB_DISABLE_PROGRESS_BARS
-    from huggingface_hub.utils import enable_progress_bars
-    from transformers.utils import logging
-
-    from .progress import GROUP
-
-    logging.disable_progress_bar()
-    if not HF_HUB_DISABLE_PROGRESS_BARS:  # the variable has priority, and huggingface_hub would warn
-        enable_progress_bars(GROUP)
-
-
 def _form(name: str) -> Form:
     from .hub import Form
 
@@ -418,7 +280,7 @@ def _given(**options: Any) -> dict[str, Any]:
     return {name: value for name, value in options.items() if value is not None}
 
 
-def _describe(done: Exported) -> str:
+def _describe(done: ExportResult) -> str:
     return f"{done.architecture}, {done.form.value}, states {' '.join(map(str, done.state_sizes))}"
 
 

@@ -11,11 +11,15 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from .moved import old_names
+
+__getattr__ = old_names(__name__)
+
 PARTIAL_SUFFIX = ".partial"
 """Ending of the name of a file that is still being written."""
 
 
-def checked_output(output: Path, model: str, overwrite: bool) -> Path:
+def check_output(output: Path, model: str, overwrite: bool) -> Path:
     """Return the full path of a folder that a model can be written to.
 
     Args:

@@ -61,7 +61,10 @@ MODULES: dict[str, tuple[str, ...]] = {
 """Modules of this package that are gone, and where their names are looked for, in this order."""
 
 NAMES: dict[str, dict[str, str]] = {
+    "files": {"checked_output": "files:check_output"},
     "hub": {
+        "Exported": "hub.export:ExportResult",
+        "Pushed": "hub.upload:PushResult",
         "RunRecord": "report",
         "describe_environment": "report",
         "keep_card": "report",
@@ -72,6 +75,8 @@ NAMES: dict[str, dict[str, str]] = {
         "write_card": "report",
         "write_report": "report",
     },
+    "hub.export": {"Exported": "hub.export:ExportResult"},
+    "hub.upload": {"Pushed": "hub.upload:PushResult"},
     "models.classification": {"in_form": "models.outputs"},
     "models.selective": {
         "SCHEMES": "models.selective_config",

@@ -1,4 +1,4 @@
-"""A saved model as a folder to share: with the modelling code that it needs, or as a stock transformers model."""
+"""Write a saved model as a folder to share: with the modelling code that it needs, or as a stock transformers model."""
 
 from __future__ import annotations
 
@@ -10,12 +10,15 @@ from typing import Any
 
 from huggingface_hub import snapshot_download
 
-from ..files import checked_output, new_folder
+from ..files import check_output, new_folder
 from ..models import to_stock
 from ..models.saved import is_stock, load_checkpoint, load_tokenizer
+from ..moved import old_names
 from ..surgery import state_sizes
 
-CARRIED = (
+__getattr__ = old_names(__name__)
+
+FILES_BESIDE = (
     "README.md",
     "LICENSE*",
     "NOTICE*",
@@ -26,7 +29,7 @@ CARRIED = (
     "*.png",
     "*.svg",
 )
-"""What is taken along from a model's folder beside model and tokenizer. Nothing else: training arguments, for one, are
+"""Files of a model's folder that are copied beside model and tokenizer. No others: training arguments, for example, are
 a pickle that may hold a token."""
 
 
@@ -43,7 +46,7 @@ class Form(str, Enum):
 
 
 @dataclass(frozen=True)
-class Exported:
+class ExportResult:
     """What was written.
 
     Attributes:
@@ -59,27 +62,33 @@ class Exported:
     files: list[str]
 
 
-def export(model: str, output: str | Path, to: Form | None = None, overwrite: bool = False) -> Exported:
-    """Write a saved model into a folder that is complete or not there: weights, config, code, tokenizer, card.
+def export(model: str, output: str | Path, to: Form | None = None, overwrite: bool = False) -> ExportResult:
+    """Write weights, config, code, tokenizer and card of a saved model to a folder; after an error there is no folder.
 
     Args:
         model: folder or hub name of a saved model, of this package's classes or a stock one.
         output: folder to write.
-        to: what loading the result may need; by default nothing for stock models, and for others their code.
+        to: what loading the result may need; by default nothing for stock models, and their code for others.
         overwrite: replace a model that the folder already holds.
 
     Raises:
         ValueError: if the model's class is unknown or cannot be had in that form, or weights are missing.
         OSError: if there is no such model, or the folder is in use.
     """
-    folder = checked_output(Path(output), model, overwrite)
+    folder = check_output(Path(output), model, overwrite)
     loaded = load_checkpoint(model)
     with new_folder(folder) as partial:
         return write(loaded, model, partial, to)
 
 
-def write(model: Any, source: str, folder: Path, to: Form | None = None) -> Exported:
-    """Write a loaded model and what stands beside it where it came from, in the given form.
+def write(model: Any, source: str, folder: Path, to: Form | None = None) -> ExportResult:
+    """Write a loaded model in the given form, and copy the files that stand beside the saved one.
+
+    Args:
+        model: the loaded model.
+        source: folder or hub name that it was loaded from.
+        folder: folder to write to.
+        to: as of `export`.
 
     Raises:
         ValueError: if the model is not one of state-space layers, or cannot be had in that form.
@@ -103,11 +112,11 @@ def write(model: Any, source: str, folder: Path, to: Form | None = None) -> Expo
     if (tokenizer := load_tokenizer(source)) is not None:
         tokenizer.save_pretrained(folder)
     files = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
-    return Exported(form, type(model).__name__, sizes, files)
+    return ExportResult(form, type(model).__name__, sizes, files)
 
 
 def _beside(source: str) -> list[Path]:
     folder = Path(source).expanduser()
     if not folder.is_dir():
-        folder = Path(snapshot_download(source, allow_patterns=list(CARRIED)))
-    return sorted({path for pattern in CARRIED for path in folder.glob(pattern) if path.is_file()})
+        folder = Path(snapshot_download(source, allow_patterns=list(FILES_BESIDE)))
+    return sorted({path for pattern in FILES_BESIDE for path in folder.glob(pattern) if path.is_file()})

@@ -1,4 +1,4 @@
-"""A saved model to the hub: everything that belongs together in one commit, so that no interruption splits it."""
+"""Upload a saved model to the hub, everything in one commit, so that an interruption never leaves half a model."""
 
 from __future__ import annotations
 
@@ -13,9 +13,12 @@ from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, Mo
 from huggingface_hub.utils import validate_repo_id
 
 from ..models.saved import load_checkpoint
-from .export import Exported, Form, write
+from ..moved import old_names
+from .export import ExportResult, Form, write
 
-OWNED = (
+__getattr__ = old_names(__name__)
+
+FILES_OF_A_MODEL = (
     "config.json",
     "generation_config.json",
     "compression.json",
@@ -28,23 +31,23 @@ OWNED = (
     "pytorch_model*.bin.index.json",
     "adapter_*",
 )
-"""What describes one model. Such a file of an earlier push that the new model lacks is deleted in the same commit:
-transformers would prefer one old weight file to new shards."""
+"""Files that belong to one model. Those of an earlier push that the new model lacks are deleted in the same commit:
+transformers would load an old weight file in place of new shards."""
 
 
 TIMEOUT = 120.0
-"""Seconds; huggingface_hub itself would wait for ever."""
+"""Seconds without an answer after which an upload is given up; huggingface_hub itself would wait for ever."""
 
 
 @dataclass(frozen=True)
-class Pushed(Exported):
+class PushResult(ExportResult):
     """What was pushed.
 
     Attributes:
         repo_id: full name of the repository.
         url: its address.
         commit: hash of the commit that holds the model.
-        deleted: names of the earlier model's files that went.
+        deleted: names of files of the earlier model that were deleted.
     """
 
     repo_id: str
@@ -63,7 +66,7 @@ def push(
     message: str | None = None,
     token: str | None = None,
     timeout: float = TIMEOUT,
-) -> Pushed:
+) -> PushResult:
     """Put a saved model into a hub repository, created if need be, as one commit.
 
     If it is interrupted the repository holds what it held before, and the same call again completes it: files that
@@ -96,18 +99,18 @@ def push(
     loaded, api = load_checkpoint(model), HfApi(token=token)
     with tempfile.TemporaryDirectory(prefix="hf_compressm-") as scratch:
         exported = write(loaded, model, Path(scratch), to)
-        with _explained(repo_id, token, timeout):
+        with _explain_errors(repo_id, token, timeout):
             present = _repository(api, repo_id, private, revision, timeout)
         if private and not present.private:
             raise ValueError(
                 f"{present.id} exists and is public; make it private in its settings, or leave --private out"
             )
-        with _explained(repo_id, token, timeout):
+        with _explain_errors(repo_id, token, timeout):
             return _commit(api, Path(scratch), exported, present, revision, message)
 
 
 def _repository(api: HfApi, repo_id: str, private: bool, revision: str | None, timeout: float) -> ModelInfo:
-    """The repository as it is, and new if there was none."""
+    """Find the repository, or create it."""
     repo_id = api.create_repo(repo_id, private=private or None, exist_ok=True).repo_id
     if revision is not None:
         api.create_branch(repo_id, branch=revision, exist_ok=True)
@@ -115,10 +118,10 @@ def _repository(api: HfApi, repo_id: str, private: bool, revision: str | None, t
 
 
 def _commit(
-    api: HfApi, folder: Path, exported: Exported, present: ModelInfo, revision: str | None, message: str | None
-) -> Pushed:
+    api: HfApi, folder: Path, exported: ExportResult, present: ModelInfo, revision: str | None, message: str | None
+) -> PushResult:
     there = {file.rfilename for file in present.siblings or []} - set(exported.files)
-    stale = sorted(name for name in there if any(fnmatch(name, pattern) for pattern in OWNED))
+    stale = sorted(name for name in there if any(fnmatch(name, pattern) for pattern in FILES_OF_A_MODEL))
     # Not upload_folder: with Xet it may split a folder into several commits.
     commit = api.create_commit(
         present.id,
@@ -132,17 +135,17 @@ def _commit(
         parent_commit=present.sha,
     )
     url = f"{api.endpoint}/{present.id}"
-    return Pushed(**vars(exported), repo_id=present.id, url=url, commit=commit.oid, deleted=stale)
+    return PushResult(**vars(exported), repo_id=present.id, url=url, commit=commit.oid, deleted=stale)
 
 
 @contextmanager
-def _explained(repo_id: str, token: str, timeout: float) -> Iterator[None]:
-    """Turn whatever stops an upload, also silence, into one line that says what it means, without the token."""
+def _explain_errors(repo_id: str, token: str, timeout: float) -> Iterator[None]:
+    """Turn any error of an upload, and silence, into one line that says what became of the repository; no token."""
     try:
-        with _limited(timeout):
+        with _limit_silence(timeout):
             yield
     except Exception as error:
-        # What kept a large file from arriving is only in the cause.
+        # For a large file only the cause says what went wrong.
         told = [error, error.__cause__] if type(error) is RuntimeError and error.__cause__ else [error]
         if any("Timeout" in type(part).__name__ for part in told):
             told = [TimeoutError(f"the hub did not answer within {timeout:g} s")]
@@ -159,8 +162,8 @@ def _explained(repo_id: str, token: str, timeout: float) -> Iterator[None]:
 
 
 @contextmanager
-def _limited(timeout: float) -> Iterator[None]:
-    """Let the client that huggingface_hub shares give up after some seconds of silence."""
+def _limit_silence(timeout: float) -> Iterator[None]:
+    """Let huggingface_hub's shared client give up after some seconds without an answer."""
     client = get_session()
     before, client.timeout = client.timeout, timeout
     try:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..data import Task
-from ..files import checked_output, new_folder, write_json
+from ..files import check_output, new_folder, write_json
 from ..models import CompreSSMMambaForCausalLM, to_stock
 from ..models.automatic import by_fast_ops
 from ..models.saved import is_stock, load_model, load_tokenizer
@@ -123,7 +123,7 @@ def _check(job: CompressionJob) -> Path:
         raise ValueError("there is nothing to evaluate on: give --data")
     check_source(job.data)
     check_saved_model(job.model, job.policy, job.constraints.minimum)
-    return checked_output(job.output, job.model, job.overwrite)
+    return check_output(job.output, job.model, job.overwrite)
 
 
 def _load(job: CompressionJob) -> Any:
