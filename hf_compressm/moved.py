@@ -88,7 +88,11 @@ NAMES: dict[str, dict[str, str]] = {
     "runs.compression": {"run": "runs.compression:compress_saved_model"},
     "runs.data_source": {"calibration": "runs.data_source:draw_calibration"},
     "runs.evaluation": {"execute": "runs.evaluation:run_evaluation"},
-    "runs.finetuning": {"execute": "runs.finetuning:run_finetuning"},
+    "runs.finetuning": {
+        "add_lora": "runs.healing",
+        "default_targets": "runs.healing",
+        "execute": "runs.finetuning:run_finetuning",
+    },
     "runs.pretraining": {"execute": "runs.pretraining:run_pretraining"},
     "ops.diag_scan": {"diag_system": "ops.diag_system"},
 }

@@ -30,7 +30,7 @@ PUBLISHED = {  # layers, features, states, steps, batch, dropout
 @pytest.mark.parametrize("path", PAPER, ids=lambda path: path.stem)
 def test_two_steps_on_stand_in_files(path, tmp_path, monkeypatch):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
-    options = "--max_steps 2 --per_device_train_batch_size 2 --eval_strategy no --save_strategy no --cut_steps 1"
+    options = "--max_steps 2 --per_device_train_batch_size 1 --eval_strategy no --save_strategy no --cut_steps 1"
     run = parse_run([str(path), *options.split(), "--use_cpu", "true", "--output_dir", str(tmp_path / "out")])
     name = run.arguments.task
     task = load_task(name, data_dir=write_stand_in(name, tmp_path / name), **(run.task_options | SHORT.get(name, {})))

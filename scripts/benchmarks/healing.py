@@ -22,7 +22,8 @@ from hf_compressm import compress
 from hf_compressm.baselines import rival_cut
 from hf_compressm.report.text_tables import markdown_table, mean_and_deviation
 from hf_compressm.runs.data_source import draw_calibration, evaluate, load_data
-from hf_compressm.runs.finetuning import heal, parse_finetune
+from hf_compressm.runs.finetuning import parse_finetune
+from hf_compressm.runs.healing import heal
 from hf_compressm.runs.pretraining import parse_run
 
 OWN = {"refitted": 60, "closed form": 0}

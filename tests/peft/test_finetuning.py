@@ -11,7 +11,8 @@ from transformers import AutoModelForCausalLM, Trainer
 
 from hf_compressm import state_sizes
 from hf_compressm.runs.evaluation import parse_evaluation, run_evaluation
-from hf_compressm.runs.finetuning import add_lora, default_targets, parse_finetune, run_finetuning
+from hf_compressm.runs.finetuning import parse_finetune, run_finetuning
+from hf_compressm.runs.healing import add_lora, default_targets
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIG = str(ROOT / "configs" / "runs" / "finetune" / "stdlib_mamba.yaml")
