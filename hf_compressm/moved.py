@@ -44,7 +44,7 @@ MODULES: dict[str, tuple[str, ...]] = {
     "reproduction.stability": ("reproduction.ranking_stability",),
     "reproduction.tables": ("reproduction.summary",),
     "run_file": ("runs.run_file",),
-    "surgery.base": ("surgery.peft.base_model",),
+    "surgery.base": ("surgery.base_model",),
     "surgery.calibration": ("surgery.statistics",),
     "surgery.lora": ("surgery.peft.lora",),
     "surgery.lru": ("surgery.adapters.lru",),
@@ -53,9 +53,9 @@ MODULES: dict[str, tuple[str, ...]] = {
     "surgery.refusals": ("surgery.adapters.refusals",),
     "surgery.selective": ("surgery.adapters.selective",),
     "surgery.tuners": ("surgery.peft.tuners",),
-    "training.checkpoint": ("training.checkpoints.resume",),
+    "training.checkpoint": ("training.checkpoints.resume", "training.checkpoints.contents"),
     "training.survival": ("training.checkpoints.durable",),
-    "training.verification": ("training.checkpoints.verification",),
+    "training.verification": ("training.checkpoints.verification", "training.checkpoints.contents"),
     "user_code": ("runs.user_code",),
 }
 """Modules of this package that are gone, and where their names are looked for, in this order."""

@@ -1,4 +1,7 @@
-"""Rivals of compression while training, each from its formula: for comparisons with the plain Trainer."""
+"""Other methods to make models smaller, each from its formula: for comparisons with the plain Trainer.
+
+Source: each module names its own.
+"""
 
 from .distillation import DistillationCallback
 from .hankel_norm import HankelNormCallback, hankel_nuclear_norm

@@ -89,7 +89,7 @@ def _cholesky(P: Tensor) -> Tensor:
 
 
 def layer_systems(layers: list[LRU]) -> tuple[Tensor, Tensor, Tensor]:
-    """Systems of layers of one size, in float64 and stacked, with all poles brought above the real axis."""
+    """Poles (K, N), B (K, N, H) and C (K, H, N) of K layers of one size, complex128, all poles above the real axis."""
     parts = {name: torch.stack([getattr(layer, name).double() for layer in layers]) for name in _PARAMETERS}
     poles = torch.exp(torch.complex(-parts["nu_log"].exp(), parts["theta_log"].exp()))
     # y = Re(C h) cannot tell a mode from its conjugate; see `upper_half_plane`.
@@ -158,7 +158,7 @@ class HankelNormCallback(LossHookCallback):
         run = self.of_run(state)
         if run is not None and run.last is not None:
             value, run.last = float(run.last), None
-            log_to_trackers({"hankel_norm": value})
+            log_to_trackers(running_trainer(), {"hankel_norm": value})
 
 
 @dataclass

@@ -1,4 +1,7 @@
-"""Callbacks that change the loss a model returns while an unmodified Trainer trains it."""
+"""A callback that replaces the loss of a model while an unmodified Trainer trains it.
+
+Source: hooks of torch.nn.Module; the methods built on this name their own.
+"""
 
 from __future__ import annotations
 
@@ -32,13 +35,16 @@ class LossHookCallback(TrainerCallback):
         """Called when training starts; `new_loss` and `of_run` give back what it returns."""
 
     def new_loss(self, model: nn.Module, inputs: dict[str, Any], output: Any, run: Any) -> Tensor:
-        """The loss to train by.
+        """The loss to train by, a scalar tensor ().
 
         Args:
             model: the model, without wrappers.
             inputs: keyword arguments of its forward pass, `num_items_in_batch` among them where the Trainer gives it.
             output: what the model returned, with `loss`.
             run: what `prepare` returned for this training.
+
+        Raises:
+            NotImplementedError: unless a subclass defines it.
         """
         raise NotImplementedError
 
@@ -47,14 +53,8 @@ class LossHookCallback(TrainerCallback):
         hook = self._runs.of(state)
         return None if hook is None else hook.run
 
-    def on_train_begin(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        model: Any = None,
-        **kwargs: Any,
-    ) -> None:
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
+        model: Any = kwargs["model"]
         trainer = running_trainer()
         if args.label_smoothing_factor or getattr(trainer, "compute_loss_func", None) is not None:
             raise ValueError(

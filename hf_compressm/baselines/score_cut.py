@@ -1,4 +1,7 @@
-"""Cuts by published scores: of a trained model, and by a callback while the plain Trainer trains it."""
+"""Cut by published scores: a trained model, or by a callback while the plain Trainer trains it.
+
+Source: `selection` names the paper of each score.
+"""
 
 from __future__ import annotations
 
@@ -23,13 +26,13 @@ from ..surgery import (
 )
 from ..surgery import record_keys as keys
 from ..surgery.parameters import outside_inference_mode
-from ..surgery.peft.lora import effective_site, followed
 from ..training import CompressionConfig
 from ..training.calibration import Batches, TrainingData
 from ..training.distributed import processes, refuse_unsupported
 from ..training.records import CutLoss
+from ..training.reporting import mean_size
 from ..training.run_state import PerRun
-from ..training.trainer_log import log_to_trackers
+from ..training.trainer_log import log_to_trackers, running_trainer
 from .selection import METHODS, check_method, gather_rival_statistics, rival_selection
 
 
@@ -44,7 +47,7 @@ def rival_cut(
     step: int | None = None,
     statistics: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Leave in each mixer the states with the largest score, with all else as it is.
+    """Keep in each mixer the states with the largest score, and change nothing else.
 
     Args:
         model: a model with supported mixers.
@@ -96,14 +99,11 @@ def _new_sizes(model: nn.Module, sites: Sequence[MixerSite], order: int | Mappin
 
 
 def _kept(site: MixerSite, kept: list[list[int]]) -> MixerReduction:
-    plain = effective_site(site)
-    keep = getattr(plain.adapter, "keep", None)
-    if keep is None:
-        raise TypeError(
-            f"{type(plain.adapter).__name__}, the adapter of {site.name}, cannot keep single states: it needs a method "
-            "keep(mixer, kept) that returns a ParameterChange by parameter name; see MambaAdapter.keep"
-        )
-    return followed(site, MixerReduction(keep(plain.mixer, kept)))
+    plain = site.without_lora()
+    try:
+        return site.with_lora(MixerReduction(plain.adapter.keep(plain.mixer, kept)))
+    except NotImplementedError as error:
+        raise TypeError(f"{site.name}: {error}") from error
 
 
 class RivalCutCallback(TrainerCallback):
@@ -114,8 +114,8 @@ class RivalCutCallback(TrainerCallback):
 
     Args:
         method: a score; see `rival_selection`.
-        target_state_size: states of every layer after the last cut, >= 1; the way is walked in equal ratios. Layers
-            that have no more are left alone.
+        target_state_size: states of every layer after the last cut, >= 1; each cut shrinks a layer by the same factor.
+            Layers that have no more are not changed.
         cut_steps: optimizer steps at which to cut. None: four equidistant ones in the first 10% of training.
         calibration_batches: training batches on which the states of selective layers are ranked, >= 1.
 
@@ -145,15 +145,8 @@ class RivalCutCallback(TrainerCallback):
         )
         self._data: PerRun[TrainingData] = PerRun()
 
-    def on_train_begin(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        model: Any = None,
-        optimizer: Any = None,
-        **kwargs: Any,
-    ) -> None:
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
+        model: Any = kwargs["model"]
         if processes() > 1:
             raise NotImplementedError(
                 f"RivalCutCallback is for comparisons in a single process; {processes()} train. Start one process, or "
@@ -163,20 +156,13 @@ class RivalCutCallback(TrainerCallback):
         if state.global_step > 0:
             raise ValueError("RivalCutCallback cannot go on with a run that was interrupted; start it afresh")
         check_method(model, self.method)
-        check_parameters(model, optimizer)
+        check_parameters(model, kwargs.get("optimizer"))
         attempts = self._config.attempt_steps(state.max_steps)  # raises if no step is in the window
         data = TrainingData(kwargs.get("train_dataloader"), self._config.calibration_batches)
-        self._data.begin(state, data).follow(model, attempts[0])
+        self._data.begin(state, data).follow(running_trainer(), model, attempts[0])
 
-    def on_step_end(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        model: Any = None,
-        optimizer: Any = None,
-        **kwargs: Any,
-    ) -> None:
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
+        model: Any = kwargs["model"]
         step, data = state.global_step, self._data.of(state)
         attempts = self._config.attempt_steps(state.max_steps)
         if step not in attempts or data is None:
@@ -185,12 +171,13 @@ class RivalCutCallback(TrainerCallback):
         if not orders:
             return
         batches = data.batches(step) if needs_calibration(model) else None
-        loss = CutLoss(lambda: data.batches(step) if batches is None else batches)
+        trainer = running_trainer()
+        loss = CutLoss(trainer, lambda: data.batches(step) if batches is None else batches)
         loss.measure(keys.LOSS_BEFORE, model)
         generator = torch.Generator().manual_seed(args.seed * 1_000_003 + step)
-        rival_cut(model, self.method, orders, batches, optimizer, generator, step)
+        rival_cut(model, self.method, orders, batches, kwargs.get("optimizer"), generator, step)
         loss.measure(keys.LOSS_AFTER, model)
-        log_to_trackers(loss.values | {keys.MEAN_STATE_SIZE: sum(sizes := state_sizes(model)) / len(sizes)})
+        log_to_trackers(trainer, loss.values | {keys.MEAN_STATE_SIZE: mean_size(state_sizes(model))})
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

@@ -1,4 +1,4 @@
-"""Published scores for states: keep those with the largest, with the read-out as it is.
+"""Rank states by published scores; those with the largest stay, and the read-out does not change.
 
 Scores made for time-invariant layers (LAST, AIRE, the mean-LTI surrogate) are applied to the modes of `LRU` layers, and
 to the mean system of a selective layer, whose time step, B and C are their means over tokens. Shapes: B batch, L
@@ -45,6 +45,11 @@ class RivalStatistics:
 
     @torch.no_grad()
     def observe(self, mixer: nn.Module, hidden_states: Tensor, attention_mask: Tensor | None) -> None:
+        """Add one batch of a mixer's inputs: (B, L, H), and a mask (B, L), zero at padding.
+
+        Raises:
+            ReductionError: if a sum is NaN or infinite.
+        """
         signals: Signals = selective_signals(mixer, hidden_states, attention_mask)
         batch, length, channels = signals.u.shape
         real = real_tokens(attention_mask, hidden_states)
@@ -90,7 +95,7 @@ def _check_method(method: str, allowed: tuple[str, ...]) -> None:
 
 
 def gather_rival_statistics(model: nn.Module, batches: Any = None) -> dict[str, RivalStatistics | DiagonalSystem]:
-    """What the scores need of each mixer, by name: statistics over calibration batches, or an `LRU` layer's system.
+    """Input of the scores for each mixer, by name: statistics over calibration batches, or an `LRU` layer's system.
 
     Args:
         model: a model with supported mixers.

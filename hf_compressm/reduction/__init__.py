@@ -1,4 +1,7 @@
-"""Model order reduction on tensors: Gramians, balanced truncation, orders, tracking. Knows no model."""
+"""Model order reduction on tensors: Gramians, balanced truncation, orders, tracking. Knows no model.
+
+Source: arXiv 2510.02823; each module names its own.
+"""
 
 from .balanced import (
     Balancing,

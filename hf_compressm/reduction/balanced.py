@@ -41,7 +41,7 @@ class Balancing:
         return self.singular_values.shape[0]
 
     def spectrum(self) -> Tensor:
-        """All N singular values, float64, descending; those at rounding level are zero."""
+        """All singular values, float64 (N,), descending; those at rounding level are zero."""
         values = self.singular_values.new_zeros(self.system.order)
         values[: self.rank] = self.singular_values
         return values
@@ -149,7 +149,7 @@ def excited_modes(system: DiagonalSystem) -> Tensor:
 
 
 def inside_unit_circle(poles: Tensor, margin: float = 1e-12) -> Tensor:
-    """Pull poles that rounding has put on or outside the circle of radius 1 - margin back onto it.
+    """Move poles (N,) that rounding has put outside the circle of radius 1 - margin back onto it.
 
     In exact arithmetic truncation never does that; in float64 it can for poles within rounding of the circle.
     """

@@ -135,6 +135,11 @@ def low_rank_basis(G: Tensor, W: Tensor, order: int) -> tuple[Tensor, Tensor]:
 
     Returns:
         L and R, float64 (r, N). Rows beyond the numerical rank are zero.
+
+    Raises:
+        ValueError: if the order is out of range.
+
+    Source: Tombs and Postlethwaite 1987 (Int. J. Control 46), the square-root method.
     """
     if not 1 <= order <= len(G):
         raise ValueError(f"order must lie between 1 and the number of states {len(G)}; got {order}")

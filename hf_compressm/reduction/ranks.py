@@ -1,4 +1,4 @@
-"""How many states to keep in each layer, and which.
+"""Choose how many states to keep in each layer, and which.
 
 A spectrum is a float64 tensor (N,) of Hankel singular values in descending order, one per layer.
 """
@@ -94,7 +94,7 @@ class SizeConstraints:
 
 
 def numerical_rank(spectrum: Tensor) -> int:
-    """Number of nonzero singular values of a spectrum."""
+    """Number of nonzero singular values of a spectrum (N,)."""
     return int((spectrum > 0).sum())
 
 

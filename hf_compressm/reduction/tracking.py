@@ -1,4 +1,4 @@
-"""Following balanced states from one training step to a later one, and how settled their ranking is."""
+"""Match balanced states between two training steps, and measure how much their ranking changed."""
 
 from __future__ import annotations
 
@@ -60,6 +60,9 @@ def rank_stability(partner: Tensor, depth: int) -> float:
     Args:
         partner: long (k,), result of `match_states`; both rankings are by descending singular value.
         depth: number of leading states that matter, >= 1.
+
+    Raises:
+        ValueError: if depth is below 1.
 
     Source: Fagin, Kumar, Sivakumar, Comparing top k lists (SIAM J. Discrete Math. 17, 2003).
     """

@@ -1,4 +1,4 @@
-"""How far Hankel singular values can move between two Gramians that are close: Weyl's inequality."""
+"""Bound the change of Hankel singular values between two pairs of Gramians by Weyl's inequality."""
 
 from __future__ import annotations
 

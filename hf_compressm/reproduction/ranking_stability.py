@@ -16,6 +16,7 @@ from ..surgery import find_mixers, measure_mixers, needs_calibration, state_size
 from ..training.calibration import Batches, calibration_batches
 from ..training.distributed import gather_together, processes
 from ..training.run_state import PerRun
+from ..training.trainer_log import running_trainer
 from .rankings import MOVES, Ranking, agreement, kept_agreement, match, mean, mean_of, next_step, rankings
 
 SHARES = (0.0, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
@@ -103,7 +104,7 @@ class RankRecorder(TrainerCallback):
                 f"layers went from {study.sizes} to {sizes} states while their ranking was recorded, and rankings can "
                 "only be compared at full size; train without CompreSSMCallback (--no_compress)"
             )
-        measured = measure_mixers(model, gather_together(model, study.batches))
+        measured = measure_mixers(model, gather_together(model, study.batches, trainer=running_trainer()))
         adapters = {site.name: site.adapter for site in find_mixers(model)}
         step, found = state.global_step, {name: rankings(adapters[name], m) for name, m in measured.items()}
         if (before := study.measured.get(step - 1)) is not None:

@@ -19,16 +19,18 @@ from ..moved import old_names
 from ..reduction import SizeConstraints
 from ..report.text_tables import aligned_table
 from ..surgery import (
+    CutSettings,
     Policy,
     apply_plan,
     check_parameters,
     history,
+    make_plan,
     save_base_model,
     state_sizes,
 )
 from ..surgery.policies import choose_policy
 from ..surgery.refit import STEPS
-from ..training.distributed import plan_together, processes
+from ..training.distributed import TrainingTeam, processes
 from .arguments import DataSource
 from .checks import check_lora, check_saved_model, check_source
 from .data_source import draw_calibration, evaluate, load_data
@@ -162,8 +164,8 @@ def run_finetuning(run: FinetuneRun) -> FinetuneResult:
     task = load_data(run.source(), model, tokenizer)
     scores = {"before": _scores(model, task, training)}
     sizes_before = state_sizes(model)
-    if run.policy() is not None:
-        _cut(model, task, run)
+    if (policy := run.policy()) is not None:
+        _cut(model, task, run, policy)
         scores["cut"] = _scores(model, task, training)
     trainer, metrics = heal(model, task, run)
     adapted: Any = trainer.model
@@ -184,16 +186,16 @@ def _check(run: FinetuneRun) -> None:
     check_apart(output, name)
 
 
-def _cut(model: nn.Module, task: Task, run: FinetuneRun) -> None:
+def _cut(model: nn.Module, task: Task, run: FinetuneRun, policy: Policy) -> None:
     check_parameters(model)
-    plan = plan_together(
-        model,
-        draw_calibration(model, run.source(), task, run.training.process_index, processes()),
-        run.arguments.refit_steps,
-        policy=run.policy(),
-        constraints=SizeConstraints(minimum=run.arguments.min_state_size),
+    settings = CutSettings(
+        policy,
+        SizeConstraints(minimum=run.arguments.min_state_size),
+        refit_steps=run.arguments.refit_steps,
         fast_ops=run.arguments.fast_ops,
     )
+    batches = draw_calibration(model, run.source(), task, run.training.process_index, processes())
+    plan = make_plan(model, settings=settings, calibration=batches, team=TrainingTeam())
     apply_plan(model, None, plan)
 
 

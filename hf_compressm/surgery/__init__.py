@@ -1,7 +1,23 @@
-"""Surgery on live models and optimizers: measure, plan, cut, undo."""
+"""Surgery on live models and optimizers: measure, plan, cut, undo.
 
-from .adapters import lru as _lru  # noqa: F401  registers its adapter
-from .adapters import refusals as _refusals  # noqa: F401
+A cut goes through here once. `make_plan` measures every mixer and computes its reduced parameters, changing nothing;
+`apply_plan` puts them into model and optimizer, and returns the record. `compress` does both.
+
+Imports within the package go one way; each line uses only lines above it:
+
+- `record_keys`, `changes`, `policies`, `batches`
+- `peft/`: LoRA around weights that change
+- `adapters/`: one file for each family of mixers
+- `optimizer`, `gradients`, `owners`
+- `parameters`
+- `history`, `resize`
+- `refit`, `snapshot`
+- `statistics`
+- `team`, `base_model`
+- `plan`
+"""
+
+from . import adapters as _adapters  # noqa: F401  registers them
 from .adapters.base import (
     Measurement,
     MixerAdapter,
@@ -19,30 +35,24 @@ from .adapters.base import (
 from .adapters.mamba import MambaAdapter
 from .adapters.mamba2 import CompreSSMMamba2Adapter, StockMamba2Adapter
 from .adapters.selective import Signals, selective_signals
+from .base_model import mixer_state, restore_mixer_state, save_base_model
 from .changes import ParameterChange, Term
 from .history import append_history, history, last_sizes, merged, original_sizes, set_history
 from .optimizer import unwrap_optimizer
 from .owners import Owner, find_owners, with_ties
-from .peft.base_model import mixer_state, restore_mixer_state, save_base_model
+from .parameters import check_parameters
 from .peft.tuners import has_tuners
-from .plan import (
-    CompressionPlan,
-    LayerPlan,
-    apply_plan,
-    check_parameters,
-    compress,
-    make_plan,
-    measure_mixers,
-    measure_model,
-)
+from .plan import CompressionPlan, CutSettings, LayerPlan, apply_plan, compress, make_plan
 from .policies import Energy, Fraction, Policy, Target
 from .resize import check_fixed_tensors, resize_mixers, sizes_in_state_dict
 from .snapshot import Snapshot
-from .statistics import gather_statistics, needs_calibration, undisturbed
+from .statistics import gather_statistics, measure_mixers, measure_model, needs_calibration, undisturbed
+from .team import Team
 
 __all__ = [
     "CompreSSMMamba2Adapter",
     "CompressionPlan",
+    "CutSettings",
     "Energy",
     "Fraction",
     "LayerPlan",
@@ -60,6 +70,7 @@ __all__ = [
     "Statistics",
     "StockMamba2Adapter",
     "Target",
+    "Team",
     "Term",
     "append_history",
     "apply_plan",

@@ -1,4 +1,4 @@
-"""What of a training batch a model is called with to gather statistics; sequences packed into one are taken apart.
+"""Select the model inputs of a calibration batch, and unpack sequences that are packed into one row.
 
 Shapes: batch B, length L.
 """
@@ -25,8 +25,8 @@ _LIBRARIES = ("transformers.", "hf_compressm.", "transformers_modules.")
 def model_inputs(model: nn.Module, batch: Any) -> Iterator[dict[str, Any]]:
     """Keyword arguments of the forward passes that read a batch: one, or some for a batch of packed sequences.
 
-    Fields that the model's forward does not name are left out, as are labels, unless it cannot do without; what saves
-    work is added. A forward with `**kwargs` of a model of your own gets all fields.
+    Fields that the model's forward does not name are left out, as are labels, unless it requires them; use_cache=False
+    and logits_to_keep=1 are added where it has them. A forward with `**kwargs` of a model of your own gets all fields.
 
     Sequences that are packed into one row (as `position_ids` that begin anew, `seq_idx` or `cu_seq_lens_q` tell) are
     read as rows of their own, of similar lengths together, padded on the right.

@@ -1,4 +1,4 @@
-"""What a reduction does to one parameter: its new value, and the linear map from old gradients to new ones.
+"""The change of one parameter in a cut: its new value, and the linear map from old gradients to new ones.
 
 If the loss depends on old parameters p and the reduced model behaves like p ~ M q for new parameters q, then the
 gradient with respect to q is M^T times that with respect to p. Optimizer moments are averages of gradients and of
@@ -39,11 +39,11 @@ class Term:
     scale: float = 1.0
 
     def __call__(self, old: Tensor) -> Tensor:
-        """Apply the map to a tensor shaped like the old parameter."""
+        """Apply the map to a tensor (old shape); gives (new shape)."""
         return self._apply(old, lambda factor: factor, self.scale)
 
     def squared(self, old: Tensor) -> Tensor:
-        """Apply the map with every entry squared, as second moments of uncorrelated gradients transform."""
+        """Apply the map with every entry squared to a tensor (old shape), as second moments transform."""
         return self._apply(old, lambda factor: factor.square(), self.scale**2)
 
     def _apply(self, old: Tensor, entry: Callable[[Tensor], Tensor], scale: float) -> Tensor:
@@ -58,7 +58,7 @@ class Term:
 
 @dataclass(frozen=True)
 class ParameterChange:
-    """A parameter's new value and how its gradient follows from the old gradients of the same mixer.
+    """A parameter's new value, and the map from the old gradients of the same mixer to its own.
 
     Attributes:
         value: new value, any shape; it takes the dtype and device of the parameter it replaces.
@@ -72,11 +72,11 @@ class ParameterChange:
     rows: Term | None = None
 
     def map_first(self, old: Mapping[str, Tensor]) -> Tensor:
-        """New gradient, or first moment, from the old ones by parameter name."""
+        """New gradient or first moment, (new shape), from old ones (old shape) by parameter name."""
         return self._sum(old, Term.__call__)
 
     def map_second(self, old: Mapping[str, Tensor]) -> Tensor:
-        """New second moment from the old ones by parameter name."""
+        """New second moment, (new shape), from old ones (old shape) by parameter name."""
         return self._sum(old, Term.squared)
 
     def _sum(self, old: Mapping[str, Tensor], apply: Callable[[Term, Tensor], Tensor]) -> Tensor:

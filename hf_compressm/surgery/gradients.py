@@ -1,4 +1,4 @@
-"""Gradients that were formed before a cut, carried through it, so that an accumulation may go on after it."""
+"""Carry gradients through a cut, so that an accumulation that is under way may go on after it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ logger = logging.get_logger(__name__)
 def carried_gradients(
     changes: Mapping[str, ParameterChange], old: Mapping[str, nn.Parameter]
 ) -> dict[str, Tensor | None]:
-    """What the gradients of replaced parameters are in the reduced mixer, by name; None where none was formed.
+    """Gradients (new shape) of replaced parameters in the reduced mixer, by name; None where there was none.
 
     Args:
         changes: by parameter name within the mixer.
@@ -39,7 +39,7 @@ def _carried(change: ParameterChange, old: Mapping[str, nn.Parameter], own: nn.P
 
 
 def warn_of_added(path: str, changes: Mapping[str, ParameterChange], present: Iterable[nn.Parameter]) -> None:
-    """Say which parameters are new, if others have gradients that they should have had as well."""
+    """Warn which parameters are new, and so start without a gradient, if others have gradients (any shape)."""
     added = [name for name, change in changes.items() if not change.gradient]
     if added and any(p.grad is not None and bool(p.grad.to_dense().any()) for p in present):
         logger.warning(
@@ -50,13 +50,13 @@ def warn_of_added(path: str, changes: Mapping[str, ParameterChange], present: It
 
 
 def set_gradient(parameter: nn.Parameter, gradient: Tensor | None) -> None:
-    """Give a parameter a gradient of its shape, on its device, of any dtype."""
+    """Set a parameter's gradient: (shape of the parameter), of any dtype; or None."""
     if gradient is not None and gradient.dtype != parameter.dtype:
         parameter.grad_dtype = gradient.dtype
     parameter.grad = None if gradient is None else gradient.to(parameter.device)
 
 
 def drop_gradients(model: nn.Module) -> None:
-    """Leave no parameter a gradient: those formed with weights that are gone fit no others."""
+    """Remove all gradients: those of weights that are gone belong to no other weights."""
     for parameter in model.parameters():
         parameter.grad = None

@@ -1,7 +1,7 @@
-"""The compression history: what was cut when, kept where the sizes are kept, so that every checkpoint carries it.
+"""The compression history: a record of every cut, kept in the configs that hold the sizes, so that checkpoints have it.
 
-A model may have several owners of mixers. Each keeps the part of a record that speaks of its own mixers, by their names
-within its module: saved and loaded by itself, that module has a history that fits it.
+A model may have several owners of mixers. Each keeps the part of a record about its own mixers, by their names within
+its module, so that this module can be saved and loaded alone.
 """
 
 from __future__ import annotations

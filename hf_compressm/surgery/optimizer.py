@@ -92,7 +92,7 @@ def unwrap_optimizer(optimizer: Any) -> torch.optim.Optimizer:
 
 
 def check_optimizer_class(cls: type) -> None:
-    """Refuse an optimizer whose state cannot be carried through a reduction.
+    """Raise for an optimizer whose state cannot be carried through a reduction.
 
     Quantised (8-bit), projected (GaLore, APOLLO), layer-wise, sharded and fused-backward optimizers hold their state in
     forms that a linear map of gradients does not act on.
@@ -110,15 +110,18 @@ def check_optimizer_class(cls: type) -> None:
 
 
 def carried_state(change: ParameterChange, sources: Mapping[str, State], own: State, optimizer_class: type) -> State:
-    """Optimizer state of a replaced parameter.
+    """Optimizer state of a replaced parameter: moments of its new shape, with everything else copied.
 
-    Moments go through the change; everything else (step counts, scalars) is copied.
+    First moments go through the change's map of gradients, second moments through its squared entries.
 
     Args:
         change: the parameter's change.
         sources: old optimizer state of the mixer's parameters, by name; empty dicts before the first step.
         own: old optimizer state of the parameter itself.
         optimizer_class: class of the unwrapped optimizer.
+
+    Raises:
+        ValueError: if the optimizer has a moment for some parameters of the layer only.
     """
     if not own:
         return {}
@@ -138,7 +141,7 @@ def swap_parameters(
     replaced: Mapping[nn.Parameter, nn.Parameter],
     states: Mapping[nn.Parameter, State],
 ) -> None:
-    """Put new parameters where old ones were, group by group and at the same position, with the given states.
+    """Replace parameters, of any shapes, at the same positions of their groups, with the given states.
 
     Args:
         optimizer: an unwrapped optimizer.
@@ -161,10 +164,10 @@ def swap_parameters(
 
 
 def insert_parameter(optimizer: torch.optim.Optimizer, mixer: nn.Module, new: nn.Parameter) -> None:
-    """Let a mixer's additional matrix join the group of the mixer's other matrices.
+    """Add a new matrix to the optimizer group of the mixer's other matrices.
 
-    It takes the place that `mixer.parameters()` gives it among its siblings, which is where an optimizer made afresh
-    would put it, so that optimizer checkpoints fit after a resume.
+    Its position among them is the one that it has in `mixer.parameters()`, where a new optimizer would put it, so that
+    optimizer checkpoints fit after a resume.
 
     Raises:
         ValueError: if no matrix of the mixer is in the optimizer.
@@ -184,7 +187,7 @@ def insert_parameter(optimizer: torch.optim.Optimizer, mixer: nn.Module, new: nn
 
 
 def remove_parameters(optimizer: torch.optim.Optimizer, removed: list[nn.Parameter]) -> None:
-    """Take parameters and their state out of the optimizer."""
+    """Remove parameters, of any shapes, and their state from the optimizer."""
     gone = {id(parameter) for parameter in removed}
     for group in optimizer.param_groups:
         group["params"] = [parameter for parameter in group["params"] if id(parameter) not in gone]

@@ -1,4 +1,4 @@
-"""Which config speaks of which mixers, and so where their state sizes and their history of cuts are kept.
+"""Find the config that describes each mixer: it holds the state size and the history of cuts.
 
 A mixer belongs to the nearest module with a config: its model, or the language model within a larger one. A config that
 several modules share, or of which an outer config holds a copy, is one owner. A mixer with no config above it remembers
@@ -53,7 +53,7 @@ class Owner:
         return site.name[len(self.path) :].lstrip(".") if self.path else site.name
 
     def write_sizes(self) -> None:
-        """Bring the configs in line with the live parameters."""
+        """Write the sizes of the live parameters to the configs."""
         for adapter, towers in self._by_adapter():
             shared = adapter.uniform or self._one_list(adapter, towers)
             sizes = [site.state_size for tower in (towers[:1] if shared else towers) for site in tower]
@@ -123,7 +123,7 @@ def find_owners(model: nn.Module, sites: Sequence[MixerSite] | None = None) -> l
 
 
 def write_sizes(model: nn.Module, sites: Sequence[MixerSite]) -> None:
-    """Bring all configs in line with the live parameters."""
+    """Write the sizes of the live parameters to all configs."""
     for owner in find_owners(model, sites):
         owner.write_sizes()
 

@@ -1,4 +1,4 @@
-"""Which parameters can be replaced by others of another shape, and what of the old one the new one keeps."""
+"""Check that a cut can replace parameters, and make the new parameters with the attributes of the old ones."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from .adapters.base import MixerSite
+from .adapters.base import MixerSite, find_mixers
+from .optimizer import unwrap_optimizer
 from .peft.lora import check_adapters
-from .peft.tuners import place
+from .peft.tuners import has_tuners, place
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -26,7 +27,7 @@ _COMPUTED = {
 
 
 def outside_inference_mode(function: Function) -> Function:
-    """A function whose results can be trained, even where it is called in `torch.inference_mode`."""
+    """Decorate a function so that its results can be trained even where it is called in `torch.inference_mode`."""
 
     @wraps(function)
     def wrapped(*args: Any, **kwargs: Any) -> Any:
@@ -39,9 +40,9 @@ def outside_inference_mode(function: Function) -> Function:
 
 
 def successor(old: nn.Parameter, value: Tensor) -> nn.Parameter:
-    """A parameter in place of another: of its dtype, device and requires_grad, with its attributes and hooks.
+    """Make the parameter that replaces another: of its dtype, device and requires_grad, with its attributes and hooks.
 
-    Hooks get the new gradient; handles that were handed out for them remove them still.
+    Hooks get the new gradient; handles of these hooks still remove them. The value is (new shape).
     """
     new = nn.Parameter(value.to(old, copy=True), requires_grad=old.requires_grad)
     vars(new).update(vars(old))
@@ -51,6 +52,54 @@ def successor(old: nn.Parameter, value: Tensor) -> nn.Parameter:
     if getattr(old, "grad_dtype", old.dtype) != old.dtype:
         new.grad_dtype = old.grad_dtype
     return new
+
+
+def check_parameters(model: nn.Module, optimizer: Any = None) -> None:
+    """Raise if a cut could not replace every reference to a parameter.
+
+    Raises:
+        ValueError: if a parameter of a mixer is shared with another module or, when there is an optimizer, is frozen
+            (unless PEFT trains the model, which freezes on purpose) or missing from it; if an adapter of PEFT around a
+            parameter cannot follow a cut; if a parameter is offloaded, quantised or of a class of its own. The message
+            names the parameter.
+        TypeError: if the optimizer's state cannot be carried.
+    """
+    owners: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        owners.setdefault(id(parameter), []).append(name)
+    held, adapted = None, has_tuners(model)
+    if optimizer is not None:
+        groups = unwrap_optimizer(optimizer).param_groups
+        held = {id(parameter) for group in groups for parameter in group["params"]}
+    for site in find_mixers(model):
+        check_replaceable(model, site, trained=optimizer is not None)
+        for name, parameter in site.parameters().items():
+            path = f"{site.name}.{name}"
+            if len(names := owners[id(parameter)]) > 1:
+                raise ValueError(
+                    f"{path} is shared by {', '.join(names)}; a shared state-space parameter cannot be cut. "
+                    "Give each layer its own parameter."
+                )
+            if held is not None and not parameter.requires_grad and not adapted:
+                raise ValueError(
+                    f"{path} is frozen (requires_grad=False), and training a cut of it would change what was meant "
+                    "to stay. Unfreeze it, or compress the model before or after training."
+                )
+            if held is not None and parameter.requires_grad and id(parameter) not in held:
+                raise ValueError(f"{path} is trainable but in no parameter group of the optimizer")
+
+
+def unloaded(like: Tensor, shape: torch.Size) -> Tensor:
+    """The value (shape) of a parameter that is still to be loaded: NaN in every entry, dtype and device of `like`.
+
+    A parameter that is never loaded cannot be taken for a trained one; `is_unloaded` finds it.
+    """
+    return like.new_full(shape, torch.nan)
+
+
+def is_unloaded(parameter: Tensor) -> bool:
+    """Whether a parameter (any shape) still has the value that `unloaded` gave it."""
+    return bool(parameter.isnan().all())
 
 
 def check_replaceable(model: nn.Module, site: MixerSite, trained: bool) -> None:
@@ -79,7 +128,7 @@ def check_replaceable(model: nn.Module, site: MixerSite, trained: bool) -> None:
             f"{site.name} has a layer without a plain weight ({error}), as quantisation and sharding leave it, so its "
             f"rows cannot be removed. {_WHOLE}"
         ) from error
-    check_adapters(model, site)
+    check_adapters(model, site.name, places)
     for name, (owner, attribute) in places.items():
         _check(f"{site.name}.{name}", owner, attribute, trained)
 

@@ -1,9 +1,9 @@
-"""A compression plan for a whole model: make it, apply it."""
+"""A cut of a whole model: `make_plan` measures and decides, `apply_plan` changes model and optimizer."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -11,23 +11,22 @@ from torch import Tensor, nn
 
 from ..progress import with_progress
 from ..reduction import Selection, SizeConstraints
-from .adapters.base import MixerReduction, ReductionError, find_mixers
+from .adapters.base import MixerReduction, MixerSite, ReductionError, find_mixers, state_sizes
 from .gradients import carried_gradients, warn_of_added
 from .history import append_history, original_sizes
 from .optimizer import State, carried_state, unwrap_optimizer
 from .owners import with_ties, write_sizes
-from .parameters import check_replaceable, outside_inference_mode
-from .peft.lora import effective_site, followed
-from .peft.tuners import has_tuners
+from .parameters import check_parameters, check_replaceable, outside_inference_mode
 from .policies import Energy, Policy, Target, describe_policy
 from .refit import STEPS, Recording, refit
 from .resize import replace_parameters
-from .statistics import Batches, gather_statistics
+from .statistics import Batches, measure_mixers
+from .team import Team
 
 
 @dataclass(frozen=True)
 class LayerPlan:
-    """What is to happen to one mixer.
+    """The planned change of one mixer.
 
     Attributes:
         name: the mixer's name in the model.
@@ -80,93 +79,105 @@ class CompressionPlan:
         }
 
 
-@outside_inference_mode
-def measure_model(
-    model: nn.Module,
-    calibration: Batches | None = None,
-    recordings: dict[str, Recording] | None = None,
-    fast_ops: bool = True,
-) -> dict[str, Any]:
-    """Measure every mixer: name -> measurement, with `.spectrum()` giving its Hankel singular values.
+@dataclass(frozen=True)
+class CutSettings:
+    """How much is cut, and how.
 
-    Args:
-        model: a model with supported mixers.
-        calibration: batches for mixers that are measured on data; see `gather_statistics`.
-        recordings: filled with what a refit needs, by mixer name, if given.
-        fast_ops: as in `compress`.
-
-    Raises:
-        ReductionError: naming the first layer that cannot be measured and why.
-        ValueError, TypeError: calibration batches that are missing, empty, too short or of the wrong fields.
+    Attributes:
+        policy: how many states each layer keeps.
+        constraints: minimum size, multiples, uniformity, smallest worthwhile change.
+        selection: which balanced states stay; "smallest" and "random" are controls for experiments.
+        generator: CPU generator for selection "random".
+        refit_steps: optimizer steps for which each reduced selective layer is refitted, >= 0; see `refit`.
+        fast_ops: let stock mixers run by this package's ops meanwhile, where that is exact.
     """
-    return measure_mixers(model, gather_statistics(model, calibration, recordings, fast_ops=fast_ops))
 
-
-def measure_mixers(model: nn.Module, statistics: Mapping[str, Any]) -> dict[str, Any]:
-    """Measure every mixer, from statistics by mixer name where it needs them.
-
-    Raises:
-        ReductionError: naming the first layer that cannot be measured and why.
-    """
-    measurements = {}
-    for site in with_progress(find_mixers(model), "measuring", "layer"):
-        try:
-            measurements[site.name] = site.adapter.measure(site.mixer, statistics.get(site.name))
-        except ReductionError as error:
-            raise ReductionError(f"{site.name}: {error}") from error
-    return measurements
+    policy: Policy = field(default_factory=Energy)
+    constraints: SizeConstraints = field(default_factory=SizeConstraints)
+    selection: Selection = "largest"
+    generator: torch.Generator | None = None
+    refit_steps: int = 0
+    fast_ops: bool = True
 
 
 @outside_inference_mode
 def make_plan(
     model: nn.Module,
-    policy: Policy | None = None,
-    constraints: SizeConstraints | None = None,
-    selection: Selection = "largest",
-    generator: torch.Generator | None = None,
-    attempts_left: int = 1,
+    *,
+    settings: CutSettings = CutSettings(),
     calibration: Batches | None = None,
-    refit_steps: int = 0,
-    measured: tuple[Mapping[str, Any], dict[str, Recording]] | None = None,
-    fast_ops: bool = True,
+    attempts_left: int = 1,
+    team: Team | None = None,
 ) -> CompressionPlan:
     """Measure a model and compute the reduced parameters of every layer that should shrink, changing nothing.
 
-    Arguments as in `compress`; `attempts_left` is the number of cuts, this one included, among which a policy that
-    walks to its goal shares the way; `measured`, if given, are measurements and recordings that stand for calibration
-    batches.
+    Args:
+        model: a model with supported mixers.
+        settings: how much is cut, and how.
+        calibration: batches of the model's inputs for mixers that are measured on data; see `gather_statistics`.
+        attempts_left: number of cuts, this one included, in which the policy's goal is to be reached, >= 1. Each
+            shrinks the layers by the same factor.
+        team: processes that plan together; None for one process alone.
 
     Raises:
-        ValueError: if the model has no compressible layer, or the policy cannot be met.
+        ValueError: if the model has no compressible layer, or the policy cannot be met; calibration batches that are
+            missing, empty, too short or of the wrong fields.
+        TypeError: a calibration batch that is not a mapping.
         ReductionError: if a layer cannot be measured or reduced; the message names it.
     """
-    policy, constraints = policy or Energy(), with_ties(model, constraints or SizeConstraints())
-    sites = find_mixers(model)
-    for site in sites:
+    team = team or Team()
+    constraints = with_ties(model, settings.constraints)
+    for site in find_mixers(model):
         check_replaceable(model, site, trained=False)
     recordings: dict[str, Recording] = {}
-    if measured is None:
-        measured = measure_model(model, calibration, recordings if refit_steps else None, fast_ops), recordings
-    measurements, recordings = measured
-    spectra = [measurements[site.name].spectrum() for site in sites]
-    sizes = [site.state_size for site in sites]
-    orders = policy.orders(spectra, original_sizes(model), constraints, attempts_left)
+    statistics = team.gather(model, calibration, recordings if settings.refit_steps else None, settings.fast_ops)
+
+    def decide() -> CompressionPlan:
+        measurements = measure_mixers(model, statistics)
+        team.check(measurements)
+        orders = _orders(model, measurements, settings.policy, constraints, attempts_left)
+        return _plan(model, measurements, orders, settings, recordings)
+
+    return team.decide(decide)
+
+
+def _orders(
+    model: nn.Module, measurements: Mapping[str, Any], policy: Policy, constraints: SizeConstraints, attempts_left: int
+) -> list[int]:
+    """The number of states that each layer is to have, in model order."""
+    spectra = [measurement.spectrum() for measurement in measurements.values()]
+    wanted = policy.orders(spectra, original_sizes(model), constraints, attempts_left)
+    return constraints.apply(wanted, state_sizes(model))
+
+
+def _plan(
+    model: nn.Module,
+    measurements: Mapping[str, Any],
+    orders: Sequence[int],
+    settings: CutSettings,
+    recordings: Mapping[str, Recording],
+) -> CompressionPlan:
+    sites = find_mixers(model)
     layers = []
-    parts = zip(sites, spectra, sizes, constraints.apply(orders, sizes), strict=True)
-    for site, spectrum, size, order in with_progress(parts, "reducing", "layer", len(sites)):
-        reduction = None
-        if order < size:
+    for site, order in with_progress(zip(sites, orders, strict=True), "reducing", "layer", len(sites)):
+        measurement, reduction = measurements[site.name], None
+        if order < site.state_size:
             try:
-                plain = effective_site(site)
-                reduction = site.adapter.reduce(plain.mixer, measurements[site.name], order, selection, generator)
-                if site.name in recordings:
-                    reduction = refit(plain, reduction, recordings[site.name], refit_steps, fast_ops)
-                reduction = followed(site, reduction)
+                reduction = _reduce(site, measurement, order, settings, recordings.get(site.name))
             except ReductionError as error:
                 raise ReductionError(f"{site.name}: {error}") from error
-        layers.append(LayerPlan(site.name, size, order, spectrum, reduction))
-    described = describe_policy(policy) | {"selection": selection}
-    return CompressionPlan(layers, described)
+        layers.append(LayerPlan(site.name, site.state_size, order, measurement.spectrum(), reduction))
+    return CompressionPlan(layers, describe_policy(settings.policy) | {"selection": settings.selection})
+
+
+def _reduce(
+    site: MixerSite, measurement: Any, order: int, settings: CutSettings, recording: Recording | None
+) -> MixerReduction:
+    plain = site.without_lora()
+    reduction = plain.adapter.reduce(plain.mixer, measurement, order, settings.selection, settings.generator)
+    if recording is not None:
+        reduction = refit(plain, reduction, recording, settings.refit_steps, settings.fast_ops)
+    return site.with_lora(reduction)
 
 
 @outside_inference_mode
@@ -216,7 +227,7 @@ def apply_plan(model: nn.Module, optimizer: Any, plan: CompressionPlan, step: in
 
 
 @outside_inference_mode
-def compress(
+def compress(  # public, and kept flat: a user gives two or three of these by name
     model: nn.Module,
     calibration: Batches | None = None,
     *,
@@ -275,40 +286,7 @@ def compress(
         raise ValueError(f"give target or policy, not both; got target={target} and policy={policy}")
     policy = Target(target) if target is not None else policy
     check_parameters(model, optimizer)
-    plan = make_plan(model, policy, constraints, selection, generator, 1, calibration, refit_steps, fast_ops=fast_ops)
-    return apply_plan(model, optimizer, plan, step)
-
-
-def check_parameters(model: nn.Module, optimizer: Any = None) -> None:
-    """Raise if a cut could not reach every reference to a parameter.
-
-    Raises:
-        ValueError: if a parameter of a mixer is shared with another module or, when there is an optimizer, is frozen
-            (unless PEFT trains the model, which freezes on purpose) or missing from it; if an adapter of PEFT around a
-            parameter cannot follow a cut; if a parameter is offloaded, quantised or of a class of its own. The message
-            names the parameter.
-        TypeError: if the optimizer's state cannot be carried.
-    """
-    owners: dict[int, list[str]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        owners.setdefault(id(parameter), []).append(name)
-    held, adapted = None, has_tuners(model)
-    if optimizer is not None:
-        groups = unwrap_optimizer(optimizer).param_groups
-        held = {id(parameter) for group in groups for parameter in group["params"]}
-    for site in find_mixers(model):
-        check_replaceable(model, site, trained=optimizer is not None)
-        for name, parameter in site.parameters().items():
-            path = f"{site.name}.{name}"
-            if len(names := owners[id(parameter)]) > 1:
-                raise ValueError(
-                    f"{path} is shared by {', '.join(names)}; a shared state-space parameter cannot be cut. "
-                    "Give each layer its own parameter."
-                )
-            if held is not None and not parameter.requires_grad and not adapted:
-                raise ValueError(
-                    f"{path} is frozen (requires_grad=False), and training a cut of it would change what was meant "
-                    "to stay. Unfreeze it, or compress the model before or after training."
-                )
-            if held is not None and parameter.requires_grad and id(parameter) not in held:
-                raise ValueError(f"{path} is trainable but in no parameter group of the optimizer")
+    settings = CutSettings(
+        policy or Energy(), constraints or SizeConstraints(), selection, generator, refit_steps, fast_ops
+    )
+    return apply_plan(model, optimizer, make_plan(model, settings=settings, calibration=calibration), step)

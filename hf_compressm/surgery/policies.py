@@ -1,8 +1,9 @@
-"""Order policies: from the spectra of all layers to the number of states each should keep."""
+"""Order policies: they choose, from the spectra of all layers, how many states each layer keeps."""
 
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -13,7 +14,42 @@ from ..reduction import SizeConstraints, energy_orders, numerical_rank, target_o
 
 
 @dataclass(frozen=True)
-class Energy:
+class Question:
+    """What a policy is asked.
+
+    Attributes:
+        spectra: per layer, the Hankel singular values of all N states, float64 (N,), descending.
+        original: per layer, the number of states before the first cut, >= 1.
+        constraints: what a state size must satisfy.
+        attempts_left: number of cuts, this one included, in which the goal is to be reached, >= 1.
+    """
+
+    spectra: Sequence[Tensor]
+    original: Sequence[int]
+    constraints: SizeConstraints
+    attempts_left: int = 1
+
+
+class OrderPolicy(ABC):
+    """Chooses the number of states of every layer."""
+
+    @abstractmethod
+    def answer(self, asked: Question) -> list[int]:
+        """Wanted orders, one per layer, before constraints."""
+
+    def orders(
+        self,
+        spectra: Sequence[Tensor],
+        original: Sequence[int],
+        constraints: SizeConstraints,
+        attempts_left: int = 1,
+    ) -> list[int]:
+        """Wanted orders, one per layer, before constraints. Arguments as in `Question`: spectra float64 (N,)."""
+        return self.answer(Question(spectra, original, constraints, attempts_left))
+
+
+@dataclass(frozen=True)
+class Energy(OrderPolicy):
     """Keep the fewest states whose singular values sum to at least (1 - tau) of the layer's total.
 
     Attributes:
@@ -26,19 +62,13 @@ class Energy:
         if not 0 < self.tau < 1:
             raise ValueError(f"tau must lie strictly between 0 and 1; got {self.tau}")
 
-    def orders(
-        self,
-        spectra: Sequence[Tensor],
-        original: Sequence[int],
-        constraints: SizeConstraints,
-        attempts_left: int = 1,
-    ) -> list[int]:
-        """Wanted orders, one per layer, before constraints."""
-        return energy_orders(spectra, self.tau)
+    def answer(self, asked: Question) -> list[int]:
+        """The fewest states that keep the share."""
+        return energy_orders(asked.spectra, self.tau)
 
 
 @dataclass(frozen=True)
-class Target:
+class Target(OrderPolicy):
     """Reach a mean state size over all layers, shared out by how slowly each layer's spectrum falls.
 
     Attributes:
@@ -51,23 +81,17 @@ class Target:
         if self.mean_state_size < 1:
             raise ValueError(f"the target state size must be at least 1; got {self.mean_state_size}")
 
-    def orders(
-        self,
-        spectra: Sequence[Tensor],
-        original: Sequence[int],
-        constraints: SizeConstraints,
-        attempts_left: int = 1,
-    ) -> list[int]:
-        """Wanted orders. With several attempts left the way to the target is walked in equal ratios."""
-        present = sum(map(len, spectra)) / len(spectra)
+    def answer(self, asked: Question) -> list[int]:
+        """Orders with the wanted mean. With several attempts left, each shrinks the mean by the same factor."""
+        present = sum(map(len, asked.spectra)) / len(asked.spectra)
         if self.mean_state_size >= present:
-            return [len(spectrum) for spectrum in spectra]
-        step = present * (self.mean_state_size / present) ** (1 / attempts_left)
-        return target_orders(spectra, max(step, constraints.minimum), constraints)
+            return [len(spectrum) for spectrum in asked.spectra]
+        step = present * (self.mean_state_size / present) ** (1 / asked.attempts_left)
+        return target_orders(asked.spectra, max(step, asked.constraints.minimum), asked.constraints)
 
 
 @dataclass(frozen=True)
-class Fraction:
+class Fraction(OrderPolicy):
     """Keep, in every layer alike, a share of the states that training began with.
 
     Attributes:
@@ -80,18 +104,12 @@ class Fraction:
         if not 0 < self.share < 1:
             raise ValueError(f"the fraction to keep must lie strictly between 0 and 1; got {self.share}")
 
-    def orders(
-        self,
-        spectra: Sequence[Tensor],
-        original: Sequence[int],
-        constraints: SizeConstraints,
-        attempts_left: int = 1,
-    ) -> list[int]:
-        """Wanted orders. With several attempts left the way is walked in equal ratios."""
+    def answer(self, asked: Question) -> list[int]:
+        """The share of each layer's states. With several attempts left, each shrinks a layer by the same factor."""
         orders = []
-        for spectrum, begun in zip(spectra, original, strict=True):
+        for spectrum, begun in zip(asked.spectra, asked.original, strict=True):
             present, final = len(spectrum), max(math.ceil(self.share * begun - 1e-9), 1)
-            step = math.ceil(present * (final / present) ** (1 / attempts_left) - 1e-9)
+            step = math.ceil(present * (final / present) ** (1 / asked.attempts_left) - 1e-9)
             orders.append(min(step, present, max(numerical_rank(spectrum), 1)))
         return orders
 

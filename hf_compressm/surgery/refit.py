@@ -1,4 +1,4 @@
-"""Refit a reduced mixer to what the full one put out on calibration data, before it goes into the model.
+"""Refit a reduced mixer to the outputs of the full one on calibration data, before it goes into the model.
 
 Few parameters are fitted, those of the states, to a target that the data already gives: no labels and no pass through
 the rest of the model. It recovers most where the read-out cannot be corrected in closed form, as in stock Mamba-2.
@@ -44,7 +44,7 @@ class Recording:
     tokens: int = 0
 
     def add(self, hidden_states: Tensor, output: Tensor, mask: Tensor | None) -> None:
-        """Take in a batch, whole sequences as far as there is room; the first one always has room."""
+        """Add inputs and outputs (B, L, H) and a mask (B, L), whole sequences while there is room, but at least one."""
         batch, length = hidden_states.shape[:2]
         if mask is not None:
             mask = real_tokens(mask, hidden_states)
@@ -59,7 +59,7 @@ class Recording:
             self.tokens += room * length
 
     def batches(self) -> list[tuple[Tensor, Tensor, Tensor | None]]:
-        """Inputs, outputs and masks in portions of about `BATCH_TOKENS` tokens."""
+        """Inputs (B, L, H), outputs (B, L, H) and masks (B, L) in portions of about `BATCH_TOKENS` tokens."""
         portions = []
         for inputs, outputs, mask in zip(self.inputs, self.outputs, self.masks, strict=True):
             size = max(BATCH_TOKENS // inputs.shape[1], 1)

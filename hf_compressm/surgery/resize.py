@@ -1,4 +1,4 @@
-"""Give mixers another number of states without regard to their values: for loading checkpoints and undoing cuts."""
+"""Replace the parameters of mixers, and resize mixers to load a checkpoint or undo a cut."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .adapters.base import MixerSite, find_mixers
 from .gradients import drop_gradients, set_gradient
 from .optimizer import State, insert_parameter, remove_parameters, swap_parameters
 from .owners import write_sizes
-from .parameters import outside_inference_mode, successor
+from .parameters import outside_inference_mode, successor, unloaded
 from .peft.tuners import fit_features, place, plain_shapes
 
 
@@ -24,10 +24,10 @@ def replace_parameters(
     states: Mapping[str, Mapping[str, State]] | None = None,
     gradients: Mapping[str, Mapping[str, Tensor | None]] | None = None,
 ) -> None:
-    """Replace parameters of mixers by new ones, in the modules and in the optimizer.
+    """Replace parameters of mixers by new ones (any shape), in the modules and in the optimizer.
 
-    A name whose attribute is None so far becomes a parameter, and joins the optimizer; a parameter that a cut replaces
-    but that has no new value is removed.
+    A name whose attribute is None so far becomes a parameter, and is added to the optimizer. A parameter that a cut
+    replaces, but for which there is no new value, is removed.
 
     Args:
         sites: the mixers, all or some.
@@ -63,15 +63,15 @@ def replace_parameters(
             for name in new:
                 if name not in old and new[name].requires_grad:
                     insert_parameter(optimizer, site.mixer, new[name])
-        site.adapter.resized(site.mixer, site.state_size)
+        site.adapter.update_size_attributes(site.mixer, site.state_size)
         fit_features(site.mixer)
 
 
 @outside_inference_mode
 def resize_mixers(model: nn.Module, sizes: Mapping[str, int], optimizer: torch.optim.Optimizer | None = None) -> None:
-    """Give the named mixers a number of states each, with values still to be loaded, and tell their configs.
+    """Resize the named mixers, with values that are `unloaded`, and write the sizes to their configs.
 
-    If anything changes, the gradients of the whole model are dropped: they are those of weights that are now gone.
+    If anything changes, the gradients of the whole model are dropped: they belong to weights that are gone.
 
     Args:
         model: any model with supported mixers.
@@ -81,7 +81,7 @@ def resize_mixers(model: nn.Module, sizes: Mapping[str, int], optimizer: torch.o
     sites = find_mixers(model)
     values = {
         site.name: {
-            name: next(site.mixer.parameters()).new_full(shape, torch.nan)  # what is never loaded must not pass
+            name: unloaded(next(site.mixer.parameters()), shape)
             for name, shape in site.shapes(sizes[site.name]).items()
         }
         for site in sites

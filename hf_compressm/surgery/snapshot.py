@@ -1,4 +1,4 @@
-"""Undo a cut: a copy of the model, its optimizer and its history, and the way back to it."""
+"""Undo a cut: copy a model, its optimizer and its history, and restore the copy."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ class Snapshot:
 
     @outside_inference_mode
     def restore(self, model: nn.Module, optimizer: Any = None) -> None:
-        """Bring weights, gradients, optimizer state and history back. Learning rates and schedules go on."""
+        """Restore weights, gradients, optimizer state and history. Learning rates and schedules go on."""
         inner = None if optimizer is None else unwrap_optimizer(optimizer)
         resize_mixers(model, self.sizes, inner)
         model.load_state_dict(self.tensors)

@@ -1,4 +1,4 @@
-"""Gather statistics of a live model on calibration batches without disturbing its training."""
+"""Measure the mixers of a live model, on calibration batches where they need them, without disturbing its training."""
 
 from __future__ import annotations
 
@@ -16,9 +16,45 @@ from ..models.automatic import by_fast_ops
 from ..progress import with_progress
 from .adapters.base import MixerSite, ReductionError, Statistics, find_mixers
 from .batches import model_inputs
+from .parameters import outside_inference_mode
 from .refit import Recording, output_of
 
 Batches = Iterable[Mapping[str, Any]]
+
+
+@outside_inference_mode
+def measure_model(
+    model: nn.Module,
+    calibration: Batches | None = None,
+    fast_ops: bool = True,
+) -> dict[str, Any]:
+    """Measure every mixer: name -> measurement, with `.spectrum()` giving its Hankel singular values.
+
+    Args:
+        model: a model with supported mixers.
+        calibration: batches for mixers that are measured on data; see `gather_statistics`.
+        fast_ops: as in `compress`.
+
+    Raises:
+        ReductionError: naming the first layer that cannot be measured and why.
+        ValueError, TypeError: calibration batches that are missing, empty, too short or of the wrong fields.
+    """
+    return measure_mixers(model, gather_statistics(model, calibration, fast_ops=fast_ops))
+
+
+def measure_mixers(model: nn.Module, statistics: Mapping[str, Any]) -> dict[str, Any]:
+    """Measure every mixer, from statistics by mixer name where it needs them.
+
+    Raises:
+        ReductionError: naming the first layer that cannot be measured and why.
+    """
+    measurements = {}
+    for site in with_progress(find_mixers(model), "measuring", "layer"):
+        try:
+            measurements[site.name] = site.adapter.measure(site.mixer, statistics.get(site.name))
+        except ReductionError as error:
+            raise ReductionError(f"{site.name}: {error}") from error
+    return measurements
 
 
 def needs_calibration(model: nn.Module) -> bool:

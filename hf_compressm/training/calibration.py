@@ -1,4 +1,4 @@
-"""Calibration batches from a run's own training data, without taking any from the training."""
+"""Draw calibration batches from a run's own training data, without taking any from the training."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from torch.utils.data import BatchSampler, DataLoader, IterableDataset, RandomSa
 
 from ..surgery import ReductionError, find_mixers, gather_statistics, needs_calibration
 from ..surgery.batches import model_inputs
-from .trainer_log import metrics_apart, running_trainer
+from .trainer_log import metrics_apart
 
 Batches = list[Mapping[str, Any]]
 
@@ -114,10 +114,10 @@ class _Part(Sampler[Any]):
 
 
 class TrainingData:
-    """Batches of one run's training data to measure on; nothing that the training will read is taken for it.
+    """Batches of one run's training data to measure on; none is taken from what the training will read.
 
-    Where the training's batches can be made again by index they are drawn apart, by `calibration_batches`. Of all else
-    (streams, loaders and batch samplers of one's own) the last batches that were trained on are kept: `follow` first.
+    Where the data can be read by index, batches are drawn by `calibration_batches`. For all else (streams, loaders and
+    batch samplers of one's own) the last batches that were trained on are kept; call `follow` before training.
 
     Args:
         dataloader: what the Trainer iterates over.
@@ -141,10 +141,11 @@ class TrainingData:
         whole = inner.batch_sampler is None and not isinstance(inner.sampler, BatchSampler)
         return _by_index(loader.dataset) and (whole or _rows(loader, self._part[1]) is not None)
 
-    def follow(self, model: nn.Module, seed: int) -> None:
-        """Make sure, before the first step, that the model can be measured on what the running Trainer trains it on.
+    def follow(self, trainer: Any, model: nn.Module, seed: int) -> None:
+        """Check, before the first step, that the model can be measured on what the Trainer trains it on.
 
         Args:
+            trainer: the Trainer; None outside of one.
             model: the model.
             seed: of the first measurement.
 
@@ -157,9 +158,9 @@ class TrainingData:
         if self.drawn:
             if needs_calibration(model):
                 batches = self.batches(seed)
-                check_batch(model, batches[0])
+                check_batch(trainer, model, batches[0])
                 _check_tokens(model, batches)
-        elif (trainer := running_trainer()) is not None:
+        elif trainer is not None:
             self._keep_trained(trainer, model)
 
     def batches(self, seed: int) -> Batches:
@@ -173,7 +174,7 @@ class TrainingData:
         return list(self._trained)
 
     def leave(self) -> None:
-        """Let go of the Trainer and the batches."""
+        """Stop following the Trainer, and drop the batches."""
         self._detach()
         self._detach = lambda: None
         self._trained.clear()
@@ -186,7 +187,7 @@ class TrainingData:
             if (data := reference()) is not None:  # an error may have ended the training that it belonged to
                 batch = copy.copy(inputs)
                 if not data._trained and needs_calibration(model):
-                    check_batch(model, batch)
+                    check_batch(trainer, model, batch)
                 data._trained.append(batch)
             return training_step(module, inputs, *args, **kwargs)
 
@@ -199,10 +200,10 @@ class TrainingData:
         trainer.training_step, self._detach = kept, detach
 
 
-def check_batch(model: nn.Module, batch: Any) -> None:
-    """Raise what would stop a measurement of the model on a batch like this one; states may still be NaN."""
+def check_batch(trainer: Any, model: nn.Module, batch: Any) -> None:
+    """Raise the error that a measurement of the model on a batch like this one would raise; states may still be NaN."""
     with suppress(ReductionError):  # a cut that meets this is passed over, and training goes on
-        gather_statistics(model, [batch], otherwise=as_the_trainer_does(model), complete=False, fast_ops=False)
+        gather_statistics(model, [batch], otherwise=as_the_trainer_does(model, trainer), complete=False, fast_ops=False)
 
 
 def _check_tokens(model: nn.Module, batches: Batches) -> None:
@@ -225,13 +226,12 @@ def _tokens(inputs: Mapping[str, Any]) -> int:
     return max(value.shape[:2].numel() for value in inputs.values() if isinstance(value, Tensor))
 
 
-def as_the_trainer_does(model: nn.Module) -> Callable[[Any], Any] | None:
-    """Function that runs the model on a batch through the running Trainer's loss; None outside of a Trainer."""
-    trainer = running_trainer()
+def as_the_trainer_does(model: nn.Module, trainer: Any) -> Callable[[Any], Any] | None:
+    """A function that runs the model on a batch through the Trainer's loss; None without a Trainer."""
     return None if trainer is None else lambda batch: trainer_loss(trainer, model, batch)
 
 
 def trainer_loss(trainer: Any, model: nn.Module, batch: Any) -> Any:
-    """The Trainer's loss of a batch; what it counts beside the loss is not counted."""
+    """The Trainer's loss of a batch, a scalar tensor (); other metrics of the Trainer are not changed."""
     with metrics_apart(trainer), trainer.compute_loss_context_manager():
         return trainer.compute_loss(model, trainer._prepare_inputs(copy.copy(batch)))

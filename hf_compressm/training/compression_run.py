@@ -1,7 +1,10 @@
-"""One training with `CompreSSMCallback`: its attempts, the cut that may be undone, the ranking's record, its timer."""
+"""What `CompreSSMCallback` keeps and does during one training: attempts to cut, rollback, ranking, timer."""
 
 from __future__ import annotations
 
+import weakref
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +17,13 @@ from transformers.utils import logging
 from ..compatibility import raise_recompile_limit
 from ..models.automatic import switch_back, switch_on
 from ..surgery import (
+    CompressionPlan,
     ReductionError,
     apply_plan,
     find_mixers,
     has_tuners,
     history,
-    measure_mixers,
+    make_plan,
     mixer_state,
     needs_calibration,
     original_sizes,
@@ -29,67 +33,77 @@ from ..surgery import (
     with_ties,
 )
 from ..surgery import record_keys as keys
+from ..surgery.parameters import is_unloaded
 from ..surgery.policies import check_target
-from .calibration import Batches, TrainingData
-from .checkpoints.resume import checkpoint_folder, load_callback_state, save_callback_state
-from .checkpoints.verification import check_history, exported_state, pending_work, read_exported
-from .config import CompressionConfig
-from .distributed import (
-    decided_by_rank_0,
-    find_ddp,
-    gather_together,
-    plan_together,
-    processes,
-    rebuild_reducer,
-    verify_replicas,
+from .calibration import TrainingData
+from .checkpoints.contents import (
+    checkpoint_folder,
+    exported_state,
+    load_callback_state,
+    read_exported,
+    save_callback_state,
 )
+from .checkpoints.verification import check_history, pending_work
+from .config import CompressionConfig
+from .distributed import TrainingTeam, find_ddp, processes, rebuild_reducer, verify_replicas
 from .records import CutLoss, keep_spectra
 from .reporting import mean_size, report_attempt, report_undo
 from .rollback import Rollback
-from .stability import StabilityTracker
+from .stability import NotSettledError, StabilityTracker
 from .timing import StepTimer, Stopwatch
-from .trainer_log import log_to_trackers, resumed_checkpoint, running_trainer
+from .trainer_log import log_to_trackers, resumed_checkpoint
 
 logger = logging.get_logger(__name__)
 
 
+@dataclass(frozen=True)
+class Training:
+    """A training that begins, as the Trainer's event tells of it.
+
+    Attributes:
+        args, state, model, optimizer: of the training.
+        dataloader: what the Trainer iterates over.
+        trainer: the Trainer; None if the event was called by hand.
+    """
+
+    args: TrainingArguments
+    state: TrainerState
+    model: nn.Module
+    optimizer: Any = None
+    dataloader: Any = None
+    trainer: Any = None
+
+
 class CompressionRun:
-    """What one training needs beyond the model, its config and the number of steps; the callback only forwards to it.
+    """One training with the callback, which only forwards its events to here.
 
     Made when training starts, fresh or resumed, and dropped when it ends.
 
     Args:
         config: the callback's settings.
-        args, state, model, optimizer: of the training.
-        train_dataloader: what the Trainer iterates over.
-        exported: what the callback exported into the checkpoint, if training is resumed.
+        training: the training.
+        exported: the callback's entry in the checkpoint, if training is resumed.
 
     Raises:
         ValueError: a window that holds no step, settings that do not fit the model or the arguments, a checkpoint that
             is inconsistent.
     """
 
-    def __init__(
-        self,
-        config: CompressionConfig,
-        args: TrainingArguments,
-        state: TrainerState,
-        model: nn.Module,
-        optimizer: Any = None,
-        exported: Any = None,
-        train_dataloader: Any = None,
-    ):
+    def __init__(self, config: CompressionConfig, training: Training, exported: Any = None):
+        args, model = training.args, training.model
+        # Weak: what a training leaves that an error ended must not keep its Trainer alive.
+        self._trainer = (lambda: None) if training.trainer is None else weakref.ref(training.trainer)
         self.config, self.timer, self.rollback = config, StepTimer(), Rollback(config)
         self.tracker = StabilityTracker(config.stability_threshold) if config.trigger == "stability" else None
         if exported is not None:
-            self._resume(args, state, model, optimizer, exported)
-        self._attempts = config.attempt_steps(state.max_steps)
+            self._resume(training, exported)
+        self._attempts = config.attempt_steps(training.state.max_steps)
         self._check_settings(args, model)
         if args.torch_compile:
             raise_recompile_limit(len(self._attempts))
         self._lent = switch_on(model, config.fast_ops)
-        self.data = TrainingData(train_dataloader, config.calibration_batches, args.process_index, processes())
-        self.data.follow(model, self._seed(self._attempts[0] if self._attempts else 0))
+        self.data = TrainingData(training.dataloader, config.calibration_batches, args.process_index, processes())
+        self.data.follow(training.trainer, model, self._seed(self._attempts[0] if self._attempts else 0))
 
     def begin_step(self, state: TrainerState, model: nn.Module, optimizer: Any) -> None:
         """Undo a cut that was found to hurt, before the step's first forward pass."""
@@ -97,8 +111,8 @@ class CompressionRun:
         if self.rollback.due:
             self.timer.close_segment(state.global_step, mean_size(state_sizes(model)))
             record = self.rollback.undo(state.global_step, model, optimizer)
-            _follow(model, optimizer, Stopwatch())
-            report_undo(state, record)
+            self._renew_ddp(model, optimizer, Stopwatch())
+            report_undo(self._trainer(), state, record)
         self.timer.begin_step()
 
     def end_step(self, state: TrainerState, model: nn.Module, optimizer: Any) -> None:
@@ -117,7 +131,7 @@ class CompressionRun:
         if self.tracker is not None:
             tensors[keys.TRACKER] = self.tracker.state_dict()
         if tensors and state.is_world_process_zero:
-            save_callback_state(checkpoint_folder(args, state), tensors)
+            save_callback_state(checkpoint_folder(self._trainer(), args, state), tensors)
 
     def finish(self, args: TrainingArguments, state: TrainerState, model: nn.Module, name: str) -> None:
         """Call when training has ended, and the best model is loaded if that was asked for.
@@ -154,27 +168,24 @@ class CompressionRun:
             )
 
     def _load_mixers(self, model: nn.Module, tensors: dict[str, Any] | None, optimizer: Any = None) -> None:
-        """Bring back the weights beneath the adapters that a checkpoint of adapters belongs to."""
+        """Restore the base weights that belong to a checkpoint of PEFT's adapters."""
         if tensors is not None and keys.MIXERS in tensors:
             restore_mixer_state(model, tensors[keys.MIXERS], optimizer)
-        elif any(
-            not parameter.isfinite().all() for site in find_mixers(model) for parameter in site.mixer.parameters()
-        ):
+        elif any(is_unloaded(parameter) for site in find_mixers(model) for parameter in site.mixer.parameters()):
             raise ValueError(
                 "the checkpoint holds adapters for other state sizes than the model has, but not the weights that they "
                 "belong to, since it was written without this callback. Build the model from the base that they were "
                 "saved with (save_base_model)."
             )
 
-    def _resume(
-        self, args: TrainingArguments, state: TrainerState, model: nn.Module, optimizer: Any, exported: Any
-    ) -> None:
+    def _resume(self, training: Training, exported: Any) -> None:
         """Take history and pending work from the checkpoint, and check the history against the weights."""
+        model = training.model
         records, judging = read_exported(exported)
         needs_tensors = judging is not None or self.config.trigger == "stability" or has_tuners(model)
-        tensors = load_callback_state(_resumed_folders(args, state)) if needs_tensors else None
+        tensors = load_callback_state(_resumed_folders(training.args, training.state)) if needs_tensors else None
         if has_tuners(model):
-            self._load_mixers(model, tensors, optimizer)
+            self._load_mixers(model, tensors, training.optimizer)
         check_history(records, model)
         if records or history(model):  # of the model: what came after the checkpoint, if it was trained before
             set_history(model, records)
@@ -211,74 +222,78 @@ class CompressionRun:
         return self.config.selection_seed * 1_000_003 + step
 
     def _attempt(self, state: TrainerState, model: nn.Module, optimizer: Any) -> None:
-        step, config = state.global_step, self.config
+        """Measure, and cut if enough states can go."""
+        step, config, watch = state.global_step, self.config, Stopwatch()
         seed = self._seed(step)
-        batches, watch = None, Stopwatch()
+        batches = None
         if needs_calibration(model):
             with watch("statistics"):
                 batches = self.data.batches(seed)
         try:
-            if self.tracker is not None and not self._settled(model, batches):
-                return
-            left = 1 if self.tracker else sum(attempt >= step for attempt in self._attempts)
-            plan = plan_together(
+            plan = make_plan(
                 model,
-                batches,
-                config.refit_steps,
-                watch,
-                fast_ops=config.fast_ops,
-                policy=config.order_policy(),
-                constraints=config.constraints(),
-                selection=config.selection,
-                generator=torch.Generator().manual_seed(seed),
-                attempts_left=left,
+                settings=config.cut_settings(torch.Generator().manual_seed(seed)),
+                calibration=batches,
+                attempts_left=1 if self.tracker else sum(attempt >= step for attempt in self._attempts),
+                team=TrainingTeam(self._trainer(), watch, lambda measured: self._check_settled(model, measured)),
             )
+        except NotSettledError:
+            return
         except ReductionError as error:
             logger.warning(f"Step {step}: no cut, and training goes on at the present size: {error}")
             return
         if not plan.cuts:
-            keep_spectra({layer.name: layer.singular_values for layer in plan.layers})
-            report_attempt(state, plan, watch, {}, config.min_change)
+            keep_spectra(self._trainer(), {layer.name: layer.singular_values for layer in plan.layers})
+            report_attempt(self._trainer(), state, plan, watch, {}, config.min_change)
             return
-        if config.rollback:
+        loss = CutLoss(self._trainer(), lambda: self.data.batches(seed) if batches is None else batches)
+        self._cut(state, model, optimizer, plan, watch, loss)
+        report_attempt(self._trainer(), state, plan, watch, loss.values, config.min_change)
+
+    def _cut(
+        self,
+        state: TrainerState,
+        model: nn.Module,
+        optimizer: Any,
+        plan: CompressionPlan,
+        watch: Stopwatch,
+        loss: CutLoss,
+    ) -> None:
+        """Apply a plan, with a copy of the model before it if it may be undone, and with the loss before and after."""
+        if self.config.rollback:
             self.rollback.keep(state, model, optimizer)
-        self.timer.close_segment(step, mean_size([layer.old_size for layer in plan.layers]))
+        self.timer.close_segment(state.global_step, mean_size([layer.old_size for layer in plan.layers]))
         with watch("loss"):
-            loss = CutLoss(lambda: self.data.batches(seed) if batches is None else batches)
             loss.measure(keys.LOSS_BEFORE, model)
         with watch("surgery"):
-            apply_plan(model, optimizer, plan, step)
-        _follow(model, optimizer, watch)
+            apply_plan(model, optimizer, plan, state.global_step)
+        self._renew_ddp(model, optimizer, watch)
         with watch("loss"):
             loss.measure(keys.LOSS_AFTER, model)
         if self.timer.segments:
             loss.values[keys.SPEED_BEFORE] = self.timer.segments[-1].steps_per_second
-        report_attempt(state, plan, watch, loss.values, config.min_change)
 
-    def _settled(self, model: nn.Module, batches: Batches | None) -> bool:
-        statistics = gather_together(model, batches, fast_ops=self.config.fast_ops)
-        return decided_by_rank_0(lambda: self._track(model, statistics))
-
-    def _track(self, model: nn.Module, statistics: dict[str, Any]) -> bool:
-        assert self.tracker is not None
-        measured = measure_mixers(model, statistics)
+    def _check_settled(self, model: nn.Module, measured: Mapping[str, Any]) -> None:
+        """Raise NotSettledError while the stability trigger waits. Rank 0 asks for all."""
+        if self.tracker is None:
+            return
         names, spectra = list(measured), [m.spectrum() for m in measured.values()]
         orders = self.config.order_policy().orders(spectra, original_sizes(model), self.config.constraints())
         score = self.tracker.update(measured, dict(zip(names, orders, strict=True)))
-        keep_spectra(dict(zip(names, spectra, strict=True)))
+        keep_spectra(self._trainer(), dict(zip(names, spectra, strict=True)))
         if score is not None:
-            log_to_trackers({keys.RANK_STABILITY: score})
-        return self.tracker.streak >= self.config.stability_patience
+            log_to_trackers(self._trainer(), {keys.RANK_STABILITY: score})
+        if self.tracker.streak < self.config.stability_patience:
+            raise NotSettledError
 
-
-def _follow(model: nn.Module, optimizer: Any, watch: Stopwatch) -> None:
-    """Let what trains the model on several processes know of new parameters, and check that all ranks have the same."""
-    ddp = find_ddp(running_trainer(), model)
-    if ddp is not None:
-        with watch("rebuild"):
-            rebuild_reducer(ddp)
-        with watch("verification"):
-            verify_replicas(model, optimizer)
+    def _renew_ddp(self, model: nn.Module, optimizer: Any, watch: Stopwatch) -> None:
+        """On several processes, make DDP reduce the new parameters, and check that all ranks have the same."""
+        ddp = find_ddp(self._trainer(), model)
+        if ddp is not None:
+            with watch("rebuild"):
+                rebuild_reducer(ddp)
+            with watch("verification"):
+                verify_replicas(model, optimizer)
 
 
 def _resumed_folders(args: TrainingArguments, state: TrainerState) -> list[Any]:

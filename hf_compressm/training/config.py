@@ -1,4 +1,4 @@
-"""When and how much to compress: one dataclass, usable with `transformers.HfArgumentParser`."""
+"""The settings of `CompreSSMCallback`: when and how much to cut. Usable with `transformers.HfArgumentParser`."""
 
 from __future__ import annotations
 
@@ -6,8 +6,10 @@ import math
 from dataclasses import dataclass, field
 from typing import Literal
 
+import torch
+
 from ..reduction import SizeConstraints
-from ..surgery import Policy
+from ..surgery import CutSettings, Policy
 from ..surgery.policies import choose_policy
 
 
@@ -179,6 +181,12 @@ class CompressionConfig:
     def constraints(self) -> SizeConstraints:
         """The constraints on state sizes that these settings describe."""
         return SizeConstraints(self.min_state_size, self.multiple_of, self.uniform, self.min_change)
+
+    def cut_settings(self, generator: torch.Generator) -> CutSettings:
+        """What `make_plan` needs of these settings; the CPU generator is for selection="random"."""
+        return CutSettings(
+            self.order_policy(), self.constraints(), self.selection, generator, self.refit_steps, self.fast_ops
+        )
 
     @property
     def greater_is_better(self) -> bool:

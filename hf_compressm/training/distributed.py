@@ -1,4 +1,4 @@
-"""Cuts across processes: statistics are summed, rank 0 decides, every rank applies the same plan, a checksum proves it.
+"""Cuts across processes: statistics are summed, rank 0 makes the plan, every rank applies it, checksums are compared.
 
 A parameter that is replaced behind the back of `DistributedDataParallel` is never all-reduced again, without an error.
 So the reducer is rebuilt in place after every cut, and parameters and moments are compared across ranks.
@@ -7,7 +7,7 @@ So the reducer is rebuilt in place after every cut, and parameters and moments a
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeVar
 
 import torch
@@ -19,7 +19,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from transformers import TrainingArguments
 
-from ..surgery import CompressionPlan, gather_statistics, make_plan, measure_mixers, unwrap_optimizer
+from ..surgery import Team, gather_statistics, unwrap_optimizer
 from ..surgery.refit import Recording
 from .calibration import as_the_trainer_does
 from .timing import Stopwatch
@@ -41,7 +41,7 @@ CHUNK = 1 << 22
 
 
 def processes() -> int:
-    """Number of processes that train together."""
+    """Number of processes that train together, >= 1."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
@@ -125,9 +125,12 @@ def rebuild_reducer(ddp: DistributedDataParallel) -> None:
 
 
 def decided_by_rank_0(work: Callable[[], Value], watch: Stopwatch | None = None) -> Value:
-    """What `work` returns on rank 0, on every rank; or the error that it raises there, on every rank.
+    """Run `work` on rank 0 and return its result on every rank.
 
-    Adds to `watch` the time that the decision took, and that of its broadcast: on other ranks, of waiting for it.
+    Adds to `watch` the time of the decision, and that of its broadcast: on other ranks, of waiting for it.
+
+    Raises:
+        Exception: on every rank, what `work` raises on rank 0.
     """
     watch = watch or Stopwatch()
     if processes() == 1:
@@ -148,9 +151,18 @@ def decided_by_rank_0(work: Callable[[], Value], watch: Stopwatch | None = None)
 
 
 def gather_together(
-    model: nn.Module, batches: Any, recordings: dict[str, Recording] | None = None, fast_ops: bool = True
+    model: nn.Module,
+    batches: Any,
+    recordings: dict[str, Recording] | None = None,
+    fast_ops: bool = True,
+    trainer: Any = None,
 ) -> dict[str, Any]:
     """Statistics of every mixer that needs them over the calibration batches of all ranks, on every rank.
+
+    Args:
+        model, recordings, fast_ops: as `gather_statistics` takes them.
+        batches: this rank's calibration batches, or None if no mixer needs any.
+        trainer: the Trainer whose loss reads batches that the model's forward does not take, if any.
 
     Raises:
         Exception: what any rank raises, on every rank; that of the lowest rank if several do.
@@ -159,7 +171,7 @@ def gather_together(
     statistics: dict[str, Any] = {}
     try:
         statistics = gather_statistics(
-            model, batches, recordings, otherwise=as_the_trainer_does(model), fast_ops=fast_ops
+            model, batches, recordings, otherwise=as_the_trainer_does(model, trainer), fast_ops=fast_ops
         )
     except Exception as error:  # the other ranks must not wait for this one's sums
         problem = error
@@ -175,32 +187,35 @@ def gather_together(
     return statistics
 
 
-def plan_together(
-    model: nn.Module,
-    batches: Any,
-    refit_steps: int,
-    watch: Stopwatch | None = None,
-    fast_ops: bool = True,
-    **settings: Any,
-) -> CompressionPlan:
-    """`make_plan` on the calibration batches of all ranks, decided and computed on rank 0, equal on all.
+class TrainingTeam(Team):
+    """All ranks of a training: each gathers statistics on its own batches, rank 0 decides for all.
 
     Args:
-        model: the model, with equal parameters on all ranks.
-        batches: this rank's calibration batches, or None if no mixer needs any.
+        trainer: the running Trainer, if any; see `gather_together`.
         watch: takes the times of statistics, decision and broadcast.
-        refit_steps, fast_ops, settings: as `make_plan` takes them.
+        check: called with the measurements, on rank 0, before a plan is made.
     """
-    watch = watch or Stopwatch()
-    recordings: dict[str, Recording] = {}
-    with watch("statistics"):
-        statistics = gather_together(model, batches, recordings if refit_steps else None, fast_ops)
 
-    def plan() -> CompressionPlan:
-        measured = measure_mixers(model, statistics), recordings
-        return make_plan(model, measured=measured, refit_steps=refit_steps, fast_ops=fast_ops, **settings)
+    def __init__(
+        self,
+        trainer: Any = None,
+        watch: Stopwatch | None = None,
+        check: Callable[[Mapping[str, Any]], None] | None = None,
+    ):
+        self.trainer, self.watch, self._check = trainer, watch or Stopwatch(), check
 
-    return decided_by_rank_0(plan, watch)
+    def gather(
+        self, model: nn.Module, batches: Any, recordings: dict[str, Recording] | None, fast_ops: bool
+    ) -> dict[str, Any]:
+        with self.watch("statistics"):
+            return gather_together(model, batches, recordings, fast_ops, self.trainer)
+
+    def check(self, measurements: Mapping[str, Any]) -> None:
+        if self._check is not None:
+            self._check(measurements)
+
+    def decide(self, work: Callable[[], Value]) -> Value:
+        return decided_by_rank_0(work, self.watch)
 
 
 def verify_replicas(model: nn.Module, optimizer: Any = None) -> None:

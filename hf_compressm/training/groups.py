@@ -1,4 +1,4 @@
-"""Parameter groups: state-space parameters with their own learning rate and no weight decay."""
+"""Make an optimizer with a parameter group for state-space parameters."""
 
 from __future__ import annotations
 

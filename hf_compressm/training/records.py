@@ -1,4 +1,4 @@
-"""What a run's own log keeps for those who look at it later: every measurement, and the loss around every cut."""
+"""Record every measurement and the loss around every cut in the Trainer's log, for reports."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from transformers.utils import logging
 from ..surgery import record_keys as keys
 from ..surgery import undisturbed
 from .calibration import Batches, trainer_loss
-from .trainer_log import keep_in_history, running_trainer
+from .trainer_log import keep_in_history
 
 logger = logging.get_logger(__name__)
 
 MOST_VALUES = 48
 
 
-def keep_spectra(spectra: Mapping[str, Tensor]) -> None:
-    """Add a measurement, layer name -> descending singular values, to the log that checkpoints carry.
+def keep_spectra(trainer: Any, spectra: Mapping[str, Tensor]) -> None:
+    """Add a measurement, layer name -> descending singular values (N,), to the log that is saved in checkpoints.
 
     Long spectra are thinned to `MOST_VALUES` ranks in geometric progression, given as `ranks`, counted from 1.
     """
-    keep_in_history({keys.SPECTRA: [{"name": name, **_compact(values)} for name, values in spectra.items()]})
+    keep_in_history(trainer, {keys.SPECTRA: [{"name": name, **_compact(values)} for name, values in spectra.items()]})
 
 
 def _compact(values: Tensor) -> dict[str, Any]:
@@ -41,15 +41,17 @@ _ERRORS = (ValueError, TypeError, LookupError, AttributeError, RuntimeError)
 
 
 class CutLoss:
-    """The loss of the running Trainer on a few batches of training data, before and after a change of the model.
+    """The Trainer's loss on a few batches of training data, before and after a change of the model.
 
-    It is a by-product: where a loss cannot be had it is left out, and training goes on.
+    If the loss cannot be computed, it is left out, and training goes on.
 
     Args:
+        trainer: the Trainer; None measures nothing.
         batches: gives what to measure on; nothing is measured if it fails.
     """
 
-    def __init__(self, batches: Callable[[], Batches]):
+    def __init__(self, trainer: Any, batches: Callable[[], Batches]):
+        self.trainer = trainer
         self.values: dict[str, float] = {}
         self._batches: Batches = []
         try:
@@ -59,12 +61,11 @@ class CutLoss:
 
     def measure(self, name: str, model: nn.Module) -> None:
         """Add the present loss to `values`, in nats where the loss is a cross-entropy."""
-        trainer = running_trainer()
-        if trainer is None or not self._batches:
+        if self.trainer is None or not self._batches:
             return
         try:
             with undisturbed(model):
-                losses = [float(trainer_loss(trainer, model, batch)) for batch in self._batches]
+                losses = [float(trainer_loss(self.trainer, model, batch)) for batch in self._batches]
         except _ERRORS as error:
             logger.warning(f"the loss around this cut was not measured: {error}")
             self._batches = []

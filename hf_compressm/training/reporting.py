@@ -1,4 +1,4 @@
-"""What is logged and printed of an attempt and of an undone cut."""
+"""Log and print an attempt to cut, and an undone cut."""
 
 from __future__ import annotations
 
@@ -15,11 +15,18 @@ from .trainer_log import log_to_trackers
 
 
 def report_attempt(
-    state: TrainerState, plan: CompressionPlan, watch: Stopwatch, measured: Mapping[str, float], min_change: float
+    trainer: Any,
+    state: TrainerState,
+    plan: CompressionPlan,
+    watch: Stopwatch,
+    measured: Mapping[str, float],
+    min_change: float,
 ) -> None:
     """Log sizes, singular values, bounds and seconds of an attempt, and print a line.
 
     Args:
+        trainer: to whose trackers the numbers go; None for none.
+        state: of the training.
         plan: what was cut, or that nothing was.
         watch: seconds by part of the work.
         measured: further values by name, such as the losses around the cut.
@@ -55,11 +62,11 @@ def report_attempt(
             f"Step {state.global_step}: nothing to cut at {_sizes(old)} states: no layer would lose "
             f"{min_change:.0%} of them, {seconds:.2f} s"
         )
-    log_to_trackers(logs, event=line if plan.cuts else None)
+    log_to_trackers(trainer, logs, event=line if plan.cuts else None)
     _say(state, line)
 
 
-def report_undo(state: TrainerState, record: Mapping[str, Any]) -> None:
+def report_undo(trainer: Any, state: TrainerState, record: Mapping[str, Any]) -> None:
     """Log and print that a cut was undone; `record` is its entry in the compression history."""
     old, new = ([layer[key] for layer in record["layers"]] for key in ("old_size", "new_size"))
     line = (
@@ -67,7 +74,7 @@ def report_undo(state: TrainerState, record: Mapping[str, Any]) -> None:
         f"went from {record['before_cut']:.4g} to {record['after_cut']:.4g}. States {_sizes(old)} -> "
         f"{_sizes(new)}; no further cuts."
     )
-    log_to_trackers({keys.MEAN_STATE_SIZE: mean_size(new), keys.UNDONE: 1}, event=line)
+    log_to_trackers(trainer, {keys.MEAN_STATE_SIZE: mean_size(new), keys.UNDONE: 1}, event=line)
     _say(state, line)
 
 

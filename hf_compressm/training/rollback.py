@@ -1,4 +1,4 @@
-"""Cuts that can be undone: a copy of the model from before a cut, kept until the next evaluation has judged it."""
+"""Undo a cut that made a metric worse: keep a copy of the model until the next evaluation has judged the cut."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ logger = logging.get_logger(__name__)
 
 
 class Rollback:
-    """The cut that is to be judged, if any.
+    """The cut that waits for an evaluation, if any.
 
     Args:
         config: `rollback_metric`, `rollback_tolerance` and `greater_is_better` are read.
@@ -103,7 +103,7 @@ class Rollback:
         return record
 
     def resume(self, pending: dict[str, Any] | None, snapshot: Snapshot | None) -> None:
-        """Take up what a checkpoint holds; without the copy of the model the cut stays."""
+        """Continue from what a checkpoint holds; without the copy of the model the cut stays."""
         if pending is not None and snapshot is None:
             logger.warning(
                 f"The cut at step {pending['step']} was still to be judged, but the checkpoint lacks the "

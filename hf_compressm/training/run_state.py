@@ -1,4 +1,4 @@
-"""Where a callback keeps what belongs to one training, so that a callback used twice behaves as two."""
+"""One value per training for a callback, so that a callback used twice behaves as two."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Value = TypeVar("Value")
 class PerRun(Generic[Value]):
     """One value for each training, found by the `TrainerState` that all events of that training are given.
 
-    A value lives no longer than that state: what a training leaves that an error ended is never seen by another one.
+    A value lives no longer than that state, so that a training that an error ended leaves nothing to another one.
     Trainings may be nested or run side by side. A copy or a pickle holds no values.
     """
 

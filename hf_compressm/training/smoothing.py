@@ -1,4 +1,4 @@
-"""Label smoothing on labels that the Trainer does not shift."""
+"""Refuse label smoothing for causal models whose labels the Trainer would not shift."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The stability trigger: has the ranking of Hankel singular values settled?"""
+"""The stability trigger: cut once the ranking of Hankel singular values has settled."""
 
 from __future__ import annotations
 
@@ -9,6 +9,10 @@ from typing import Any
 from torch import nn
 
 from ..surgery import Measurement, find_mixers, history
+
+
+class NotSettledError(Exception):
+    """The ranking has not settled yet, so there is no plan to make."""
 
 
 @dataclass
@@ -26,7 +30,7 @@ class StabilityTracker:
     previous: dict[str, Measurement] = field(default_factory=dict)
 
     def update(self, measurements: Mapping[str, Measurement], depths: Mapping[str, int]) -> float | None:
-        """Take in a new measurement.
+        """Compare a new measurement with the last one.
 
         Args:
             measurements: mixer name -> its measurement now.

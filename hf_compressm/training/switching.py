@@ -1,4 +1,4 @@
-"""Mixers that a training has switched to this package's ops are switched back, also where an error ends it."""
+"""Switch mixers back from this package's ops when training ends, also where an error ends it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from ..models.automatic import lent_mixers, switch_back
 
 
 def switch_back_at_the_end(trainer: Trainer) -> None:
-    """Let every `train` of this Trainer leave the mixers as they were: no event tells a callback of an error."""
+    """Make every `train` of this Trainer switch mixers back at its end: no event tells a callback of an error."""
     if not isinstance(trainer.train, _Train):
         trainer.train = _Train(trainer)  # type: ignore[method-assign]
 

@@ -1,4 +1,4 @@
-"""How fast training goes between two cuts."""
+"""Time optimizer steps between cuts, and the parts of a cut."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Reach the running Trainer's log from inside a callback, which is handed no Trainer."""
+"""Write to a Trainer's log from inside a callback, and find the Trainer if nobody gave it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,10 @@ from ..surgery import record_keys as keys
 
 
 def running_trainer() -> Trainer | None:
-    """The Trainer whose event is being handled, found on the call stack; None outside of a Trainer."""
+    """The Trainer whose event is being handled, found on the call stack; None outside of a Trainer.
+
+    The way for callbacks that were not given their Trainer: events do not name it.
+    """
     return next((names["self"] for names in trainer_frames()), None)
 
 
@@ -35,19 +38,16 @@ def trainer_frames(frame: FrameType | None = None) -> Iterator[dict[str, Any]]:
         frame = frame.f_back
 
 
-def log_to_trackers(logs: dict[str, Any], event: str | None = None) -> bool:
+def log_to_trackers(trainer: Any, logs: dict[str, Any], event: str | None = None) -> None:
     """Send values through `Trainer.log`, and so to its history and every tracker, without printing them.
 
     Args:
+        trainer: the Trainer that runs; None logs nothing.
         logs: numbers by name.
         event: what happened, for trackers that show more than numbers: a text in TensorBoard, an alert in trackio.
-
-    Returns:
-        False if no Trainer is running, in which case nothing was logged.
     """
-    trainer = running_trainer()
     if trainer is None:
-        return False
+        return
     handler = trainer.callback_handler
     callbacks, due = handler.callbacks, trainer.control.should_log
     handler.callbacks = [cb for cb in callbacks if not isinstance(cb, (PrinterCallback, ProgressCallback))]
@@ -59,12 +59,11 @@ def log_to_trackers(logs: dict[str, Any], event: str | None = None) -> bool:
         trainer.control.should_log = due  # the loss of this step, which logging would take for logged
     if event is not None and trainer.is_world_process_zero():
         _show_event(callbacks, event, trainer.state.global_step)
-    return True
 
 
 @contextmanager
 def metrics_apart(trainer: Any) -> Iterator[None]:
-    """Metrics that a Trainer keeps between logs, as TRL's do, are neither added to nor logged meanwhile."""
+    """Set aside the metrics that a Trainer keeps between logs, as TRL's do: nothing is added to them meanwhile."""
     kept = vars(trainer).get("_metrics")
     if not isinstance(kept, dict) or not all(isinstance(values, dict) for values in kept.values()):
         yield
@@ -85,8 +84,7 @@ def _show_event(callbacks: list[Any], event: str, step: int) -> None:
             callback._trackio.alert("Change of state size", event, level=callback._trackio.AlertLevel.INFO)
 
 
-def keep_in_history(entry: dict[str, Any]) -> None:
-    """Add an entry to the running Trainer's `log_history` only: trackers take numbers, and this may hold anything."""
-    trainer = running_trainer()
+def keep_in_history(trainer: Any, entry: dict[str, Any]) -> None:
+    """Add an entry to a Trainer's `log_history` only: trackers take numbers, and this may hold anything."""
     if trainer is not None:
         trainer.state.log_history.append(entry | {"step": trainer.state.global_step})

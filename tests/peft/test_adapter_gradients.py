@@ -7,7 +7,7 @@ import torch
 from lora_models import BATCHES, METHODS, adapted
 
 from hf_compressm import Fraction
-from hf_compressm.surgery import apply_plan, find_mixers, make_plan
+from hf_compressm.surgery import CutSettings, apply_plan, find_mixers, make_plan
 
 KINDS = ["own-mamba", "mamba", "mamba2"]
 
@@ -40,7 +40,7 @@ def accumulate(model, *indices):
 def test_accumulation_across_a_cut(kind, method):
     model = adapted(kind, **METHODS[method]).double()
     silence(model)
-    plan = make_plan(model, Fraction(0.5), calibration=BATCHES)
+    plan = make_plan(model, settings=CutSettings(Fraction(0.5)), calibration=BATCHES)
     small = copy.deepcopy(model)
     apply_plan(small, None, plan)
     accumulate(small, 0, 1)

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from hf_compressm import Fraction, compress, use_fast_ops
 from hf_compressm.baselines import rival_cut
-from hf_compressm.surgery import Snapshot, apply_plan, find_mixers, make_plan, resize_mixers
+from hf_compressm.surgery import CutSettings, Snapshot, apply_plan, find_mixers, make_plan, resize_mixers
 
 TOKENS = [torch.randint(1, 50, (3, 16), generator=torch.Generator().manual_seed(seed)) for seed in range(3)]
 SELECTIVE = ["own-mamba", "own-mamba2", *sorted(CONFIGS)]
@@ -80,7 +80,7 @@ def accumulate(model, kind, *indices):
 
 def halved(model, kind):
     calibration = None if kind == "lru" else [{"input_ids": tokens} for tokens in TOKENS]
-    return make_plan(model, Fraction(0.5), calibration=calibration)
+    return make_plan(model, settings=CutSettings(Fraction(0.5)), calibration=calibration)
 
 
 def distance(found, wanted):

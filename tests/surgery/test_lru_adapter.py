@@ -9,12 +9,12 @@ from random_systems import KINDS, random_system
 from hf_compressm.layers.lru import LRU
 from hf_compressm.surgery import (
     ReductionError,
-    adapters,
     find_mixers,
     register_refusal,
     register_subclass,
     state_sizes,
 )
+from hf_compressm.surgery.adapters import base as adapters
 from hf_compressm.surgery.adapters.base import supported_mixers
 from hf_compressm.surgery.adapters.lru import LRUAdapter
 
@@ -161,6 +161,7 @@ def test_a_subclass_of_a_supported_mixer_is_named_until_it_is_registered(monkeyp
     class Mine(LRU):
         pass
 
+    # Private: an adapter or a refusal that is registered cannot be taken back.
     monkeypatch.setattr(adapters, "_ADAPTERS", dict(adapters._ADAPTERS))
     monkeypatch.setattr(adapters, "_REFUSED", dict(adapters._REFUSED))
     model = torch.nn.ModuleList([LRU(4, 6), Mine(4, 8), LRU(4, 10)])
@@ -178,6 +179,7 @@ def test_a_subclass_that_is_refused_is_left_alone(monkeypatch):
     class Mine(LRU):
         pass
 
+    # Private: see above.
     monkeypatch.setattr(adapters, "_REFUSED", dict(adapters._REFUSED))
     register_refusal(Mine, "it is for this test only.")
     assert state_sizes(torch.nn.ModuleList([LRU(4, 6), Mine(4, 8)])) == [6]

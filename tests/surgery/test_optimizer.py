@@ -9,7 +9,7 @@ from helpers import small_data, small_model
 from transformers.optimization import Adafactor
 
 from hf_compressm import Energy, Fraction, compress, state_sizes
-from hf_compressm.surgery import check_parameters, find_mixers, make_plan, unwrap_optimizer
+from hf_compressm.surgery import CutSettings, check_parameters, find_mixers, make_plan, unwrap_optimizer
 
 OPTIMIZERS = {
     "adamw": lambda p: torch.optim.AdamW(p, lr=1e-2),
@@ -82,7 +82,7 @@ def test_moments_go_through_the_maps_of_the_plan(name, first, second):
         site.name: {key: dict(optimizer.state[p]) for key, p in site.parameters().items()}
         for site in find_mixers(model)
     }
-    plan = make_plan(model, Fraction(0.5))
+    plan = make_plan(model, settings=CutSettings(Fraction(0.5)))
     compress(model, optimizer=optimizer, policy=Fraction(0.5))
     for site, layer in zip(find_mixers(model), plan.layers, strict=True):
         for key, parameter in site.parameters().items():
@@ -105,7 +105,7 @@ def test_factored_moments_are_those_of_the_mapped_full_moment():
         s = optimizer.state[p]
         rows = s.get("exp_avg_sq_row")
         full[key] = s["exp_avg_sq"] if rows is None else rows[:, None] * s["exp_avg_sq_col"] / rows.mean()
-    change = make_plan(model, Fraction(0.5)).layers[0].reduction.changes["B_re"]
+    change = make_plan(model, settings=CutSettings(Fraction(0.5))).layers[0].reduction.changes["B_re"]
     compress(model, optimizer=optimizer, policy=Fraction(0.5))
     wanted, state = change.map_second(full), optimizer.state[site.mixer.B_re]
     assert torch.allclose(state["exp_avg_sq_row"], wanted.mean(1)) and torch.allclose(

@@ -28,6 +28,7 @@ from hf_compressm import Energy, Fraction, SizeConstraints, Target, compress, sa
 from hf_compressm.baselines import rival_cut
 from hf_compressm.layers.lru import LRU
 from hf_compressm.surgery import (
+    CutSettings,
     Snapshot,
     append_history,
     apply_plan,
@@ -48,7 +49,7 @@ def walk(model, policy, attempts: int = 4, calibration=None) -> list[int]:
     """Sizes after so many cuts that share the way to the policy's goal, as the callback makes them."""
     constraints = SizeConstraints(minimum_change=0)
     for left in range(attempts, 0, -1):
-        plan = make_plan(model, policy, constraints, attempts_left=left, calibration=calibration)
+        plan = make_plan(model, settings=CutSettings(policy, constraints), attempts_left=left, calibration=calibration)
         apply_plan(model, None, plan, step=attempts - left)
     return state_sizes(model)
 
@@ -237,10 +238,12 @@ def test_layers_without_a_config_remember(through):
     keys = [name for name, _ in model.named_parameters()]
     constraints = SizeConstraints(minimum_change=0)
     for left in (4, 3):
-        apply_plan(model, None, make_plan(model, Fraction(0.25), constraints, attempts_left=left), step=4 - left)
+        plan = make_plan(model, settings=CutSettings(Fraction(0.25), constraints), attempts_left=left)
+        apply_plan(model, None, plan, step=4 - left)
     model = through(model)
     for left in (2, 1):
-        apply_plan(model, None, make_plan(model, Fraction(0.25), constraints, attempts_left=left), step=4 - left)
+        plan = make_plan(model, settings=CutSettings(Fraction(0.25), constraints), attempts_left=left)
+        apply_plan(model, None, plan, step=4 - left)
     assert state_sizes(model) == [32, 16] and original_sizes(model) == [128, 64]
     assert [record["step"] for record in history(model)] == [0, 1, 2, 3]
     assert len(model.state_dict()) == len(keys)
@@ -313,7 +316,7 @@ def test_own_and_stock_models_together():
     assert sizes[2] == sizes[3] == model.right.config.state_size and sizes[:2] == model.left.config.state_sizes
     assert 6 <= sum(sizes) / 4 <= 7
     with pytest.raises(ValueError, match="uniform=False cannot be met"):
-        make_plan(model, Target(5), SizeConstraints(uniform=False), calibration=BATCH)
+        make_plan(model, settings=CutSettings(Target(5), SizeConstraints(uniform=False)), calibration=BATCH)
 
 
 def test_a_score_cuts_two_stock_models_to_sizes_of_their_own():

@@ -14,7 +14,16 @@ from transformers import Trainer
 
 from hf_compressm import CompreSSMCallback, Fraction, compress, state_sizes
 from hf_compressm.baselines import rival_cut
-from hf_compressm.surgery import Snapshot, apply_plan, check_parameters, find_mixers, make_plan, refit, resize_mixers
+from hf_compressm.surgery import (
+    CutSettings,
+    Snapshot,
+    apply_plan,
+    check_parameters,
+    find_mixers,
+    make_plan,
+    refit,
+    resize_mixers,
+)
 
 BATCHES = [{"input_ids": IDS}]
 KINDS = {
@@ -78,7 +87,8 @@ def test_plans_scores_and_undoing_in_inference_mode(kind):
         step(model, kind, optimizer)
         with context():
             snapshot = Snapshot.take(model, optimizer)
-            apply_plan(model, optimizer, make_plan(model, Fraction(0.5), calibration=calibration(kind)))
+            plan = make_plan(model, settings=CutSettings(Fraction(0.5)), calibration=calibration(kind))
+            apply_plan(model, optimizer, plan)
             snapshot.restore(model, optimizer)
             rival_cut(model, "first", 5, calibration(kind), optimizer)
         step(model, kind, optimizer)
@@ -186,7 +196,7 @@ CHANGES = {
 
 CUTS = [
     lambda model, batches: compress(model, batches, policy=Fraction(0.5)),
-    lambda model, batches: make_plan(model, Fraction(0.5), calibration=batches),
+    lambda model, batches: make_plan(model, settings=CutSettings(Fraction(0.5)), calibration=batches),
     lambda model, batches: rival_cut(model, "first", 4, batches),
     lambda model, batches: check_parameters(model),
 ]

@@ -11,6 +11,7 @@ from transformers import AutoModelForSequenceClassification
 
 from hf_compressm import Energy, Fraction, SizeConstraints, Target, compress, state_sizes
 from hf_compressm.surgery import (
+    CutSettings,
     ReductionError,
     Snapshot,
     apply_plan,
@@ -32,7 +33,7 @@ def loss_of(model, seed: int = 0) -> torch.Tensor:
 def test_a_plan_changes_nothing_until_applied():
     model = small_model()
     before = copy.deepcopy(model.state_dict())
-    plan = make_plan(model, Fraction(0.5))
+    plan = make_plan(model, settings=CutSettings(Fraction(0.5)))
     assert plan.cuts and state_sizes(model) == [12, 12] and history(model) == []
     assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
     apply_plan(model, None, plan, step=7)
@@ -70,7 +71,7 @@ def test_history_records_the_cut_and_travels_with_the_checkpoint(tmp_path):
 def test_target_reaches_the_mean_and_walks_there_in_equal_ratios():
     model = small_model(state_sizes=64, hidden_size=4)
     for left in (2, 1):
-        apply_plan(model, None, make_plan(model, Target(16), attempts_left=left))
+        apply_plan(model, None, make_plan(model, settings=CutSettings(Target(16)), attempts_left=left))
     sizes = [[layer["new_size"] for layer in record["layers"]] for record in history(model)]
     assert [sum(s) for s in sizes] == [64, 32]
 
@@ -78,7 +79,7 @@ def test_target_reaches_the_mean_and_walks_there_in_equal_ratios():
 def test_fraction_speaks_of_the_original_size():
     model = small_model(state_sizes=64, hidden_size=4)
     for left in (2, 1):
-        apply_plan(model, None, make_plan(model, Fraction(0.25), attempts_left=left))
+        apply_plan(model, None, make_plan(model, settings=CutSettings(Fraction(0.25)), attempts_left=left))
     assert state_sizes(model) == [16, 16]
 
 

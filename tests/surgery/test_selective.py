@@ -11,7 +11,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from hf_compressm import compress, from_stock, state_sizes
-from hf_compressm.surgery import ReductionError, Snapshot, find_mixers, gather_statistics, make_plan
+from hf_compressm.surgery import CutSettings, ReductionError, Snapshot, find_mixers, gather_statistics, make_plan
 from hf_compressm.surgery.optimizer import carried_state
 from hf_compressm.surgery.refit import TOKENS, Recording, refit
 
@@ -86,7 +86,7 @@ def test_redundant_states_go_at_no_loss_and_gradients_follow_exactly():
     full.backward()
     plan = make_plan(model, calibration=BATCHES)
     assert [layer.new_size for layer in plan.layers] <= [4, 4, 4]
-    plan = make_plan(model, compress_to(4), calibration=BATCHES)
+    plan = make_plan(model, settings=CutSettings(compress_to(4)), calibration=BATCHES)
     sites = find_mixers(model)
     old = {site.name: {name: p.grad.clone() for name, p in site.parameters().items()} for site in sites}
     compress(model, BATCHES, policy=compress_to(4), refit_steps=0)
@@ -149,7 +149,7 @@ def test_second_cut_of_mamba2_carries_the_matrices_moments():
     optimizer = torch.optim.AdamW(model.parameters())
     loss_of(model).backward()
     optimizer.step(), optimizer.zero_grad()
-    plan = make_plan(model, compress_to(3), calibration=BATCHES)
+    plan = make_plan(model, settings=CutSettings(compress_to(3)), calibration=BATCHES)
     site, change = find_mixers(model)[0], plan.layers[0].reduction.changes["read_in"]
     old = {name: dict(optimizer.state[p]) for name, p in site.parameters().items()}
     state = carried_state(change, old, old["read_in"], torch.optim.AdamW)
@@ -161,7 +161,7 @@ def test_a_refit_that_does_not_help_is_dropped():
     model = make(STOCK, "mamba")
     recordings = {}
     gather_statistics(model, BATCHES, recordings)
-    plan = make_plan(model, compress_to(4), calibration=BATCHES)
+    plan = make_plan(model, settings=CutSettings(compress_to(4)), calibration=BATCHES)
     site, reduction = find_mixers(model)[0], plan.layers[0].reduction
     recording = next(iter(recordings.values()))
     outputs = [torch.zeros_like(output) for output in recording.outputs]

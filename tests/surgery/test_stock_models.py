@@ -20,7 +20,7 @@ from transformers import (
 
 from hf_compressm import SizeConstraints, compress, state_sizes
 from hf_compressm.surgery import find_mixers, selective_signals, supported_mixers
-from hf_compressm.surgery.adapters import refused_mixers
+from hf_compressm.surgery.adapters.base import refused_mixers
 
 FAMILIES = pytest.mark.parametrize("family", sorted(CONFIGS))
 IDS = torch.randint(0, 64, (4, 24), generator=torch.Generator().manual_seed(1))

@@ -9,7 +9,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from hf_compressm.training.checkpoints.resume import load_callback_state, save_callback_state
+from hf_compressm.training.checkpoints.contents import load_callback_state, save_callback_state
 
 
 class Payload:

@@ -6,11 +6,11 @@ from selective_models import IDS, OWN, make
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import fp16_compress_hook
 from torch.nn.parallel import DistributedDataParallel
 
-from hf_compressm.surgery import ReductionError, apply_plan
+from hf_compressm.surgery import ReductionError, apply_plan, make_plan
 from hf_compressm.training.distributed import (
+    TrainingTeam,
     decided_by_rank_0,
     gather_together,
-    plan_together,
     rebuild_reducer,
     verify_replicas,
 )
@@ -57,7 +57,7 @@ def training_goes_on_equal_after_a_cut(rank, **options):
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     for step in range(8):
         if step in (3, 5):
-            plan = plan_together(model, {"input_ids": IDS}, 0, policy=None)
+            plan = make_plan(model, calibration={"input_ids": IDS}, team=TrainingTeam())
             apply_plan(model, optimizer, plan)
             rebuild_reducer(ddp)
             assert plan.cuts or step == 5

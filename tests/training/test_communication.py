@@ -8,15 +8,25 @@ from helpers import small_model
 from selective_models import IDS, OWN, STOCK, make
 
 from hf_compressm import Fraction
-from hf_compressm.surgery import gather_statistics, make_plan, measure_mixers
+from hf_compressm.surgery import CutSettings, Team, gather_statistics, make_plan
 from hf_compressm.training.calibration import calibration_batches
 
 OVERHEAD = 10_000
 """Bytes of names and of pickle's own per layer, at most."""
 
 
+class Given(Team):
+    """Statistics that are there already."""
+
+    def __init__(self, statistics):
+        self.statistics = statistics
+
+    def gather(self, model, batches, recordings, fast_ops):
+        return self.statistics
+
+
 def planned(model, statistics):
-    plan = make_plan(model, Fraction(0.5), refit_steps=0, measured=(measure_mixers(model, statistics), {}))
+    plan = make_plan(model, settings=CutSettings(Fraction(0.5)), team=Given(statistics))
     return plan.layers[0].new_size, len(pickle.dumps([plan, None]))
 
 

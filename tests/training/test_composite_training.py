@@ -1,5 +1,6 @@
 """An unmodified Trainer on models whose mixers belong to another config than the model's own, or to none."""
 
+import copy
 import itertools
 import json
 from types import SimpleNamespace
@@ -87,16 +88,34 @@ def test_a_quarter_of_128_in_four_attempts_is_32(make, tmp_path):
     assert [record["step"] for record in history(model)] == [2, 3, 4, 5]
 
 
-RESUMED = [*itertools.product(MODELS, (1, 3, 4, 5)), *itertools.product(RENAMED, (1, 3))]
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """Trainings of each kind, made once: the Trainer, and its folder with a checkpoint of every step."""
+    made = {}
+
+    def train(kind):
+        if kind not in made:
+            torch.manual_seed(0)
+            folder = tmp_path_factory.mktemp("whole")
+            made[kind] = trainer_of(kind, folder), folder
+            made[kind][0].train()
+        return made[kind]
+
+    return train
+
+
+RESUMED = [
+    *itertools.product(("wrapper", "bare layers"), (1, 3, 4, 5)),
+    *itertools.product(("multimodal", *RENAMED), (1, 3)),
+]
 
 
 @pytest.mark.parametrize(("kind", "step"), RESUMED)
-def test_a_run_resumes_into_a_model_of_the_original_size(kind, step, tmp_path):
-    whole = trainer_of(kind, tmp_path / "whole")
-    whole.train()
+def test_a_run_resumes_into_a_model_of_the_original_size(kind, step, tmp_path, trained):
+    whole, folder = trained(kind)
     assert state_sizes(whole.model) == [4, 4]
-    resumed = trainer_of(kind, tmp_path / "resumed")
-    resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / f"checkpoint-{step}"))
+    resumed = trainer_of(kind, tmp_path, save_strategy="no", eval_strategy="no")
+    resumed.train(resume_from_checkpoint=str(folder / f"checkpoint-{step}"))
     assert same_weights(whole.model, resumed.model) and history(whole.model) == history(resumed.model)
     assert original_sizes(resumed.model) == [16, 16]
 
@@ -113,24 +132,27 @@ def test_a_best_model_from_before_a_cut_is_loaded_with_its_size_in_the_config(ki
     callback = CompreSSMCallback(
         cut_steps=[4], policy="fraction", keep_fraction=0.25, calibration_batches=1, refit_steps=0
     )
-    trainer = trainer_of(kind, tmp_path, callback, [BestIsFirst()], save_steps=2, load_best_model_at_end=True)
+    watch = [BestIsFirst(), kept := WeightsAt(2)]
+    trainer = trainer_of(kind, tmp_path, callback, watch, save_steps=2, load_best_model_at_end=True)
     trainer.train()
     assert trainer.state.best_global_step == 2 and state_sizes(trainer.model) == [16, 16]
-    other = trainer_of(kind, tmp_path / "until", callback, max_steps=6, save_steps=2, callbacks=[StopAt(2)])
-    other.train()
-    assert same_weights(trainer.model, other.model)
+    found = trainer.model.state_dict()
+    assert found.keys() == kept.weights.keys() and all(torch.equal(found[name], kept.weights[name]) for name in found)
     if kind == "wrapper":
         assert trainer.model.body.config.state_sizes == [16, 16]
     if kind == "multimodal":
         assert trainer.model.config.text_config.mamba_d_state == 16
 
 
-class StopAt(TrainerCallback):
+class WeightsAt(TrainerCallback):
+    """Keeps the weights after a step."""
+
     def __init__(self, step):
         self.step = step
 
-    def on_step_end(self, args, state, control, **kwargs):
-        control.should_training_stop = state.global_step == self.step
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        if state.global_step == self.step:
+            self.weights = copy.deepcopy(model.state_dict())
 
 
 @pytest.mark.parametrize("kind", MODELS)
@@ -156,13 +178,12 @@ def test_a_cut_that_hurts_is_undone(kind, tmp_path):
     assert same_weights(whole.model, resumed.model) and history(whole.model) == history(resumed.model)
 
 
-def test_a_multimodal_checkpoint_loads_is_reported_and_exported(tmp_path, capsys):
-    trainer = trainer_of("multimodal", tmp_path)
-    trainer.train()
-    folder = tmp_path / "checkpoint-6"
+def test_a_multimodal_checkpoint_loads_is_reported_and_exported(tmp_path, capsys, trained):
+    trainer, run_folder = trained("multimodal")
+    folder = run_folder / "checkpoint-6"
     loaded = LlavaForConditionalGeneration.from_pretrained(folder)
     assert same_weights(loaded, trainer.model) and history(loaded) == history(trainer.model)
-    run = read_run(tmp_path)
+    run = read_run(run_folder)
     assert run.sizes_before() == [16, 16] and run.sizes_after() == [4, 4] and run.events == history(loaded)
 
     written = export(str(folder), tmp_path / "out")
@@ -227,12 +248,11 @@ def test_sizes_that_the_config_cannot_hold_are_refused_before_the_first_step(tmp
     assert trainer.state.global_step == 0
 
 
-def test_a_wrapper_is_saved_as_the_trainer_saves_plain_modules(tmp_path):
-    trainer = trainer_of("wrapper", tmp_path)
-    trainer.train()
-    saved = load_file(tmp_path / "checkpoint-6" / "model.safetensors")
+def test_a_wrapper_is_saved_as_the_trainer_saves_plain_modules(trained):
+    trainer, folder = trained("wrapper")
+    saved = load_file(folder / "checkpoint-6" / "model.safetensors")
     assert saved.keys() == trainer.model.state_dict().keys()
-    entry = json.loads((tmp_path / "checkpoint-6" / "trainer_state.json").read_text())["stateful_callbacks"]
+    entry = json.loads((folder / "checkpoint-6" / "trainer_state.json").read_text())["stateful_callbacks"]
     records = entry["CompreSSMCallback"]
     records = (records[0] if isinstance(records, list) else records)["attributes"]["saved"]["history"]
     assert records == history(trainer.model)

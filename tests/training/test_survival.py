@@ -140,7 +140,7 @@ def test_the_program_stops_on_sigterm_and_goes_on_by_itself(tmp_path):
                 break
         rest = process.stdout.read()
     assert process.returncode == 143 and "go on with --resume auto" in rest, rest
-    done = subprocess.run([*command, "--max_steps", "60"], cwd=ROOT, env=environment, capture_output=True, text=True)
+    done = subprocess.run([*command, "--max_steps", "40"], cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0 and "going on from" in done.stderr, done.stderr
     with pytest.raises(ValueError, match="give --resume or --resume_from_checkpoint, not both"):
         from hf_compressm.runs.pretraining import parse_run, run_pretraining

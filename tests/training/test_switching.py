@@ -12,7 +12,8 @@ from transformers import Trainer, TrainerCallback
 
 from hf_compressm import CompressionConfig, CompreSSMCallback, Target, use_fast_ops
 from hf_compressm.models.automatic import lent_mixers
-from hf_compressm.training.distributed import plan_together
+from hf_compressm.surgery import CutSettings, make_plan
+from hf_compressm.training.distributed import TrainingTeam
 
 KINDS = pytest.mark.parametrize("kind", ["mamba", "mamba2"])
 CUT = {"policy": "target", "target_state_size": 3, "cut_steps": [2]}
@@ -97,5 +98,6 @@ def test_the_switch_reaches_the_refit_of_a_cut(monkeypatch):
     monkeypatch.setattr("hf_compressm.models.automatic.fast_class", lambda stock: pytest.fail("switched on"))
     model = make(STOCK, "mamba2")
     batches = [{"input_ids": torch.arange(48).reshape(2, 24) % model.config.vocab_size}]
-    plan = plan_together(model, batches, 1, policy=Target(3), fast_ops=False)
+    settings = CutSettings(Target(3), refit_steps=1, fast_ops=False)
+    plan = make_plan(model, settings=settings, calibration=batches, team=TrainingTeam())
     assert plan.cuts

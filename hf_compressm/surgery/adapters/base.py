@@ -1,14 +1,15 @@
-"""One adapter per mixer class: how to measure its states, and how to make it smaller.
+"""The interface of adapters, their registry, and the search for the mixers of a model.
 
 To support a new architecture, subclass `MixerAdapter` for its mixer class and call `register_adapter` with an
-instance. Nothing else in the library needs to know.
+instance. Nothing else in the library needs to know. Source: arXiv 2510.02823 for cuts while training.
 """
 
 from __future__ import annotations
 
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Generic, Protocol, TypeVar
 
 import torch
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from ...models.fast_ops import mixer_class
 from ...reduction import Selection
 from ..changes import ParameterChange
+from ..peft.lora import changes_with_lora, mixer_without_lora
 from ..peft.tuners import place, with_followers
 
 Mixer = TypeVar("Mixer", bound=nn.Module)
@@ -27,35 +29,35 @@ class ReductionError(RuntimeError):
 
 
 class Measurement(Protocol):
-    """What an adapter learnt about one mixer; opaque to everyone else but for what is named here."""
+    """Result of measuring one mixer. Only its adapter knows more of it than these methods."""
 
     def spectrum(self) -> Tensor:
         """Hankel singular values of all N states, float64 (N,), descending."""
         ...
 
     def agreement(self, previous: Any, depth: int) -> float:
-        """How far the ranking of the `depth` leading states is that of an earlier measurement, in [0, 1]."""
+        """Agreement of the ranking of the `depth` leading states with an earlier measurement, in [0, 1]."""
         ...
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Tensors from which the adapter's `load_measurement` makes an equal measurement."""
+        """Tensors, each (...), from which the adapter's `load_measurement` makes an equal measurement."""
         ...
 
 
 class Statistics(Protocol):
-    """What is gathered about one mixer while calibration batches pass through the model.
+    """Statistics of one mixer, gathered while calibration batches pass through the model.
 
-    Sums over tokens in accumulators of fixed size, so that memory does not grow with the number of batches.
+    They are sums over tokens in accumulators of fixed size, so that memory does not grow with the number of batches.
     """
 
     tokens: int
 
     def observe(self, mixer: Any, hidden_states: Tensor, attention_mask: Tensor | None) -> None:
-        """Take in one batch of a mixer's inputs: (B, L, H), and a mask (B, L) with 0 for padding."""
+        """Add one batch of a mixer's inputs: (B, L, H), and a mask (B, L) with 0 for padding."""
         ...
 
     def sum_with(self, all_reduce: Callable[[Tensor], Any]) -> None:
-        """Sum everything over processes, in place, by a function that does so for one tensor."""
+        """Sum everything over processes, in place. `all_reduce` does so for one tensor (...)."""
         ...
 
 
@@ -75,7 +77,7 @@ class MixerReduction:
 
 
 class MixerAdapter(ABC, Generic[Mixer]):
-    """Knows one mixer class. Stateless: one instance serves all mixers of its class.
+    """Measures and reduces mixers of one class. Stateless: one instance serves all mixers of its class.
 
     Attributes:
         mixer_class: the class, or its full name "module.Class", so that its module need not be imported.
@@ -99,7 +101,7 @@ class MixerAdapter(ABC, Generic[Mixer]):
 
     @abstractmethod
     def parameter_shapes(self, mixer: Mixer, order: int) -> dict[str, torch.Size]:
-        """Shape of every parameter that a cut replaces, by name within the mixer, for N = order.
+        """Shape of every parameter that a cut replaces, by name within the mixer, for N = order >= 1.
 
         A parameter that exists at some orders only is named at those.
         """
@@ -126,7 +128,7 @@ class MixerAdapter(ABC, Generic[Mixer]):
 
     @abstractmethod
     def load_measurement(self, state: Mapping[str, Tensor]) -> Measurement:
-        """A measurement from the tensors of its `state_dict`."""
+        """A measurement from the tensors (...) of its `state_dict`."""
 
     @abstractmethod
     def reduce(
@@ -143,12 +145,36 @@ class MixerAdapter(ABC, Generic[Mixer]):
             ReductionError: if the reduced parameters do not reproduce the reduced system.
         """
 
+    def keep(self, mixer: Mixer, kept: Sequence[Sequence[int]]) -> dict[str, ParameterChange]:
+        """Changes that keep single states as they are and drop the others, by parameter name within the mixer.
+
+        Needed for cuts by a score, such as `baselines.rival_cut`; `reduce` does without.
+
+        Args:
+            mixer: the mixer, which is not changed.
+            kept: indices in [0, N) of the states to keep, for each group of channels that has states of its own.
+
+        Raises:
+            NotImplementedError: if the adapter does not say how.
+        """
+        raise NotImplementedError(
+            f"{type(self).__name__} cannot keep single states: give it a method keep(mixer, kept) that returns a "
+            "ParameterChange by parameter name; see MambaAdapter.keep"
+        )
+
     def refitted(self, mixer: Mixer) -> dict[str, slice]:
-        """Parameters, by name, whose given rows a refit on calibration data may change; none by default."""
+        """Rows of parameters, by parameter name, that a refit on calibration data may change; none by default."""
         return {}
 
-    def resized(self, mixer: Mixer, order: int) -> None:
-        """Update the mixer's attributes that hold the state size, if it has any."""
+    def update_size_attributes(self, mixer: Mixer, order: int) -> None:
+        """Write N = order to the mixer's attributes that depend on it, if any. Its parameters have it already."""
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if "resized" in vars(cls):
+            message = f"{cls.__name__}.resized is now update_size_attributes"
+            warnings.warn(message, DeprecationWarning, stacklevel=2)
+            cls.update_size_attributes = vars(cls)["resized"]  # type: ignore[method-assign]
 
     def size_multiple(self, mixer: Mixer) -> int:
         """State sizes of this mixer are multiples of this, >= 1, where the caller asks for none of their own."""
@@ -161,7 +187,7 @@ class MixerAdapter(ABC, Generic[Mixer]):
 
 @dataclass(frozen=True)
 class MixerSite:
-    """A compressible mixer's place in a model."""
+    """A compressible mixer of a model: its name there, the mixer, and its adapter."""
 
     name: str
     mixer: nn.Module
@@ -169,6 +195,7 @@ class MixerSite:
 
     @property
     def state_size(self) -> int:
+        """Present number of states N."""
         return self.adapter.state_size(self.mixer)
 
     def shapes(self, order: int) -> dict[str, torch.Size]:
@@ -176,9 +203,25 @@ class MixerSite:
         return with_followers(self.mixer, self.adapter.parameter_shapes(self.mixer, order))
 
     def parameters(self) -> dict[str, nn.Parameter]:
-        """The parameters that a cut replaces, LoRA's included, by name within the mixer without PEFT."""
+        """Parameters that a cut replaces, LoRA's included, by name within the mixer without PEFT."""
         places = {name: place(self.mixer, name) for name in self.shapes(self.state_size)}
         return {name: owner.get_parameter(attribute) for name, (owner, attribute) in places.items()}
+
+    def without_lora(self) -> MixerSite:
+        """The same site with a mixer that computes the same without LoRA; see `mixer_without_lora`."""
+        names = self.adapter.parameter_shapes(self.mixer, self.state_size)
+        return replace(self, mixer=mixer_without_lora(self.mixer, names))
+
+    def with_lora(self, reduction: MixerReduction) -> MixerReduction:
+        """A reduction of `without_lora()` as one of this mixer; see `changes_with_lora`.
+
+        Raises:
+            ValueError: if the adapter does not say how rows of a weight with LoRA are mapped.
+        """
+        try:
+            return replace(reduction, changes=changes_with_lora(self.mixer, reduction.changes))
+        except ValueError as error:
+            raise ValueError(f"{self.name}.{error}") from error
 
 
 _ADAPTERS: dict[str, MixerAdapter] = {}
@@ -191,7 +234,7 @@ def register_adapter(adapter: MixerAdapter) -> None:
 
 
 def register_subclass(mixer_class: type[nn.Module]) -> None:
-    """Let the adapter of the nearest supported parent serve a mixer class that uses the parent's parameters as it does.
+    """Use the adapter of the nearest supported parent for a mixer class whose parameters mean what the parent's do.
 
     Raises:
         ValueError: if no parent has an adapter.
@@ -207,9 +250,9 @@ def register_subclass(mixer_class: type[nn.Module]) -> None:
 
 
 def register_refusal(mixer_class: type[nn.Module] | str, reason: str) -> None:
-    """Say why mixers of a class cannot be compressed, for the error that a model without other mixers gets.
+    """Give the reason why mixers of a class cannot be compressed. A model with no other mixers is refused with it.
 
-    In a model with other mixers they stay as they are.
+    In a model with other mixers they are not changed.
     """
     _REFUSED[_full_name(mixer_class)] = reason
 
@@ -251,7 +294,7 @@ def find_mixers(model: nn.Module) -> list[MixerSite]:
 
 
 def _check_subclasses(model: nn.Module) -> None:
-    """A mixer that is only nearly a supported one would keep its size while the config speaks of all layers."""
+    """Raise if a mixer is a subclass of a supported one: it would keep its size while the config gives that of all."""
     for cls in dict.fromkeys(map(mixer_class, model.modules())):
         parent = _served_parent(cls)
         if parent is not None and not {*_ADAPTERS, *_REFUSED} & {_full_name(cls)}:

@@ -23,12 +23,11 @@ from torch.nn import functional as F
 
 from ...layers.mamba import real_positions
 from ...layers.plain import innermost
-from ...reduction import Selection
 from ...reduction.key_channels import key_moments, missed_share
 from ..changes import ParameterChange, Term
-from .base import MixerAdapter, MixerReduction, register_adapter
+from .base import MixerReduction, register_adapter
 from .matrix_states import MatrixMeasurement, MatrixStatistics, choose_channels, second_moment
-from .selective import look_weights, real_tokens
+from .selective import CalibratedAdapter, StateChoice, look_weights, real_tokens
 
 EPS = 1e-6
 """Added to the squared length of a key or query before it is normalised, as transformers does."""
@@ -39,7 +38,7 @@ KEY, OTHER = "key", "other"
 
 @dataclass(frozen=True)
 class DeltaSignals:
-    """What enters the recurrence S_t = a_t S_{t-1} + beta_t k_t (v_t - a_t S_{t-1}^T k_t)^T, with a_t = exp(g_t).
+    """Input of the recurrence S_t = a_t S_{t-1} + beta_t k_t (v_t - a_t S_{t-1}^T k_t)^T, with a_t = exp(g_t).
 
     Attributes:
         q, k: (B, L, G, K), of length 1.
@@ -55,13 +54,14 @@ class DeltaSignals:
     beta: Tensor
 
 
-class GatedDeltaAdapter(MixerAdapter[Any]):
+class GatedDeltaAdapter(CalibratedAdapter):
     """Gated delta-rule mixers in transformers, whose config holds one key size for all layers.
 
     Args:
         mixer_class: full name of the class.
     """
 
+    measurement_class = MatrixMeasurement
     uniform = True
     size_field = "linear_key_head_dim"
     dynamics = ("A_log", "dt_bias")
@@ -108,14 +108,8 @@ class GatedDeltaAdapter(MixerAdapter[Any]):
     def statistics(self, mixer: Any) -> MatrixStatistics:
         return MatrixStatistics(self.moments)
 
-    def measure(self, mixer: Any, statistics: MatrixStatistics | None = None) -> MatrixMeasurement:
-        return MatrixMeasurement.of(statistics)
-
-    def load_measurement(self, state: Mapping[str, Tensor]) -> MatrixMeasurement:
-        return MatrixMeasurement(state["Q"], state["K"], state["P"])
-
     def signals(self, mixer: Any, hidden_states: Tensor, attention_mask: Tensor | None) -> DeltaSignals:
-        """What the mixer gives its recurrence for the hidden states (B, L, D) that it gets; zero writes at padding."""
+        """Input of the mixer's recurrence for hidden states (B, L, D); nothing is written at padding."""
         hidden_states = real_positions(hidden_states, attention_mask)
         channels, step, strength = self.projected(mixer, hidden_states)
         convolved = F.silu(mixer.conv1d(channels.mT)[..., : channels.shape[1]].mT).float()
@@ -134,16 +128,9 @@ class GatedDeltaAdapter(MixerAdapter[Any]):
         queries, keys = (second_moment(part * real[..., None, None]) for part in (signals.q, signals.k))
         return torch.stack([queries, keys, state_moment(signals, look_weights(real))])
 
-    def reduce(
-        self,
-        mixer: Any,
-        measurement: MatrixMeasurement,
-        order: int,
-        selection: Selection = "largest",
-        generator: torch.Generator | None = None,
-    ) -> MixerReduction:
+    def reduce_to(self, mixer: Any, measurement: MatrixMeasurement, choice: StateChoice) -> MixerReduction:
         moments = list(zip(measurement.Q, measurement.K, strict=True))
-        kept = [choose_channels(Q, K, order, selection, generator) for Q, K in moments]
+        kept = [choose_channels(Q, K, choice) for Q, K in moments]
         missed = [missed_share(key_moments(*pair), channels) for pair, channels in zip(moments, kept, strict=True)]
         return MixerReduction(self.keep(mixer, kept), residual=sum(missed) / len(missed))
 
@@ -152,7 +139,6 @@ class GatedDeltaAdapter(MixerAdapter[Any]):
         return BLOCK if self.state_size(mixer) > BLOCK else 1
 
     def keep(self, mixer: Any, kept: Sequence[Sequence[int]]) -> dict[str, ParameterChange]:
-        """Parameters with the given channels of each key head and everything else unchanged."""
         index = {name: self._rows(mixer, name, kept) for name in self._segments(mixer)}
         changes = {}
         for name in self.parameter_shapes(mixer, self.state_size(mixer)):
@@ -163,7 +149,7 @@ class GatedDeltaAdapter(MixerAdapter[Any]):
     def refitted(self, mixer: Any) -> dict[str, slice]:
         return dict.fromkeys(self.parameter_shapes(mixer, self.state_size(mixer)), slice(None))
 
-    def resized(self, mixer: Any, order: int) -> None:
+    def update_size_attributes(self, mixer: Any, order: int) -> None:
         mixer.head_k_dim, mixer.key_dim = order, order * mixer.num_k_heads
         mixer.conv_dim = mixer.conv1d.weight.shape[0]
         mixer.conv1d.in_channels = mixer.conv1d.out_channels = mixer.conv1d.groups = mixer.conv_dim

@@ -1,6 +1,7 @@
 """Adapter for `LRU` layers: balanced truncation of a time-invariant MIMO system, back in the stable parameterisation.
 
-Shapes: N states before the cut, r after it, H features.
+Shapes: N states before the cut, r after it, H features. Sources: Orvieto et al. 2023, arXiv 2303.06349, for the layer;
+arXiv 2510.02823 for its reduction; `hf_compressm.reduction.balanced` for the method.
 """
 
 from __future__ import annotations
@@ -39,18 +40,21 @@ SMALLEST_PHASE = 1e-9
 
 @dataclass(frozen=True)
 class LRUMeasurement:
-    """Balanced realisation of a layer, and which of its modes were conjugated to bring all poles above the axis."""
+    """Balanced realisation of a layer, and the modes, bool (N,), that were conjugated to lie above the real axis."""
 
     balancing: Balancing
     flipped: Tensor
 
     def spectrum(self) -> Tensor:
+        """Hankel singular values, float64 (N,), descending."""
         return self.balancing.spectrum()
 
     def agreement(self, previous: LRUMeasurement, depth: int) -> float:
+        """Agreement of the ranking of the leading states with an earlier one, in [0, 1]; see `rank_stability`."""
         return rank_stability(match_states(previous.balancing, self.balancing), depth)
 
     def state_dict(self) -> dict[str, Tensor]:
+        """Poles (N,), B (N, H) and C (M, N), complex128, and flipped, bool (N,)."""
         poles, B, C = self.balancing.system
         return {"poles": poles, "B": B, "C": C, "flipped": self.flipped}
 
@@ -66,27 +70,13 @@ class LRUAdapter(MixerAdapter[LRU]):
 
     def parameter_shapes(self, mixer: LRU, order: int) -> dict[str, torch.Size]:
         H = mixer.D.shape[0]
-        vector, rows, columns = torch.Size([order]), torch.Size([order, H]), torch.Size([H, order])
-        return {
-            "nu_log": vector,
-            "theta_log": vector,
-            "gamma_log": vector,
-            "B_re": rows,
-            "B_im": rows,
-            "C_re": columns,
-            "C_im": columns,
-        }
+        shapes = dict.fromkeys(("nu_log", "theta_log", "gamma_log"), torch.Size([order]))
+        shapes |= dict.fromkeys(("B_re", "B_im"), torch.Size([order, H]))
+        return shapes | dict.fromkeys(("C_re", "C_im"), torch.Size([H, order]))
 
     def order_of(self, mixer: LRU, shapes: Mapping[str, torch.Size]) -> int | None:
-        for name, axis in {
-            "nu_log": 0,
-            "theta_log": 0,
-            "gamma_log": 0,
-            "B_re": 0,
-            "B_im": 0,
-            "C_re": 1,
-            "C_im": 1,
-        }.items():
+        for name in self.dynamics:
+            axis = 1 if name in ("C_re", "C_im") else 0
             if name in shapes and len(shapes[name]) > axis:
                 return shapes[name][axis]
         return None
@@ -118,7 +108,6 @@ class LRUAdapter(MixerAdapter[LRU]):
         return MixerReduction(changes, truncation.bound)
 
     def keep(self, mixer: LRU, kept: Sequence[Sequence[int]]) -> dict[str, ParameterChange]:
-        """Parameters with the given modes of the one group and everything else unchanged."""
         index = torch.tensor(list(kept[0]))
         columns = torch.eye(mixer.state_size, dtype=torch.float64)[:, index]
         changes = {}
@@ -129,63 +118,88 @@ class LRUAdapter(MixerAdapter[LRU]):
         return changes
 
 
+@dataclass(frozen=True)
+class _Lifting:
+    """The maps between the states before a cut and those after it, in the stable parameterisation, all float64.
+
+    Attributes:
+        parameters: the layer's, by name.
+        truncation: the reduced system and its maps.
+        sign_in: (N,), -1 where a mode was conjugated before the reduction.
+        sign_out: (r,), -1 where the pole of a new mode lies below the real axis, so that it is conjugated after it.
+        new_gamma: (r,), the new normalisation of inputs.
+        scale: (r,), free scale of each new state.
+    """
+
+    parameters: Mapping[str, Tensor]
+    truncation: Truncation
+    sign_in: Tensor
+    sign_out: Tensor
+    new_gamma: Tensor
+    scale: Tensor
+
+    @classmethod
+    def of(cls, mixer: LRU, flipped: Tensor, truncation: Truncation) -> _Lifting:
+        parameters = {name: parameter.detach().to("cpu", torch.float64) for name, parameter in mixer.named_parameters()}
+        poles, reduced_B, _ = truncation.system
+        # Eigenvectors leave each state's scale open. Adam's steps have one size for all entries, so a row that comes
+        # back much larger or smaller than it was would be trained at another relative rate.
+        new_gamma = (1 - poles.abs().square()).sqrt()
+        typical = torch.complex(parameters["B_re"], parameters["B_im"]).abs().square().sum(1).mean().sqrt()
+        row = reduced_B.norm(dim=1) / new_gamma
+        scale = torch.where((row > 0) & (typical > 0), typical / torch.where(row > 0, row, 1), 1)
+        sign_in, sign_out = (torch.where(down, -1.0, 1.0).to(torch.float64) for down in (flipped, poles.imag < 0))
+        return cls(parameters, truncation, sign_in, sign_out, new_gamma, scale)
+
+    def B(self) -> dict[str, ParameterChange]:
+        """Changes of B_re, B_im and gamma_log.
+
+        Rows of the gradient of B are the real and imaginary parts of adjoint @ (g_re + i sign_in g_im), times sign_out
+        where a new mode is conjugated.
+        """
+        gamma, sign_out = self.parameters["gamma_log"].exp(), self.sign_out[:, None]
+        forward = (self.scale / self.new_gamma)[:, None] * self.truncation.left.mH * gamma
+        adjoint = (self.new_gamma / self.scale)[:, None] * self.truncation.right.mH / gamma
+        new = forward @ torch.complex(self.parameters["B_re"], self.sign_in[:, None] * self.parameters["B_im"])
+        new = torch.complex(new.real, sign_out * new.imag)
+        real = (Term("B_re", left=adjoint.real), Term("B_im", left=-adjoint.imag * self.sign_in))
+        imaginary = (
+            Term("B_re", left=sign_out * adjoint.imag),
+            Term("B_im", left=sign_out * adjoint.real * self.sign_in),
+        )
+        # gamma scales a row of B, so its gradient is the inner product of that row with the row's gradient.
+        of_gamma = tuple(Term(t.source, left=t.left, contract=new.real) for t in real) + tuple(
+            Term(t.source, left=t.left, contract=new.imag) for t in imaginary
+        )
+        return {
+            "gamma_log": ParameterChange(self.new_gamma.log(), of_gamma),
+            "B_re": ParameterChange(new.real.contiguous(), real),
+            "B_im": ParameterChange(new.imag.contiguous(), imaginary),
+        }
+
+    def C(self) -> dict[str, ParameterChange]:
+        """Changes of C_re and C_im: as for B, with columns in place of rows, from the right."""
+        adjoint, sign_in = self.truncation.left * self.scale, self.sign_in[:, None]
+        new = torch.complex(self.parameters["C_re"], self.sign_in * self.parameters["C_im"])
+        new = new @ (self.truncation.right / self.scale)
+        real = (Term("C_re", right=adjoint.real), Term("C_im", right=-sign_in * adjoint.imag))
+        imaginary = (
+            Term("C_re", right=adjoint.imag * self.sign_out),
+            Term("C_im", right=sign_in * adjoint.real * self.sign_out),
+        )
+        return {
+            "C_re": ParameterChange(new.real.contiguous(), real),
+            "C_im": ParameterChange((self.sign_out * new.imag).contiguous(), imaginary),
+        }
+
+
 def _parameter_changes(mixer: LRU, flipped: Tensor, truncation: Truncation) -> dict[str, ParameterChange]:
     """Parameters of the reduced layer, and the adjoint of the lifting h ~ right h_r for their gradients."""
-    parameters = {name: parameter.detach().to("cpu", torch.float64) for name, parameter in mixer.named_parameters()}
-    B_re, B_im, C_re, C_im = (parameters[name] for name in ("B_re", "B_im", "C_re", "C_im"))
-    gamma = parameters["gamma_log"].exp()
-    sign_in = torch.where(flipped, -1.0, 1.0).to(torch.float64)
-    poles, reduced_B, _ = truncation.system
-    sign_out = torch.where(poles.imag < 0, -1.0, 1.0).to(torch.float64)
-    left, right = truncation.left, truncation.right
-
-    # Eigenvectors leave each state's scale open. Adam's steps have one size for all entries, so a row that comes
-    # back much larger or smaller than it was would be trained at another relative rate.
-    new_gamma = (1 - poles.abs().square()).sqrt()
-    typical = torch.complex(B_re, B_im).abs().square().sum(1).mean().sqrt()
-    row = reduced_B.norm(dim=1) / new_gamma
-    scale = torch.where((row > 0) & (typical > 0), typical / torch.where(row > 0, row, 1), 1)
-
-    to_B = (scale / new_gamma)[:, None] * left.mH * gamma
-    to_C = right / scale
-    adjoint_B = (new_gamma / scale)[:, None] * right.mH / gamma
-    adjoint_C = left * scale
-
-    new_B = to_B @ torch.complex(B_re, sign_in[:, None] * B_im)
-    new_C = torch.complex(C_re, sign_in * C_im) @ to_C
-    new_B = torch.complex(new_B.real, sign_out[:, None] * new_B.imag)
-    new_C = torch.complex(new_C.real, sign_out * new_C.imag)
-
-    # Rows of B: the real and imaginary parts of adjoint_B @ (g_re + i sign_in g_im), times sign_out where a new mode
-    # is conjugated. Columns of C likewise, from the right.
-    B_re_terms = (Term("B_re", left=adjoint_B.real), Term("B_im", left=-adjoint_B.imag * sign_in))
-    B_im_terms = (
-        Term("B_re", left=sign_out[:, None] * adjoint_B.imag),
-        Term("B_im", left=sign_out[:, None] * adjoint_B.real * sign_in),
-    )
-    C_re_terms = (
-        Term("C_re", right=adjoint_C.real),
-        Term("C_im", right=-sign_in[:, None] * adjoint_C.imag),
-    )
-    C_im_terms = (
-        Term("C_re", right=adjoint_C.imag * sign_out),
-        Term("C_im", right=sign_in[:, None] * adjoint_C.real * sign_out),
-    )
-    # gamma scales a row of B, so its gradient is the inner product of that row with the row's gradient.
-    gamma_terms = tuple(Term(t.source, left=t.left, contract=new_B.real) for t in B_re_terms) + tuple(
-        Term(t.source, left=t.left, contract=new_B.imag) for t in B_im_terms
-    )
-    nu_log, theta_log = _polar_parameters(poles)
-    nu_terms, theta_terms = _pole_terms(parameters, sign_in, nu_log, theta_log, sign_out, truncation)
-    return {
-        "nu_log": ParameterChange(nu_log, nu_terms),
-        "theta_log": ParameterChange(theta_log, theta_terms),
-        "gamma_log": ParameterChange(new_gamma.log(), gamma_terms),
-        "B_re": ParameterChange(new_B.real.contiguous(), B_re_terms),
-        "B_im": ParameterChange(new_B.imag.contiguous(), B_im_terms),
-        "C_re": ParameterChange(new_C.real.contiguous(), C_re_terms),
-        "C_im": ParameterChange(new_C.imag.contiguous(), C_im_terms),
-    }
+    lifting = _Lifting.of(mixer, flipped, truncation)
+    nu_log, theta_log = _polar_parameters(truncation.system.poles)
+    nu_terms, theta_terms = _pole_terms(lifting, nu_log, theta_log)
+    poles = {"nu_log": ParameterChange(nu_log, nu_terms), "theta_log": ParameterChange(theta_log, theta_terms)}
+    return poles | lifting.B() | lifting.C()
 
 
 def _polar_parameters(poles: Tensor) -> tuple[Tensor, Tensor]:
@@ -195,14 +209,7 @@ def _polar_parameters(poles: Tensor) -> tuple[Tensor, Tensor]:
     return decay.log(), phase.log()
 
 
-def _pole_terms(
-    parameters: Mapping[str, Tensor],
-    sign_in: Tensor,
-    nu_log: Tensor,
-    theta_log: Tensor,
-    sign_out: Tensor,
-    truncation: Truncation,
-) -> tuple[tuple[Term, ...], tuple[Term, ...]]:
+def _pole_terms(lifting: _Lifting, nu_log: Tensor, theta_log: Tensor) -> tuple[tuple[Term, ...], tuple[Term, ...]]:
     """How gradients of the poles follow a reduction.
 
     With Gamma = sum_k p_k h_{k-1}^H (p the adjoint state), the gradient of the poles is diag(Gamma), and the reduced
@@ -210,6 +217,7 @@ def _pole_terms(
     different states, is left out. In terms of log poles, whose gradient is conj(pole) times that of the pole, the
     map is K_ij = conj(pole'_i right_ji) left_ji / conj(pole_j).
     """
+    parameters, truncation, sign_in = lifting.parameters, lifting.truncation, lifting.sign_in
     old_poles = torch.exp(torch.complex(-parameters["nu_log"].exp(), sign_in * parameters["theta_log"].exp()))
     moving = old_poles.abs() > SMALLEST_MODULUS
     inverse = torch.where(moving, 1 / torch.where(moving, old_poles, 1).conj(), 0)
@@ -217,7 +225,7 @@ def _pole_terms(
     K = truncation.system.poles.conj()[:, None] * weight * inverse
 
     nu_new, nu_old = nu_log.exp(), parameters["nu_log"].exp()
-    theta_new, theta_old = sign_out * theta_log.exp(), sign_in * parameters["theta_log"].exp()
+    theta_new, theta_old = lifting.sign_out * theta_log.exp(), sign_in * parameters["theta_log"].exp()
     theta_inverse = torch.where(theta_old != 0, 1 / torch.where(theta_old != 0, theta_old, 1), 0)
     # log pole = -nu + i theta with nu = exp(nu_log), theta = exp(theta_log): z = -g_nu / nu + i g_theta / theta.
     nu_terms = (

@@ -3,7 +3,8 @@
 B_t and C_t are linear in the layer's input after its convolution, so the corrected read-out K C_t is a plain change of
 weights, and the result is a smaller layer of the same class.
 
-Shapes: I channels, R rank of the time step, N states before the cut, r after it.
+Shapes: I channels, R rank of the time step, N states before the cut, r after it. Source: Gu and Dao 2023, arXiv
+2312.00752, for the layer; `hf_compressm.reduction.interpolative` for the method.
 """
 
 from __future__ import annotations
@@ -19,18 +20,13 @@ from ...layers.mamba import CompreSSMMambaMixer, convolve, real_positions, time_
 from ...layers.mamba2 import CompreSSMMamba2Mixer
 from ...layers.padding import RealFirst
 from ...layers.plain import innermost
-from ...reduction import Selection, output_residual, read_out_correction
+from ...reduction import output_residual, read_out_correction
 from ..changes import ParameterChange, Term
-from .base import MixerAdapter, MixerReduction, ReductionError, register_adapter
-from .selective import (
-    SelectiveMeasurement,
-    SelectiveStatistics,
-    Signals,
-    choose_states,
-)
+from .base import MixerReduction, ReductionError, register_adapter
+from .selective import SelectiveAdapter, SelectiveMeasurement, Signals, StateChoice
 
 
-class MambaAdapter(MixerAdapter[Any]):
+class MambaAdapter(SelectiveAdapter):
     """Mixers of Mamba, FalconMamba and Jamba, and this package's own.
 
     FalconMamba and Jamba normalise B and C over the states (RMS), so removing states rescales the others. The change is
@@ -71,25 +67,12 @@ class MambaAdapter(MixerAdapter[Any]):
             return (shapes["x_proj.weight"][0] - _rank(mixer)) // 2
         return None
 
-    def statistics(self, mixer: Any) -> SelectiveStatistics:
-        return SelectiveStatistics(mamba_signals)
+    def signals(self, mixer: Any, hidden_states: Tensor, attention_mask: Tensor | None) -> Signals:
+        return mamba_signals(mixer, hidden_states, attention_mask)
 
-    def measure(self, mixer: Any, statistics: SelectiveStatistics | None = None) -> SelectiveMeasurement:
-        return SelectiveMeasurement.of(statistics)
-
-    def load_measurement(self, state: Mapping[str, Tensor]) -> SelectiveMeasurement:
-        return SelectiveMeasurement.from_state_dict(state)
-
-    def reduce(
-        self,
-        mixer: Any,
-        measurement: SelectiveMeasurement,
-        order: int,
-        selection: Selection = "largest",
-        generator: torch.Generator | None = None,
-    ) -> MixerReduction:
+    def reduce_to(self, mixer: Any, measurement: SelectiveMeasurement, choice: StateChoice) -> MixerReduction:
         G, W = measurement.G[0], measurement.W[0]
-        kept = choose_states(G, W, order, selection, generator)
+        kept = choice.indices(G, W)
         K = read_out_correction(G, kept)
         changes = self.subset_changes(mixer, measurement, kept, K)
         if not all(change.value.isfinite().all() for change in changes.values()):
@@ -98,7 +81,6 @@ class MambaAdapter(MixerAdapter[Any]):
         return MixerReduction(changes, residual=output_residual(G, W, read_in, K))
 
     def keep(self, mixer: Any, kept: Sequence[Sequence[int]]) -> dict[str, ParameterChange]:
-        """Parameters with the given states of each group and everything else unchanged."""
         rank, size, index = _rank(mixer), self.state_size(mixer), torch.tensor(list(kept[0]))
         rows = {
             "x_proj.weight": torch.cat([torch.arange(rank), rank + index, rank + size + index]),
@@ -171,7 +153,7 @@ class MambaAdapter(MixerAdapter[Any]):
             rows |= dict.fromkeys(("b_layernorm.weight", "c_layernorm.weight"), slice(None))
         return rows
 
-    def resized(self, mixer: Any, order: int) -> None:
+    def update_size_attributes(self, mixer: Any, order: int) -> None:
         rank = _rank(mixer)
         mixer.x_proj.out_features = rank + 2 * order
         if hasattr(mixer, "ssm_state_size"):
@@ -182,7 +164,7 @@ class MambaAdapter(MixerAdapter[Any]):
 
 
 def mamba_signals(mixer: Any, hidden_states: Tensor, attention_mask: Tensor | None) -> Signals:
-    """What the mixer gives its scan for the hidden states (B, L, H) that it gets."""
+    """Input of a Mamba mixer's scan for hidden states (B, L, H) and a mask (B, L), zero at padding."""
     projected = mixer.in_proj(real_positions(hidden_states, attention_mask))
     u = convolved_tokens(mixer, projected.chunk(2, dim=-1)[0], attention_mask)
     size, projected = mixer.A_log.shape[1], mixer.x_proj(u)
@@ -197,7 +179,7 @@ def mamba_signals(mixer: Any, hidden_states: Tensor, attention_mask: Tensor | No
 
 
 def convolved_tokens(mixer: Any, channels: Tensor, attention_mask: Tensor | None) -> Tensor:
-    """What a mixer makes of the channels (B, L, I) by its convolution, zero at padding."""
+    """Output (B, L, I) of a mixer's convolution for channels (B, L, I), zero at padding."""
     tokens = RealFirst.of(attention_mask, channels) if _skips_padding(mixer) else None
     if tokens is None:
         return real_positions(convolve(mixer, channels), attention_mask)
@@ -205,7 +187,7 @@ def convolved_tokens(mixer: Any, channels: Tensor, attention_mask: Tensor | None
 
 
 def time_of_tokens(mixer: Any, dt: Tensor, attention_mask: Tensor | None) -> Tensor:
-    """Time steps (B, L, I), zero where a mixer lets no time pass."""
+    """Time steps (B, L, I), set to zero at padding for mixers that skip it."""
     return real_positions(dt, attention_mask) if _skips_padding(mixer) else dt
 
 

@@ -5,7 +5,8 @@ mixers carry a read-in L and a read-out R per group behind that, which reach the
 channels each of B and C.
 
 Shapes: I channels in H heads, G groups, N states before the cut, r after it. Rows of `in_proj` are gate (I), u (I),
-B (G N), C (G N), dt (H); channels of the convolution are u, B, C.
+B (G N), C (G N), dt (H); channels of the convolution are u, B, C. Source: Dao and Gu 2024, arXiv 2405.21060, for the
+layer; `hf_compressm.reduction.interpolative` for the method.
 """
 
 from __future__ import annotations
@@ -20,32 +21,21 @@ from torch.nn import functional as F
 
 from ...layers.mamba import real_positions
 from ...layers.plain import innermost
-from ...reduction import Selection, low_rank_basis, output_residual
+from ...reduction import low_rank_basis, output_residual
 from ..changes import ParameterChange, Term
-from .base import MixerAdapter, MixerReduction, ReductionError, register_adapter
+from .base import MixerReduction, ReductionError, register_adapter
 from .mamba import convolved_tokens, time_of_tokens
-from .selective import (
-    SelectiveMeasurement,
-    SelectiveStatistics,
-    Signals,
-    choose_states,
-)
+from .selective import SelectiveAdapter, SelectiveMeasurement, Signals, StateChoice
 
 CONV_MULTIPLE = 8
 """The `causal_conv1d` kernel takes channels-last tensors only where strides are a multiple of this."""
 
 
-class _Mamba2Adapter(MixerAdapter[Any]):
+class _Mamba2Adapter(SelectiveAdapter):
     dynamics = ("A_log", "D", "dt_bias")
 
-    def statistics(self, mixer: Any) -> SelectiveStatistics:
-        return SelectiveStatistics(mamba2_signals)
-
-    def measure(self, mixer: Any, statistics: SelectiveStatistics | None = None) -> SelectiveMeasurement:
-        return SelectiveMeasurement.of(statistics)
-
-    def load_measurement(self, state: Mapping[str, Tensor]) -> SelectiveMeasurement:
-        return SelectiveMeasurement.from_state_dict(state)
+    def signals(self, mixer: Any, hidden_states: Tensor, attention_mask: Tensor | None) -> Signals:
+        return mamba2_signals(mixer, hidden_states, attention_mask)
 
 
 class StockMamba2Adapter(_Mamba2Adapter):
@@ -87,18 +77,9 @@ class StockMamba2Adapter(_Mamba2Adapter):
             return (rows - 2 * channels) // (2 * mixer.n_groups)
         return None
 
-    def reduce(
-        self,
-        mixer: Any,
-        measurement: SelectiveMeasurement,
-        order: int,
-        selection: Selection = "largest",
-        generator: torch.Generator | None = None,
-    ) -> MixerReduction:
-        self._check_kernel(mixer, order)
-        kept = [
-            choose_states(G, W, order, selection, generator) for G, W in zip(measurement.G, measurement.W, strict=True)
-        ]
+    def reduce_to(self, mixer: Any, measurement: SelectiveMeasurement, choice: StateChoice) -> MixerReduction:
+        self._check_kernel(mixer, choice.order)
+        kept = [choice.indices(G, W) for G, W in zip(measurement.G, measurement.W, strict=True)]
         residuals = []
         for G, W, states in zip(measurement.G, measurement.W, kept, strict=True):
             rows = torch.eye(len(G), dtype=G.dtype)[states]
@@ -125,7 +106,6 @@ class StockMamba2Adapter(_Mamba2Adapter):
             )
 
     def keep(self, mixer: Any, kept: Sequence[Sequence[int]]) -> dict[str, ParameterChange]:
-        """Parameters with the given states of each group and everything else unchanged."""
         channels, size = _channels(mixer), _conv_states(mixer)
         states = torch.tensor([group * size + index for group, chosen in enumerate(kept) for index in chosen])
         block = mixer.n_groups * size
@@ -146,7 +126,7 @@ class StockMamba2Adapter(_Mamba2Adapter):
         rows = {"in_proj": slice(2 * channels, 2 * channels + block), "conv1d": slice(channels, None)}
         return {name: rows[name.partition(".")[0]] for name in self.parameter_shapes(mixer, _conv_states(mixer))}
 
-    def resized(self, mixer: Any, order: int) -> None:
+    def update_size_attributes(self, mixer: Any, order: int) -> None:
         convolved = mixer.conv1d.weight.shape[0]
         mixer.conv1d.in_channels = mixer.conv1d.out_channels = mixer.conv1d.groups = convolved
         mixer.in_proj.out_features = mixer.in_proj.weight.shape[0]
@@ -176,17 +156,10 @@ class CompreSSMMamba2Adapter(_Mamba2Adapter):
             return shapes["read_in"][1]
         return _conv_states(mixer) if "conv1d.weight" in shapes else None
 
-    def reduce(
-        self,
-        mixer: Any,
-        measurement: SelectiveMeasurement,
-        order: int,
-        selection: Selection = "largest",
-        generator: torch.Generator | None = None,
-    ) -> MixerReduction:
+    def reduce_to(self, mixer: Any, measurement: SelectiveMeasurement, choice: StateChoice) -> MixerReduction:
         ins, outs, residuals = [], [], []
         for G, W in zip(measurement.G, measurement.W, strict=True):
-            L, R = _basis(G, W, order, selection, generator)
+            L, R = _basis(G, W, choice)
             ins.append(L)
             outs.append(R)
             residuals.append(output_residual(G, W, L, R))
@@ -196,7 +169,6 @@ class CompreSSMMamba2Adapter(_Mamba2Adapter):
         return MixerReduction(_basis_changes(mixer, read_in, read_out), residual=sum(residuals) / len(residuals))
 
     def keep(self, mixer: Any, kept: Sequence[Sequence[int]]) -> dict[str, ParameterChange]:
-        """Parameters with the given states of each group and everything else unchanged."""
         rows = torch.eye(self.state_size(mixer), dtype=torch.float64)[torch.tensor([list(chosen) for chosen in kept])]
         return _basis_changes(mixer, rows, rows)
 
@@ -205,7 +177,7 @@ class CompreSSMMamba2Adapter(_Mamba2Adapter):
 
 
 def mamba2_signals(mixer: Any, hidden_states: Tensor, attention_mask: Tensor | None) -> Signals:
-    """What the mixer gives its scan for the hidden states (B, L, H) that it gets."""
+    """Input of a Mamba-2 mixer's scan for hidden states (B, L, H) and a mask (B, L), zero at padding."""
     hidden_states = real_positions(hidden_states, attention_mask)
     projected = mixer.in_proj(hidden_states * getattr(mixer, "ssm_in_multiplier", 1.0))
     projected = projected * getattr(mixer, "mup_vector", 1.0)
@@ -246,15 +218,13 @@ def _basis_changes(mixer: Any, read_in: Tensor, read_out: Tensor) -> dict[str, P
     }
 
 
-def _basis(
-    G: Tensor, W: Tensor, order: int, selection: Selection, generator: torch.Generator | None
-) -> tuple[Tensor, Tensor]:
-    if selection == "largest":
-        return low_rank_basis(G, W, order)
+def _basis(G: Tensor, W: Tensor, choice: StateChoice) -> tuple[Tensor, Tensor]:
+    if choice.selection == "largest":
+        return low_rank_basis(G, W, choice.order)
     L, R = low_rank_basis(G, W, len(G))
-    if selection == "smallest":
-        return L[-order:], R[-order:]
-    kept = choose_states(G, W, order, selection, generator)
+    if choice.selection == "smallest":
+        return L[-choice.order :], R[-choice.order :]
+    kept = choice.indices(G, W)
     return L[kept], R[kept]
 
 

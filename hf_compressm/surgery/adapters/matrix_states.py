@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from ...reduction import empirical_singular_values
 from ...reduction.key_channels import select_key_channels
 from .base import ReductionError
-from .selective import random_channels, real_tokens
+from .selective import StateChoice, real_tokens
 
 
 class MatrixStatistics:
@@ -112,20 +112,18 @@ def second_moment(signal: Tensor) -> Tensor:
     return (rows.mT @ rows).double()
 
 
-def choose_channels(Q: Tensor, K: Tensor, order: int, selection: str, generator: torch.Generator | None) -> list[int]:
+def choose_channels(Q: Tensor, K: Tensor, choice: StateChoice) -> list[int]:
     """Channels of one key head to keep, ascending.
 
     Args:
         Q, K: float64 (K, K), second moments of queries and keys.
-        order: number of channels, 1 <= order <= K.
-        selection: largest, smallest or random.
-        generator: CPU generator, needed for random.
+        choice: of 1 <= order <= K channels.
 
     Raises:
         ValueError: on an unknown selection, or random without a generator.
     """
-    if selection == "largest":
-        return sorted(select_key_channels(Q, K, order))
-    if selection == "smallest":
-        return sorted(select_key_channels(Q, K, len(Q))[-order:])
-    return random_channels(len(Q), order, selection, generator)
+    if choice.selection == "largest":
+        return sorted(select_key_channels(Q, K, choice.order))
+    if choice.selection == "smallest":
+        return sorted(select_key_channels(Q, K, len(Q))[-choice.order :])
+    return choice.random_indices(len(Q))

@@ -1,4 +1,7 @@
-"""State-space layers of transformers that cannot be compressed, and why."""
+"""Recurrent layers of transformers that cannot be compressed, and the reasons.
+
+Source: the modelling code of transformers.
+"""
 
 from .base import register_refusal
 

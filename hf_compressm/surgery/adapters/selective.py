@@ -1,10 +1,12 @@
-"""What all selective layers share: their signals, the statistics gathered from them, and the resulting measurement.
+"""Signals, statistics and measurement of selective layers, and what their adapters have in common.
 
-Shapes: batch B, length L, channels I, groups G of channels with their own B and C, states N.
+Shapes: batch B, length L, channels I, groups G of channels with their own B and C, states N. Source: empirical
+Gramians: Moore 1981 (IEEE TAC 26); Lall, Marsden and Glavaski 2002 (Int. J. Robust Nonlinear Control 12).
 """
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -13,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from ...ops.state_gramian import state_gramian
-from ...reduction import empirical_singular_values, select_subset
-from .base import ReductionError, find_mixers
+from ...reduction import Selection, empirical_singular_values, select_subset
+from .base import MixerAdapter, MixerReduction, ReductionError, find_mixers
 
 STRIDE = 8
 """How many tokens a look at the states stands for, at most: neighbouring states are alike, and each look costs N^2."""
@@ -24,7 +26,7 @@ _GOLDEN = 2654435769
 
 @dataclass(frozen=True)
 class Signals:
-    """What enters the scan of a selective layer: h_t = exp(dt_t A) h_{t-1} + dt_t u_t B_t, read out by C_t.
+    """Input of the scan of a selective layer: h_t = exp(dt_t A) h_{t-1} + dt_t u_t B_t, read out by C_t.
 
     Attributes:
         u, dt: (B, L, I).
@@ -40,7 +42,7 @@ class Signals:
 
 
 def selective_signals(mixer: nn.Module, hidden_states: Tensor, attention_mask: Tensor | None = None) -> Signals:
-    """What a selective mixer with an adapter gives its scan for the hidden states (B, L, H) that it gets.
+    """Input of a selective mixer's scan for hidden states (B, L, H) and a mask (B, L), zero at padding.
 
     Raises:
         ValueError: if the mixer is not selective.
@@ -117,6 +119,11 @@ class SelectiveStatistics:
 
     @torch.no_grad()
     def observe(self, mixer: nn.Module, hidden_states: Tensor, attention_mask: Tensor | None) -> None:
+        """Add one batch of a mixer's inputs: (B, L, H), and a mask (B, L), zero at padding.
+
+        Raises:
+            ReductionError: if states, inputs or read-outs are NaN or infinite.
+        """
         real = real_tokens(attention_mask, hidden_states)
         signals: Signals = self.signals(mixer, hidden_states, attention_mask)
         weights = look_weights(real)
@@ -134,7 +141,7 @@ class SelectiveStatistics:
         self.looked += int(weights.count_nonzero())
 
     def sum_with(self, all_reduce: Callable[[Tensor], Any]) -> None:
-        """Sum everything over processes, in place, by a function that does so for one tensor."""
+        """Sum everything over processes, in place. `all_reduce` does so for one tensor, float64 (n,)."""
         assert self.states is not None and self.read_outs is not None and self.drives is not None
         sums = (self.states, self.read_outs, self.drives, self.states.new_tensor([self.looked, self.tokens]))
         flat = torch.cat([tensor.flatten() for tensor in sums])  # at many ranks a collective costs latency most
@@ -160,7 +167,11 @@ class SelectiveMeasurement:
 
     @classmethod
     def of(cls, statistics: SelectiveStatistics | None) -> SelectiveMeasurement:
-        """The measurement that gathered statistics amount to, on the CPU."""
+        """Means over tokens of the gathered statistics, on the CPU.
+
+        Raises:
+            ValueError: if nothing was gathered.
+        """
         if statistics is None or statistics.states is None:
             raise ValueError("selective layers are measured on calibration data; pass its statistics")
         assert statistics.read_outs is not None and statistics.drives is not None
@@ -169,12 +180,12 @@ class SelectiveMeasurement:
         return cls(*((found / tokens).cpu() for found in sums))
 
     def spectrum(self) -> Tensor:
-        """Empirical Hankel singular values, root of the sum of squares over groups at equal rank."""
+        """Empirical Hankel singular values, float64 (N,), descending: root of the sum of squares over groups."""
         values = [empirical_singular_values(G, W) for G, W in zip(self.G, self.W, strict=True)]
         return torch.stack(values).square().sum(0).sqrt()
 
     def agreement(self, previous: SelectiveMeasurement, depth: int) -> float:
-        """Average overlap of the leading choices of states, over groups and over all depths up to `depth`."""
+        """Average overlap of the leading choices of states, over groups and depths up to `depth`, in [0, 1]."""
         if self.G.shape != previous.G.shape:
             return 0.0
         scores = []
@@ -184,35 +195,95 @@ class SelectiveMeasurement:
         return sum(scores) / len(scores)
 
     def state_dict(self) -> dict[str, Tensor]:
+        """G (G, N, N), W (G, N, N) and drives (G, N), float64."""
         return {"G": self.G, "W": self.W, "drives": self.drives}
 
     @classmethod
     def from_state_dict(cls, state: Mapping[str, Tensor]) -> SelectiveMeasurement:
-        """The measurement that `state_dict` was taken of."""
+        """The measurement whose `state_dict` this is: G (G, N, N), W (G, N, N) and drives (G, N)."""
         return cls(state["G"], state["W"], state["drives"])
 
 
-def choose_states(G: Tensor, W: Tensor, order: int, selection: str, generator: torch.Generator | None) -> list[int]:
-    """Indices of the states of one group to keep, ascending.
+@dataclass(frozen=True)
+class StateChoice:
+    """Which states of a group to keep.
 
-    Raises:
-        ValueError: on an unknown selection, or "random" without a generator.
+    Attributes:
+        order: how many, r >= 1.
+        selection: "largest" are those that predict the output best; "smallest" and "random" are controls.
+        generator: CPU generator for "random".
     """
-    if selection == "largest":
-        return sorted(select_subset(G, W, order))
-    if selection == "smallest":
-        return sorted(select_subset(G, W, len(G))[-order:])
-    return random_channels(len(G), order, selection, generator)
+
+    order: int
+    selection: Selection = "largest"
+    generator: torch.Generator | None = None
+
+    def indices(self, G: Tensor, W: Tensor) -> list[int]:
+        """The states of one group to keep, r indices in [0, N), ascending.
+
+        Args:
+            G, W: float64 (N, N), empirical Gramians; see `select_subset`.
+
+        Raises:
+            ValueError: on an unknown selection, or "random" without a generator.
+        """
+        if self.selection == "largest":
+            return sorted(select_subset(G, W, self.order))
+        if self.selection == "smallest":
+            return sorted(select_subset(G, W, len(G))[-self.order :])
+        return self.random_indices(len(G))
+
+    def random_indices(self, size: int) -> list[int]:
+        """A random choice of r of `size` indices, ascending, for ablations.
+
+        Raises:
+            ValueError: if the selection is another one than "random", or there is no generator.
+        """
+        if self.selection != "random":
+            raise ValueError(f"unknown selection {self.selection!r}; allowed are largest, smallest, random")
+        if self.generator is None:
+            raise ValueError("selection 'random' needs a generator, so that a run can be repeated")
+        return sorted(torch.randperm(size, generator=self.generator)[: self.order].tolist())
 
 
-def random_channels(size: int, order: int, selection: str, generator: torch.Generator | None) -> list[int]:
-    """A random choice of `order` of `size` indices, ascending, for ablations.
+class CalibratedAdapter(MixerAdapter[Any]):
+    """What adapters of layers that are measured on calibration data have in common.
 
-    Raises:
-        ValueError: if the selection is another one than "random", or there is no generator.
+    Attributes:
+        measurement_class: its `of` makes a measurement of statistics, `from_state_dict` of what a checkpoint holds.
     """
-    if selection != "random":
-        raise ValueError(f"unknown selection {selection!r}; allowed are largest, smallest, random")
-    if generator is None:
-        raise ValueError("selection 'random' needs a generator, so that a run can be repeated")
-    return sorted(torch.randperm(size, generator=generator)[:order].tolist())
+
+    measurement_class: Any
+
+    @abstractmethod
+    def reduce_to(self, mixer: Any, measurement: Any, choice: StateChoice) -> MixerReduction:
+        """`reduce`, with the choice of states in one argument."""
+
+    def measure(self, mixer: Any, statistics: Any = None) -> Any:
+        return self.measurement_class.of(statistics)
+
+    def load_measurement(self, state: Mapping[str, Tensor]) -> Any:
+        return self.measurement_class.from_state_dict(state)
+
+    def reduce(
+        self,
+        mixer: Any,
+        measurement: Any,
+        order: int,
+        selection: Selection = "largest",
+        generator: torch.Generator | None = None,
+    ) -> MixerReduction:
+        return self.reduce_to(mixer, measurement, StateChoice(order, selection, generator))
+
+
+class SelectiveAdapter(CalibratedAdapter):
+    """What adapters of selective layers have in common: they are measured by their empirical Gramians."""
+
+    measurement_class = SelectiveMeasurement
+
+    @abstractmethod
+    def signals(self, mixer: Any, hidden_states: Tensor, attention_mask: Tensor | None) -> Signals:
+        """Input of the mixer's scan for hidden states (B, L, H) and a mask (B, L), zero at padding."""
+
+    def statistics(self, mixer: Any) -> SelectiveStatistics:
+        return SelectiveStatistics(self.signals)

@@ -20,17 +20,18 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ...reduction import Selection, low_rank_basis, output_residual
+from ...reduction import low_rank_basis, output_residual
 from ..changes import ParameterChange, Term
-from .base import MixerAdapter, MixerReduction, ReductionError, register_adapter
+from .base import MixerReduction, ReductionError, register_adapter
 from .matrix_states import MatrixMeasurement, MatrixStatistics, choose_channels, second_moment
-from .selective import look_weights, real_tokens
+from .selective import CalibratedAdapter, StateChoice, look_weights, real_tokens
 
 
-class XLSTMAdapter(MixerAdapter[Any]):
+class XLSTMAdapter(CalibratedAdapter):
     """Layers of transformers' xLSTM, whose config holds the size of all keys as a factor of the hidden size."""
 
     mixer_class = "transformers.models.xlstm.modeling_xlstm.xLSTMLayer"
+    measurement_class = MatrixMeasurement
     uniform = True
     size_field = "qk_dim_factor"
     read_out = "out_proj"
@@ -57,27 +58,19 @@ class XLSTMAdapter(MixerAdapter[Any]):
     def statistics(self, mixer: Any) -> MatrixStatistics:
         return MatrixStatistics(xlstm_moments)
 
-    def measure(self, mixer: Any, statistics: MatrixStatistics | None = None) -> MatrixMeasurement:
-        return MatrixMeasurement.of(statistics)
+    def reduce_to(self, mixer: Any, measurement: MatrixMeasurement, choice: StateChoice) -> MixerReduction:
+        """Change the basis of each head's keys and queries, and keep the best r of the new channels.
 
-    def load_measurement(self, state: Mapping[str, Tensor]) -> MatrixMeasurement:
-        return MatrixMeasurement.from_state_dict(state)
-
-    def reduce(
-        self,
-        mixer: Any,
-        measurement: MatrixMeasurement,
-        order: int,
-        selection: Selection = "largest",
-        generator: torch.Generator | None = None,
-    ) -> MixerReduction:
+        Raises:
+            ReductionError: if a new parameter is NaN or infinite.
+        """
         pairs, residuals = [], []
         for Q, K, P in zip(measurement.Q, measurement.K, measurement.P, strict=True):
-            L, R = low_rank_basis(P, Q, order if selection == "largest" else len(P))
-            if selection != "largest":
-                kept = range(len(P) - order, len(P))
-                if selection == "random":
-                    kept = choose_channels(Q, K, order, selection, generator)
+            L, R = low_rank_basis(P, Q, choice.order if choice.selection == "largest" else len(P))
+            if choice.selection != "largest":
+                kept = range(len(P) - choice.order, len(P))
+                if choice.selection == "random":
+                    kept = choose_channels(Q, K, choice)
                 L, R = L[list(kept)], R[list(kept)]
             pairs.append((L, R))
             residuals.append(output_residual(P, Q, L, R))
@@ -90,7 +83,6 @@ class XLSTMAdapter(MixerAdapter[Any]):
         return 64 // math.gcd(64, mixer.config.num_heads)
 
     def keep(self, mixer: Any, kept: Sequence[Sequence[int]]) -> dict[str, ParameterChange]:
-        """Parameters with the given key channels of each head and everything else unchanged."""
         identity = torch.eye(self.state_size(mixer), dtype=torch.float64)
         return self.in_basis(mixer, [(identity[list(channels)], identity[list(channels)]) for channels in kept])
 
@@ -114,7 +106,7 @@ class XLSTMAdapter(MixerAdapter[Any]):
     def refitted(self, mixer: Any) -> dict[str, slice]:
         return dict.fromkeys(self.parameter_shapes(mixer, self.state_size(mixer)), slice(None))
 
-    def resized(self, mixer: Any, order: int) -> None:
+    def update_size_attributes(self, mixer: Any, order: int) -> None:
         mixer.qk_dim = order * mixer.config.num_heads
         for name in ("q", "k") if _separate(mixer) else ("qkv_opreact",):
             getattr(mixer, name).out_features = len(getattr(mixer, name).weight)

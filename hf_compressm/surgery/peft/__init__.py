@@ -1,1 +1,1 @@
-"""PEFT's adapters (LoRA, DoRA) around the weights that a cut replaces."""
+"""LoRA and DoRA of PEFT around weights that a cut replaces. Knows modules and changes, but no mixer adapters."""

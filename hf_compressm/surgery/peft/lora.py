@@ -1,4 +1,4 @@
-"""LoRA around weights that a cut replaces: what the mixer computes with it, and how it follows.
+"""LoRA around weights that a cut replaces: the weights that a mixer computes with, and how LoRA's matrices change.
 
 A reduction maps the rows of a weight, W' = M W: it picks some, and mixes others where removed states are folded into
 the read-out. With LoRA the layer computes with V = W + sum_a s_a B_a A_a, and V' = M V asks for B' = M B and W' = M W
@@ -10,7 +10,7 @@ that are mixed, which leaves rows that are only picked as they were. A refit add
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -18,7 +18,6 @@ import torch
 from torch import Tensor, nn
 
 from ...models.fast_ops import uncalled_layers
-from ..adapters.base import MixerReduction, MixerSite
 from ..changes import ParameterChange, Term
 from .tuners import followers, is_copy_wrapper, is_lora_linear, is_tuner, lora_layers
 
@@ -35,39 +34,47 @@ _ADVICE = (
 )
 
 
-def check_adapters(model: nn.Module, site: MixerSite) -> None:
-    """Raise if what PEFT did to a mixer cannot follow a cut, or does nothing.
+def check_adapters(model: nn.Module, path: str, names: Iterable[str]) -> None:
+    """Raise if an adapter that PEFT put on a mixer cannot follow a cut, or has no effect.
+
+    Args:
+        model: the model.
+        path: the mixer's name in it.
+        names: parameters that a cut replaces, by name within the mixer without PEFT.
 
     Raises:
         ValueError: naming the layer, the method and the reason.
     """
-    for name in uncalled_layers(site.mixer):
-        if is_tuner(getattr(site.mixer, name)):
+    mixer, names = model.get_submodule(path), list(names)
+    for name in uncalled_layers(mixer):
+        if is_tuner(getattr(mixer, name)):
             raise ValueError(
-                f"{site.name}.{name} has an adapter on it without effect: transformers' own code takes the weight of "
+                f"{path}.{name} has an adapter on it without effect: transformers' own code takes the weight of "
                 f"{name} without calling the layer. Take {name} out of target_modules, or call "
                 "hf_compressm.use_fast_ops(model), which calls it."
             )
-    shapes = site.adapter.parameter_shapes(site.mixer, site.state_size)
-    parts = site.name.split(".")
+    parts = path.split(".")
     for depth in range(len(parts)):
         around: Any = model.get_submodule(".".join(parts[:depth]))
         if is_copy_wrapper(around):
-            _refuse(site.name, "modules_to_save", "it is kept twice, as it was and as it is trained")
-        if is_tuner(around) and (name := getattr(around, "parameter_name", None)) in shapes:
-            _refuse(f"{site.name}.{name}", "LoRA of target_parameters", "it is added to a parameter without a layer")
-    for path in dict.fromkeys(name.rpartition(".")[0] for name in shapes):
-        layer: Any = site.mixer.get_submodule(path)
-        if is_copy_wrapper(layer):
-            _refuse(f"{site.name}.{path}", "modules_to_save", "it is kept twice, as it was and as it is trained")
-        if is_lora_linear(layer):
-            _check_lora(f"{site.name}.{path}", layer)
-        elif is_tuner(layer):
-            method = type(layer).__module__.partition("peft.tuners.")[2].partition(".")[0]
-            reason = _REASONS.get(method, "only LoRA around a plain linear layer can follow a cut")
-            if method == "lora" and not hasattr(layer, "parameter_name"):
-                reason = "the layer in it is quantised or not linear, so its rows cannot be mixed"
-            _refuse(f"{site.name}.{path}", f"{type(layer).__module__}.{type(layer).__qualname__}", reason)
+            _refuse(path, "modules_to_save", "it is kept twice, as it was and as it is trained")
+        if is_tuner(around) and (name := getattr(around, "parameter_name", None)) in names:
+            _refuse(f"{path}.{name}", "LoRA of target_parameters", "it is added to a parameter without a layer")
+    for inner in dict.fromkeys(name.rpartition(".")[0] for name in names):
+        _check_layer(f"{path}.{inner}", mixer.get_submodule(inner))
+
+
+def _check_layer(path: str, layer: Any) -> None:
+    if is_copy_wrapper(layer):
+        _refuse(path, "modules_to_save", "it is kept twice, as it was and as it is trained")
+    if is_lora_linear(layer):
+        _check_lora(path, layer)
+    elif is_tuner(layer):
+        method = type(layer).__module__.partition("peft.tuners.")[2].partition(".")[0]
+        reason = _REASONS.get(method, "only LoRA around a plain linear layer can follow a cut")
+        if method == "lora" and not hasattr(layer, "parameter_name"):
+            reason = "the layer in it is quantised or not linear, so its rows cannot be mixed"
+        _refuse(path, f"{type(layer).__module__}.{type(layer).__qualname__}", reason)
 
 
 def _check_lora(path: str, layer: Any) -> None:
@@ -91,15 +98,19 @@ def _refuse(path: str, method: str, reason: str) -> None:
     raise ValueError(f"{path} is changed by a cut, and has {method} on it, which cannot follow: {reason}. {_ADVICE}")
 
 
-def effective_site(site: MixerSite) -> MixerSite:
-    """The mixer with plain linear layers that compute what those with LoRA do, for an adapter that knows no PEFT.
+def mixer_without_lora(live: nn.Module, names: Iterable[str]) -> nn.Module:
+    """A mixer with plain linear layers that compute what those with LoRA do, for a mixer adapter that knows no PEFT.
 
-    Everything else is shared with the live mixer, which is left alone.
+    Everything else is shared with the live mixer, which is not changed. Without LoRA it is the live mixer itself.
+
+    Args:
+        live: the mixer.
+        names: weights that may have LoRA around them, by name within the mixer without PEFT.
     """
-    layers = list(lora_layers(site.mixer, site.adapter.parameter_shapes(site.mixer, site.state_size)))
+    layers = list(lora_layers(live, names))
     if not layers:
-        return site
-    mixer = _view(site.mixer)
+        return live
+    mixer = _view(live)
     for name, layer in layers:
         *parents, child = name.split(".")[:-1]
         owner = mixer
@@ -112,24 +123,28 @@ def effective_site(site: MixerSite) -> MixerSite:
         dtype = torch.promote_types(base.dtype, torch.float32)
         plain._parameters["weight"] = nn.Parameter(weight.to(base.device, dtype), requires_grad=base.requires_grad)
         owner._modules[child] = plain
-    return replace(site, mixer=mixer)
+    return mixer
 
 
-def followed(site: MixerSite, reduction: MixerReduction) -> MixerReduction:
-    """A reduction of `effective_site(site)` as one of the site itself, with its LoRA matrices.
+def changes_with_lora(mixer: nn.Module, changes: Mapping[str, ParameterChange]) -> dict[str, ParameterChange]:
+    """Changes of `mixer_without_lora` as changes of the live mixer, with those of its LoRA matrices.
+
+    Args:
+        mixer: the live mixer.
+        changes: by parameter name within the mixer without PEFT.
 
     Raises:
-        ValueError: if the mixer's adapter does not say how rows are mapped.
+        ValueError: if a change does not say how rows are mapped; the message names the parameter.
     """
-    changes = dict(reduction.changes)
-    for name, layer in lora_layers(site.mixer, reduction.changes):
+    found = dict(changes)
+    for name, layer in lora_layers(mixer, changes):
         if changes[name].rows is None:
             raise ValueError(
-                f"{site.name}.{name} has LoRA on it, but {type(site.adapter).__name__} gives no ParameterChange.rows, "
-                "which says how the weight's rows are mapped. Merge the adapter before the cut, or add it there."
+                f"{name} has LoRA on it, but its ParameterChange has no `rows`, which says how the weight's rows are "
+                "mapped. Merge the adapter before the cut, or let MixerAdapter.reduce give `rows`."
             )
-        changes |= _changes(name, layer, changes[name])
-    return replace(reduction, changes=changes)
+        found |= _changes(name, layer, changes[name])
+    return found
 
 
 def _changes(name: str, layer: Any, change: ParameterChange) -> dict[str, ParameterChange]:

@@ -1,4 +1,4 @@
-"""Parameters of a mixer by the names that they have without PEFT, wherever PEFT has put them.
+"""Find the parameters of a mixer by the names that they have without PEFT, wherever PEFT has put them.
 
 PEFT wraps a linear layer: `x_proj.weight` becomes `x_proj.base_layer.weight`, beside `x_proj.lora_A.NAME.weight`,
 `x_proj.lora_B.NAME.weight` and, in DoRA, `x_proj.lora_magnitude_vector.NAME.weight`. Rows of the base weight, of lora_B

@@ -1,1 +1,1 @@
-"""What a checkpoint holds of a compressed training: saved, sealed, verified and resumed."""
+"""Checkpoints across cuts: what the callback saves, crash-safe writing, verification, and loading at other sizes."""

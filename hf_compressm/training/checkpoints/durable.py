@@ -1,4 +1,4 @@
-"""Checkpoints that a kill at any moment cannot spoil: a manifest written last, the newest that verifies, SIGTERM.
+"""Crash-safe checkpoints: a manifest written last, a search for the newest that verifies, a checkpoint on SIGTERM.
 
 The Trainer writes a checkpoint's files one by one under their final names. The manifest, with the size and hash of
 each, is written after all of them are on the disk, under a temporary name that is then changed: a folder without one is
@@ -27,7 +27,8 @@ from transformers.utils import CONFIG_NAME, logging
 from ...files import PARTIAL_SUFFIX, new_file, sync
 from ..distributed import processes
 from ..run_state import PerRun, is_running
-from .resume import checkpoint_folder
+from ..trainer_log import running_trainer
+from .contents import checkpoint_folder
 from .verification import verify_checkpoint
 
 logger = logging.get_logger(__name__)
@@ -40,7 +41,7 @@ BLOCK = 1 << 20
 
 
 class DurableCheckpoints(TrainerCallback):
-    """Seals every checkpoint of a Trainer with a manifest; on SIGTERM saves one and stops, on a second ends at once.
+    """Writes a manifest into every checkpoint; on SIGTERM saves one and stops, on a second SIGTERM ends at once.
 
     Put it after the callbacks that write files of their own into a checkpoint.
 
@@ -75,7 +76,7 @@ class DurableCheckpoints(TrainerCallback):
         if processes() > 1:
             dist.barrier()  # every rank has written its files
         if args.should_save:
-            write_manifest(checkpoint_folder(args, state))
+            write_manifest(checkpoint_folder(running_trainer(), args, state))
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
         if (listener := self._runs.end(state)) is not None:
@@ -132,7 +133,7 @@ def _anyone(asked: bool, args: TrainingArguments) -> bool:
 
 
 def write_manifest(folder: str | os.PathLike[str]) -> None:
-    """Seal a checkpoint: wait until its files are on the disk, then write their sizes and SHA-256 hashes."""
+    """Seal a checkpoint: wait until its files are on the disk, then write a manifest of their sizes and hashes."""
     folder = Path(folder)
     files = sorted(path for path in folder.rglob("*") if path.is_file() and _is_content(path))
     entries = {}
@@ -192,7 +193,7 @@ def verify_sealed(folder: str | os.PathLike[str]) -> None:
 
 
 def newest_checkpoint(output_dir: str | os.PathLike[str]) -> Path | None:
-    """The newest checkpoint of a run that verifies, with a warning for each newer one that does not; None without."""
+    """The newest checkpoint of a run that verifies, or None; warns of each newer one that does not."""
     found = {}
     for path in Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
         step = path.name.rpartition("-")[2]

@@ -1,29 +1,24 @@
-"""Loading checkpoints of another size into a live model, and the callback's own file in a checkpoint folder."""
+"""Load checkpoints of another size into a live model: its mixers are resized before its weights are loaded."""
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors import safe_open
 from torch import Tensor, nn
-from transformers import PreTrainedModel, Trainer, TrainerState, TrainingArguments
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers import PreTrainedModel, Trainer
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
-from ...files import new_file
 from ...surgery import check_fixed_tensors, resize_mixers, sizes_in_state_dict, unwrap_optimizer
-from ...surgery.record_keys import STATE_FILE
 from ..trainer_log import running_trainer
 
 
 def attach_resizing(model: nn.Module) -> None:
-    """Let `model.load_state_dict` give mixers the sizes of what is loaded, smaller or larger, until `detach_resizing`.
+    """Make `model.load_state_dict` resize mixers to what is loaded, smaller or larger, until `detach_resizing`.
 
     It makes `resume_from_checkpoint` work with a model built at its original size, and `load_best_model_at_end` with
     a best checkpoint from before a cut, sharded or not. The hook holds nothing, so the model can be copied and pickled.
@@ -39,11 +34,11 @@ def detach_resizing(model: nn.Module) -> None:
 
 
 def resize_every_load(trainer: Trainer) -> None:
-    """Attach the hook before each `resume_from_checkpoint` of this Trainer: there is no event between the making of a
-    model by `model_init`, or an earlier `train`, and the loading.
+    """Attach the hook before each `resume_from_checkpoint` of this Trainer.
 
+    No event comes between the making of a model by `model_init`, or the end of an earlier `train`, and the loading.
     Weights that transformers saves under other names than it trains with are loaded too, here and for the best model;
-    the Trainer alone passes over them.
+    the Trainer alone ignores them.
     """
     if not isinstance(trainer._load_from_checkpoint, _LoadResized):
         trainer._load_from_checkpoint = _LoadResized(trainer, trainer._load_from_checkpoint)  # type: ignore[method-assign]
@@ -64,7 +59,7 @@ class _LoadResized:
 
 
 def converted_weights(model: nn.Module, folder: str | os.PathLike[str]) -> dict[str, Tensor] | None:
-    """A checkpoint's weights by the model's own names, if they were saved under others; None if they were not.
+    """A checkpoint's weights (shape of the parameter) by the model's own names, if saved under others; None if not.
 
     Raises:
         ValueError: if weights are missing.
@@ -100,64 +95,3 @@ def _resize(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any)
     optimizer = trainer.optimizer if trainer is not None and trainer.model is module else None
     sizes = sizes_in_state_dict(module, state_dict, prefix)
     resize_mixers(module, sizes, None if optimizer is None else unwrap_optimizer(optimizer))
-
-
-def checkpoint_folder(args: TrainingArguments, state: TrainerState) -> Path:
-    """Where the running Trainer writes the checkpoint of the present step."""
-    trainer = running_trainer()
-    run = args.output_dir if trainer is None else trainer._get_output_dir(trial=getattr(trainer, "_trial", None))
-    return Path(str(run)) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
-
-
-def save_callback_state(folder: str | os.PathLike[str], state: dict[str, Any]) -> None:
-    """Write a tree of dicts, lists, tensors and JSON values into a checkpoint folder, as one safetensors file."""
-    tensors: dict[str, Tensor] = {}
-    tree = json.dumps(_without_tensors(state, tensors))
-    target = Path(folder) / STATE_FILE
-    with new_file(target, durable=True) as partial:
-        save_file(tensors, partial, metadata={"tree": tree})
-
-
-def load_callback_state(folders: list[str | os.PathLike[str]]) -> dict[str, Any] | None:
-    """Read what `save_callback_state` wrote from the first of the folders that has it; None if none does.
-
-    Raises:
-        ValueError: if the file is damaged.
-    """
-    path = next((path for path in (Path(folder) / STATE_FILE for folder in folders) if path.is_file()), None)
-    if path is None:
-        return None
-    try:
-        with safe_open(path, framework="pt") as file:
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  not a dict
-            return dict(_with_tensors(json.loads(file.metadata()["tree"]), tensors))
-    except (SafetensorError, OSError, KeyError, TypeError, ValueError, RuntimeError) as error:
-        raise ValueError(
-            f"{path} cannot be read: {error}. Use another checkpoint, or remove the file to go on without the copy of "
-            "the model for rollback_metric and the record of the ranking that it holds."
-        ) from error
-
-
-def _without_tensors(tree: Any, tensors: dict[str, Tensor]) -> Any:
-    """A JSON-ready copy of a tree, whose tensors go to `tensors`; dicts become lists of items, for keys may be int."""
-    if isinstance(tree, Tensor):
-        key = str(len(tensors))
-        plain = tree.detach().cpu().resolve_conj()
-        tensors[key] = (torch.view_as_real(plain) if plain.is_complex() else plain).contiguous()
-        return {"tensor": key, "complex": plain.is_complex()}
-    if isinstance(tree, Mapping):
-        return {"items": [[key, _without_tensors(value, tensors)] for key, value in tree.items()]}
-    if isinstance(tree, (list, tuple)):
-        return [_without_tensors(value, tensors) for value in tree]
-    return tree
-
-
-def _with_tensors(tree: Any, tensors: Mapping[str, Tensor]) -> Any:
-    if isinstance(tree, list):
-        return [_with_tensors(value, tensors) for value in tree]
-    if isinstance(tree, dict):
-        if "tensor" in tree:
-            found = tensors[tree["tensor"]]
-            return torch.view_as_complex(found) if tree["complex"] else found
-        return {key: _with_tensors(value, tensors) for key, value in tree["items"]}
-    return tree

@@ -1,42 +1,26 @@
-"""Is a checkpoint whole, and do its files agree? Asked before training goes on from it, so that no code in it is run.
-
-JSON and safetensors are data. The Trainer's own files are pickles, which torch reads with `weights_only`: tensors and
-plain values, and an error at anything that could run code.
-"""
+"""Check that a checkpoint is whole and that its files belong together, before training goes on from it."""
 
 from __future__ import annotations
 
 import json
 import os
-import pickle
-import random
-import typing
-import zipfile
-from collections import Counter
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import transformers
-from safetensors import safe_open
 from torch import nn
-from transformers import AutoConfig, AutoModel, PreTrainedModel, TrainerState
+from transformers import AutoConfig, AutoModel, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-from transformers.trainer import OPTIMIZER_NAME, SCALER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
-from transformers.trainer_pt_utils import safe_globals
-from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
+from transformers.utils import CONFIG_NAME
 
 from ...compatibility import saved_form
 from ...surgery import Snapshot, check_fixed_tensors, find_mixers, last_sizes, sizes_in_state_dict
 from ...surgery import record_keys as keys
 from ..stability import StabilityTracker
-from .resume import load_callback_state
-
-MOMENTS = ("exp_avg", "momentum_buffer")
-"""Optimizer state of the shape of its parameter; at least one of them in every optimizer that keeps any such."""
+from .contents import check_records, exported_state, load_callback_state, read_exported
+from .reading import check_moments, check_pickles, read_weight_shapes, reading
 
 
 def verify_checkpoint(folder: str | os.PathLike[str]) -> None:
@@ -52,7 +36,7 @@ def verify_checkpoint(folder: str | os.PathLike[str]) -> None:
     """
     folder = Path(folder)
     model = _planned_model(folder)
-    shapes = _weight_shapes(folder)
+    shapes = read_weight_shapes(folder)
     prefix = f"{model.base_model_prefix}."
     prefix = prefix if any(key.startswith(prefix) for key in shapes) else ""
     if (renamed := _model_under_other_names(model.config, shapes, folder)) is not None:
@@ -61,41 +45,9 @@ def verify_checkpoint(folder: str | os.PathLike[str]) -> None:
     exported = exported_state(folder, keys.CALLBACK)
     records, judging = ([], None) if exported is None else read_exported(exported)
     check_history(records, model)
-    _check_pickles(folder, shapes)
+    check_pickles(folder, shapes)
     if (tensors := load_callback_state([folder])) is not None:
         pending_work(tensors, model, str(folder / keys.STATE_FILE), prefix)
-
-
-def exported_state(folder: str | os.PathLike[str], name: str) -> Any:
-    """What a callback of this name exported into a checkpoint; None if it did not.
-
-    Raises:
-        FileNotFoundError, ValueError: the Trainer's state is missing or damaged.
-    """
-    callbacks: Any = _read_trainer_state(Path(folder)).stateful_callbacks
-    return callbacks.get(name)
-
-
-def read_exported(exported: Any) -> tuple[list[dict[str, Any]], dict[str, Any] | None]:
-    """The compression history, and the cut that is still to be judged, from what the callback exported.
-
-    Raises:
-        ValueError: if it is not what a callback exports.
-    """
-    try:
-        saved = keys.saved_in(exported)
-        records, judging = saved["history"], saved["judging"]
-        _check_records(records)
-        if judging is not None:
-            numbers = [judging["step"], judging["reference"], *([judging["value"]] if judging["undo"] else [])]
-            if not all(isinstance(number, (int, float)) for number in numbers):
-                raise TypeError(f"numbers expected, got {numbers}")
-    except (KeyError, IndexError, TypeError, AttributeError) as error:
-        raise ValueError(
-            f"the compression callback's entry in {TRAINER_STATE_NAME} is malformed: {_say(error)}. Use another "
-            "checkpoint."
-        ) from error
-    return records, judging
 
 
 def check_history(records: list[dict[str, Any]], model: nn.Module) -> None:
@@ -123,14 +75,14 @@ def pending_work(
     Raises:
         ValueError: if they are malformed or belong to another model.
     """
-    with _reading(source):
+    with reading(source):
         snapshot = None if keys.SNAPSHOT not in tensors else Snapshot(**tensors[keys.SNAPSHOT])
         if snapshot is not None:
             sizes = {prefix + name: size for name, size in sizes_in_state_dict(model, snapshot.tensors, prefix).items()}
             if sizes != snapshot.sizes:
                 raise ValueError(f"its tensors have state sizes {sizes}, it speaks of {snapshot.sizes}")
             check_fixed_tensors(model, snapshot.tensors, prefix, complete=True)
-            _check_moments(snapshot.optimizer, snapshot.tensors)
+            check_moments(snapshot.optimizer, snapshot.tensors)
             for name, gradient in snapshot.gradients.items():
                 if gradient.shape != snapshot.tensors[name].shape:
                     raise ValueError(f"the gradient of {name} has shape {tuple(gradient.shape)}")
@@ -148,14 +100,14 @@ def _planned_model(folder: Path) -> Any:
     path = folder / CONFIG_NAME
     if not path.is_file():
         raise FileNotFoundError(f"{folder} holds no {CONFIG_NAME}; it is not a complete checkpoint")
-    with _reading(path):
+    with reading(path):
         content = json.loads(path.read_text())
         kind = content["model_type"]
         if kind not in CONFIG_MAPPING:  # otherwise it would be guessed from the folder's name, or code fetched for it
             raise ValueError(f"unknown model_type {kind!r}")
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
         for records in _histories(content):
-            _check_records(records)
+            check_records(records)
         with torch.device("meta"):
             return AutoModel.from_config(config, trust_remote_code=False)
 
@@ -168,7 +120,7 @@ def _model_under_other_names(config: Any, shapes: Mapping[str, torch.Tensor], fo
     Raises:
         ValueError: if the shapes of tensors disagree with the config, or tensors are missing.
     """
-    with _reading(folder / CONFIG_NAME), torch.device("meta"):
+    with reading(folder / CONFIG_NAME), torch.device("meta"):
         cls = getattr(transformers, (config.architectures or [""])[0], None)
         if not (isinstance(cls, type) and issubclass(cls, PreTrainedModel)):
             return None
@@ -190,26 +142,6 @@ def _model_under_other_names(config: Any, shapes: Mapping[str, torch.Tensor], fo
     ]
     _refuse(wrong, folder)
     return model
-
-
-def _weight_shapes(folder: Path) -> dict[str, torch.Tensor]:
-    """Tensors on the meta device, of the shapes in a checkpoint's weight files."""
-    index, files = folder / SAFE_WEIGHTS_INDEX_NAME, {SAFE_WEIGHTS_NAME}
-    if index.is_file():
-        with _reading(index):
-            files = set(json.loads(index.read_text())["weight_map"].values())
-            if outside := [name for name in files if Path(name).name != name]:
-                raise ValueError(f"{outside[0]!r} is not the name of a file in this folder")
-    shapes = {}
-    for file in sorted(files):
-        if not (folder / file).is_file():
-            raise FileNotFoundError(
-                f"{folder} holds no {file}; it is not a complete checkpoint. Weights are read from safetensors only."
-            )
-        with _reading(folder / file), safe_open(folder / file, framework="pt") as weights:
-            for key in weights.keys():  # noqa: SIM118  not a dict
-                shapes[key] = torch.empty(weights.get_slice(key).get_shape(), device="meta")
-    return shapes
 
 
 def _compare(model: nn.Module, shapes: Mapping[str, torch.Tensor], prefix: str, folder: Path) -> None:
@@ -235,80 +167,6 @@ def _refuse(wrong: list[str], folder: Path) -> None:
         )
 
 
-def _read_trainer_state(folder: Path) -> TrainerState:
-    path = folder / TRAINER_STATE_NAME
-    if not path.is_file():
-        raise FileNotFoundError(f"{folder} holds no {TRAINER_STATE_NAME}; it is not a complete checkpoint")
-    with _reading(path):
-        state = TrainerState.load_from_json(str(path))
-        for name, hint in typing.get_type_hints(TrainerState).items():
-            value, kinds = getattr(state, name), _kinds(hint)
-            if not isinstance(value, tuple(kinds)) or (isinstance(value, bool) and bool not in kinds):
-                raise ValueError(f"{name} cannot be {value!r}")
-        if not isinstance(state.global_step, int) or state.global_step < 0:
-            raise ValueError(f"global_step cannot be {state.global_step!r}")
-        if not isinstance(state.stateful_callbacks, dict) or not all(isinstance(e, dict) for e in state.log_history):
-            raise ValueError("stateful_callbacks must be a mapping, and log_history a list of mappings")
-    return state
-
-
-def _kinds(hint: Any) -> set[type]:
-    """Classes whose values a field with this type hint may hold after a passage through JSON."""
-    kinds = {typing.get_origin(part) or part for part in typing.get_args(hint) or (hint,)}
-    kinds = {typing.get_origin(hint)} if typing.get_origin(hint) in (list, dict) else kinds
-    kinds |= {int, float} if kinds & {int, float} else set()
-    return kinds | {dict} if list in kinds else kinds  # callbacks are a list in memory, a mapping in the file
-
-
-def _check_pickles(folder: Path, shapes: Mapping[str, torch.Tensor]) -> None:
-    """Read the Trainer's own files as data, and check that they are what it writes."""
-    if (path := folder / OPTIMIZER_NAME).is_file():
-        with _reading(path):
-            content = _load(path, "meta")
-            if not all(isinstance(group["params"], list) for group in content["param_groups"]):
-                raise ValueError("its groups have no parameters")
-            _check_moments(content["state"], shapes)
-    if (path := folder / SCHEDULER_NAME).is_file():
-        with _reading(path):
-            int(_load(path)["last_epoch"])
-    if (path := folder / SCALER_NAME).is_file():
-        with _reading(path):
-            dict(_load(path))
-    for path in sorted(folder.glob("rng_state*.pth")):
-        with _reading(path):
-            content = _load(path)
-            random.Random().setstate(content["python"])
-            np.random.RandomState().set_state(content["numpy"])
-            torch.Generator().set_state(content["cpu"])
-
-
-def _load(path: Path, device: str = "cpu") -> Any:
-    try:
-        with safe_globals():
-            return torch.load(path, map_location=device, weights_only=True, mmap=zipfile.is_zipfile(path))
-    except pickle.UnpicklingError as error:  # torch's own message advises to load it all the same
-        raise ValueError(
-            "it is damaged, or holds more than tensors and plain values, which could run code; none was run"
-        ) from error
-
-
-def _check_moments(states: Mapping[Any, Mapping[str, Any]], shapes: Mapping[str, Any]) -> None:
-    """Raise ValueError if an optimizer's state cannot be that of the parameters with these shapes, in any order."""
-    for key in MOMENTS:
-        found = Counter(
-            tuple(state[key].shape) for state in states.values() if isinstance(state.get(key), torch.Tensor)
-        )
-        if foreign := found - Counter(tuple(tensor.shape) for tensor in shapes.values()):
-            raise ValueError(f"it belongs to other weights: {key} of shape {next(iter(foreign))} has no parameter")
-
-
-def _check_records(records: list[dict[str, Any]]) -> None:
-    """Raise KeyError or TypeError unless every change of size on record names layers and their sizes."""
-    for record in records:
-        if record["event"] in ("cut", "undo"):
-            _ = [(layer["name"], layer["new_size"]) for layer in record["layers"]]
-
-
 def _histories(config: Any) -> Iterator[Any]:
     """The compression histories in a config and in the configs within it."""
     if isinstance(config, dict):
@@ -316,16 +174,3 @@ def _histories(config: Any) -> Iterator[Any]:
         for name, value in config.items():
             if name != keys.HISTORY:
                 yield from _histories(value)
-
-
-@contextmanager
-def _reading(path: str | Path) -> Iterator[None]:
-    """Whatever a reader of a damaged file raises becomes a ValueError that names the file."""
-    try:
-        yield
-    except Exception as error:
-        raise ValueError(f"{path} cannot be read: {_say(error)}. Use another checkpoint.") from error
-
-
-def _say(error: Exception) -> str:
-    return str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"

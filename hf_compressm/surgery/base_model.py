@@ -1,4 +1,4 @@
-"""The model beneath PEFT's adapters: PEFT saves adapters only, but a cut changes what they are around."""
+"""Save and restore the base model beneath PEFT's adapters: PEFT saves adapters only, but a cut changes base weights."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..adapters.base import find_mixers
-from ..optimizer import unwrap_optimizer
-from ..parameters import outside_inference_mode
-from ..resize import resize_mixers
-from ..snapshot import to_cpu
-from .tuners import is_copy_wrapper, is_tuner
+from .adapters.base import find_mixers
+from .optimizer import unwrap_optimizer
+from .parameters import outside_inference_mode
+from .peft.tuners import is_copy_wrapper, is_tuner
+from .resize import resize_mixers
+from .snapshot import to_cpu
 
 
 def save_base_model(model: nn.Module, folder: str | os.PathLike[str]) -> None:
