@@ -55,6 +55,11 @@ class DistillationCallback(LossHookCallback):
         self.teacher.to(args.device)
 
     def new_loss(self, model: nn.Module, inputs: dict[str, Any], output: Any, run: Any) -> Tensor:
+        """The weighted sum of the labels' loss and the divergence from the teacher, a scalar tensor ().
+
+        Raises:
+            ValueError: if the logits' shapes differ, or labels are not class indices.
+        """
         with torch.no_grad():
             passed = {key: value for key, value in inputs.items() if key not in NOT_FOR_THE_TEACHER}
             taught = self.teacher(**passed | self._options).logits

@@ -127,6 +127,11 @@ class HankelNormCallback(LossHookCallback):
         self.weight = weight
 
     def prepare(self, model: nn.Module, args: TrainingArguments) -> _Penalty:
+        """Find the layers.
+
+        Raises:
+            ValueError: if the model has no `LRU` layer.
+        """
         layers = [module for module in model.modules() if isinstance(module, LRU)]
         if not layers:
             raise ValueError(
@@ -142,6 +147,7 @@ class HankelNormCallback(LossHookCallback):
             run.due = True
 
     def new_loss(self, model: nn.Module, inputs: dict[str, Any], output: Any, run: _Penalty) -> Tensor:
+        """The model's loss plus the penalty, once for each optimizer step, a scalar tensor ()."""
         if not run.due:  # once a step, in the first of the batches that are accumulated
             return output.loss
         run.due = False

@@ -54,6 +54,11 @@ class LossHookCallback(TrainerCallback):
         return None if hook is None else hook.run
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
+        """Attach the hook to the model.
+
+        Raises:
+            ValueError: if the Trainer does not use the model's loss.
+        """
         model: Any = kwargs["model"]
         trainer = running_trainer()
         if args.label_smoothing_factor or getattr(trainer, "compute_loss_func", None) is not None:

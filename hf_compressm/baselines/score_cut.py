@@ -146,6 +146,11 @@ class RivalCutCallback(TrainerCallback):
         self._data: PerRun[TrainingData] = PerRun()
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
+        """Check model and settings, and find the training data.
+
+        Raises:
+            ValueError, TypeError, NotImplementedError: as the class says.
+        """
         model: Any = kwargs["model"]
         if processes() > 1:
             raise NotImplementedError(

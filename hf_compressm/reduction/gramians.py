@@ -31,7 +31,11 @@ class DiagonalSystem(NamedTuple):
         return self.poles.shape[0]
 
     def check(self) -> None:
-        """Raise ValueError if a shape disagrees, an entry is not finite, or a pole is not inside the unit circle."""
+        """Check shapes and entries.
+
+        Raises:
+            ValueError: if a shape disagrees, an entry is not finite, or a pole is not inside the unit circle.
+        """
         N = self.order
         if self.B.shape[0] != N or self.C.shape[1] != N:
             raise ValueError(

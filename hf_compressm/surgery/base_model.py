@@ -63,7 +63,7 @@ def mixer_state(model: nn.Module) -> dict[str, Any]:
 
 @outside_inference_mode
 def restore_mixer_state(model: nn.Module, saved: Mapping[str, Any], optimizer: Any = None) -> None:
-    """Give the mixers the sizes and parameters of `mixer_state`; the optimizer, if any, learns of new parameters."""
+    """Restore the sizes and parameters of `mixer_state`; new parameters go to the optimizer too, if there is one."""
     resize_mixers(model, saved["sizes"], None if optimizer is None else unwrap_optimizer(optimizer))
     for site in find_mixers(model):
         for name, parameter in site.parameters().items():

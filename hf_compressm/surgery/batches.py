@@ -68,12 +68,12 @@ def model_inputs(model: nn.Module, batch: Any) -> Iterator[dict[str, Any]]:
 
 
 def _of_a_library(forward: Any) -> bool:
-    """Whether stock code follows, which swallows what it does not know, rather than a user's own."""
+    """Whether a forward is of a library: its `**kwargs` ignore unknown fields, a user's own may use them."""
     return getattr(inspect.unwrap(forward), "__module__", "").startswith(_LIBRARIES)
 
 
 def _unpacked(fields: dict[str, Any], inputs: set[str]) -> Iterator[dict[str, Any]]:
-    """The fields with each packed sequence in a row of its own; as they are if there are none."""
+    """The fields with each packed sequence in a row of its own; unchanged if nothing is packed."""
     sequences = next((value for name, value in fields.items() if name in inputs and isinstance(value, Tensor)), None)
     starts = None if sequences is None or sequences.ndim < 2 else _starts(fields, sequences)
     if starts is None or starts.sum(1).max() < 2:

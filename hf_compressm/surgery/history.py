@@ -36,7 +36,7 @@ def history(model: nn.Module) -> list[Record]:
 
 
 def set_history(model: nn.Module, records: Iterable[Record]) -> None:
-    """Write the compression history to the configs that the mixers belong to; mixers without one remember it."""
+    """Write the compression history to the configs of the mixers, or to the mixers themselves if they have none."""
     sites = find_mixers(model)
     owners, named = find_owners(model, sites), [_renamed(record, sites) for record in records]
     if (outer := _outer(model, owners)) is not None:
@@ -130,7 +130,7 @@ def _renamed(record: Record, sites: Sequence[MixerSite], owner: Owner | None = N
 
 
 def _located(names: Sequence[str], known: Sequence[str]) -> Mapping[str, str]:
-    """Which of the known names each stands for: the same one, one that it ends with, or one that ends with it."""
+    """Match names to known ones: an equal one, one that it ends with, or one that ends with it."""
     found = {}
     for name in names:
         near = [own for own in known if own == name]

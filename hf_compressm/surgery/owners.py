@@ -174,7 +174,7 @@ def _root(model: nn.Module, site: MixerSite, configs: Sequence[Any]) -> str:
 
 
 def _configs(model: nn.Module, site: MixerSite, holders: Mapping[int, Sequence[str]]) -> list[Any]:
-    """Configs that hold a mixer's size, the nearest first; the last of them tells whom it shares them with."""
+    """Configs that hold a mixer's size, the nearest first. Mixers with the same last config have the same owner."""
     chain: list[Any] = []
     for _, module in _around(model, site.name):
         config, known = _config(module, site), {id(found) for found in chain}

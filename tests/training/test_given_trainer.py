@@ -26,11 +26,11 @@ def logged(trainer):
 
 def test_it_trains_logs_and_resumes_as_one_that_finds_it(tmp_path):
     found = make_trainer(tmp_path / "found", [CompreSSMCallback(**SETTINGS)])
+    found.train()
     given = make_trainer(tmp_path / "given")
     callback = CompreSSMCallback(trainer=given, **SETTINGS)
     given.add_callback(callback)
     assert callback.trainer is given
-    found.train()
     given.train()
     assert history(given.model) == history(found.model) and len(history(given.model)) == 2
     assert logged(given) == logged(found)

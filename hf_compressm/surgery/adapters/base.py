@@ -108,10 +108,10 @@ class MixerAdapter(ABC, Generic[Mixer]):
 
     @abstractmethod
     def order_of(self, mixer: Mixer, shapes: Mapping[str, torch.Size]) -> int | None:
-        """The number of states that a checkpoint's shapes, by name within the mixer, speak of; None if none tells."""
+        """The number of states that follows from a checkpoint's shapes, by name within the mixer; None if none does."""
 
     def statistics(self, mixer: Mixer) -> Statistics | None:
-        """An empty accumulator for what must be gathered over calibration batches; None if the weights tell all."""
+        """An empty accumulator for statistics over calibration batches; None if `measure` needs the weights only."""
         return None
 
     @abstractmethod

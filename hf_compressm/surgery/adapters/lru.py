@@ -82,6 +82,11 @@ class LRUAdapter(MixerAdapter[LRU]):
         return None
 
     def measure(self, mixer: LRU, statistics: Any = None) -> LRUMeasurement:
+        """Balance the layer's system, with all poles brought above the real axis.
+
+        Raises:
+            ReductionError: if an entry is not finite, or a pole is not inside the unit circle.
+        """
         poles, B, C = (tensor.cpu() for tensor in mixer.system())
         system, flipped = upper_half_plane(DiagonalSystem(poles, B, C))
         try:

@@ -71,6 +71,11 @@ class MambaAdapter(SelectiveAdapter):
         return mamba_signals(mixer, hidden_states, attention_mask)
 
     def reduce_to(self, mixer: Any, measurement: SelectiveMeasurement, choice: StateChoice) -> MixerReduction:
+        """Keep a subset of states, with the removed ones folded into the read-out.
+
+        Raises:
+            ReductionError: if a new parameter is NaN or infinite.
+        """
         G, W = measurement.G[0], measurement.W[0]
         kept = choice.indices(G, W)
         K = read_out_correction(G, kept)

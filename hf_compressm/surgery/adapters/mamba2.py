@@ -78,6 +78,11 @@ class StockMamba2Adapter(_Mamba2Adapter):
         return None
 
     def reduce_to(self, mixer: Any, measurement: SelectiveMeasurement, choice: StateChoice) -> MixerReduction:
+        """Keep a subset of states of each group, with the read-out as it is.
+
+        Raises:
+            ValueError: if the installed convolution kernel cannot run the reduced layer.
+        """
         self._check_kernel(mixer, choice.order)
         kept = [choice.indices(G, W) for G, W in zip(measurement.G, measurement.W, strict=True)]
         residuals = []
@@ -157,6 +162,11 @@ class CompreSSMMamba2Adapter(_Mamba2Adapter):
         return _conv_states(mixer) if "conv1d.weight" in shapes else None
 
     def reduce_to(self, mixer: Any, measurement: SelectiveMeasurement, choice: StateChoice) -> MixerReduction:
+        """Change the basis of each group's states, and keep the best r of the new ones.
+
+        Raises:
+            ReductionError: if a new parameter is NaN or infinite.
+        """
         ins, outs, residuals = [], [], []
         for G, W in zip(measurement.G, measurement.W, strict=True):
             L, R = _basis(G, W, choice)

@@ -54,6 +54,11 @@ class DurableCheckpoints(TrainerCallback):
         self._runs: PerRun[_Listener] = PerRun()
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
+        """Begin to listen for SIGTERM.
+
+        Raises:
+            ValueError: if `save_total_limit` is 1.
+        """
         if args.save_total_limit == 1:
             raise ValueError(
                 "save_total_limit=1 deletes the previous checkpoint before the next is sealed, so a kill in between "

@@ -126,7 +126,11 @@ def _load(path: Path, device: str = "cpu") -> Any:
 
 
 def check_moments(states: Mapping[Any, Mapping[str, Any]], shapes: Mapping[str, Any]) -> None:
-    """Raise ValueError if an optimizer's state cannot be that of the parameters with these shapes, in any order."""
+    """Check that an optimizer's state can be that of parameters with these shapes, in any order.
+
+    Raises:
+        ValueError: if a moment has the shape of no parameter that is left.
+    """
     for key in MOMENTS:
         found = Counter(
             tuple(state[key].shape) for state in states.values() if isinstance(state.get(key), torch.Tensor)

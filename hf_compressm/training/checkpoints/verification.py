@@ -51,7 +51,11 @@ def verify_checkpoint(folder: str | os.PathLike[str]) -> None:
 
 
 def check_history(records: list[dict[str, Any]], model: nn.Module) -> None:
-    """Raise ValueError unless the changes of size on record led to the state sizes that the weights have."""
+    """Check that the changes of size on record lead to the state sizes that the weights have.
+
+    Raises:
+        ValueError: if they do not.
+    """
     recorded = last_sizes(model, records)
     present = {site.name: site.state_size for site in find_mixers(model)}
     if recorded and recorded != {name: present[name] for name in recorded}:
