@@ -8,7 +8,7 @@ from typing import Any
 from tqdm.auto import tqdm
 from transformers import TrainerState
 
-from ..surgery import CompressionPlan
+from ..surgery import CompressionPlan, LayerPlan
 from ..surgery import record_keys as keys
 from .timing import Stopwatch
 from .trainer_log import log_to_trackers
@@ -37,20 +37,7 @@ def report_attempt(
     logs: dict[str, Any] = {keys.MEAN_STATE_SIZE: mean_size(new), keys.SECONDS: seconds}
     logs |= {keys.seconds_of(part): spent for part, spent in watch.seconds.items()} | dict(measured)
     for index, layer in enumerate(plan.layers):
-        values, prefix = layer.singular_values, f"compression/layer_{index}"
-        logs |= {
-            f"{prefix}/state_size_before": layer.old_size,
-            f"{prefix}/state_size": layer.new_size,
-            f"{prefix}/singular_value_sum": float(values.sum()),
-            f"{prefix}/singular_value_largest": float(values[0]),
-            f"{prefix}/singular_value_smallest_kept": float(values[layer.new_size - 1]),
-        }
-        if layer.reduction is not None:
-            logs[f"{prefix}/singular_value_largest_removed"] = float(values[layer.new_size])
-            if layer.reduction.bound is not None:
-                logs[f"{prefix}/error_bound"] = layer.reduction.bound
-            if layer.reduction.residual is not None:
-                logs[f"{prefix}/residual"] = layer.reduction.residual
+        logs |= {keys.of_layer(index, name): number for name, number in _numbers(layer).items()}
     if plan.cuts:
         bounds = [
             layer.reduction.bound for layer in plan.layers if layer.reduction and layer.reduction.bound is not None
@@ -64,6 +51,23 @@ def report_attempt(
         )
     log_to_trackers(trainer, logs, event=line if plan.cuts else None)
     _say(state, line)
+
+
+def _numbers(layer: LayerPlan) -> dict[str, Any]:
+    """Numbers about one layer for the log, by name."""
+    values, reduction = layer.singular_values, layer.reduction
+    found = {
+        "state_size_before": layer.old_size,
+        "state_size": layer.new_size,
+        "singular_value_sum": float(values.sum()),
+        "singular_value_largest": float(values[0]),
+        "singular_value_smallest_kept": float(values[layer.new_size - 1]),
+    }
+    if reduction is not None:
+        more = {"error_bound": reduction.bound, "residual": reduction.residual}
+        found |= {"singular_value_largest_removed": float(values[layer.new_size])}
+        found |= {name: number for name, number in more.items() if number is not None}
+    return found
 
 
 def report_undo(trainer: Any, state: TrainerState, record: Mapping[str, Any]) -> None:
