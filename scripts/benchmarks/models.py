@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from stock_families import VOCABULARY
 from torch import Tensor, nn
 from transformers import Mamba2Config, Mamba2ForCausalLM, MambaConfig, MambaForCausalLM
 
@@ -18,7 +19,6 @@ from hf_compressm import (
     MimoSSMForCausalLM,
 )
 
-VOCABULARY = 256
 OPS = {
     "mimo_ssm": "diag_scan",
     "compressm_mamba": "selective_scan",
