@@ -1,4 +1,4 @@
-"""The tasks that configs name, and their metrics. `load_task("digits")` is the way in."""
+"""Tasks by name and their metrics: `load_task("digits")`."""
 
 from . import aan as aan
 from . import digits as digits

@@ -32,7 +32,7 @@ ENCODING = "latin-1"
 
 @register_task("aan")
 def aan(*, data_dir: str | os.PathLike[str] | None = None, max_length: int = 4000) -> Task:
-    """Pairs of papers of up to `max_length` bytes each, 2 classes; the splits are those of the release.
+    """Load pairs of papers of up to `max_length` bytes each, 2 classes. The splits are those of the release.
 
     `input_ids` are two int64 tensors (L,) with values in [1, 257), bytes plus one and of different lengths; the
     collator pads a batch on the right with 0 to (B, 2, L) and adds the `attention_mask`.

@@ -1,4 +1,4 @@
-"""Texts as sequences of bytes: stored as such, and shifted by one when read, so that 0 is free for padding."""
+"""Store texts as bytes, and add one to each byte when it is read, so that 0 is free for padding."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .sources import check_labels
 from .task import label_fields
 
 VOCABULARY = 257
-"""Ids: 0 of padding, and b + 1 of the byte b."""
+"""Number of ids: 0 is padding, and b + 1 is the byte b."""
 
 # The names are those of the model's arguments, because Trainer drops columns with other names.
 TEXT_FEATURES = Features({"input_ids": Value("binary"), "labels": Value("int64")})
@@ -22,7 +22,7 @@ PAIR_FEATURES = Features({"input_ids": Sequence(Value("binary")), "labels": Valu
 
 
 def decode_bytes(batch: dict[str, list[Any]]) -> dict[str, Any]:
-    """A `datasets` transform of rows with `TEXT_FEATURES` or `PAIR_FEATURES`.
+    """Decode rows with `TEXT_FEATURES` or `PAIR_FEATURES`: a transform for `datasets`.
 
     `input_ids` become int64 tensors of shape (L,) with values in [1, 257), one or two for each item, and `labels` an
     int64 tensor of shape (B,). A batch may lack either column.
@@ -42,7 +42,7 @@ def _ids(text: bytes) -> Tensor:
 
 
 def first_bytes(text: Any, max_length: int, where: str, encoding: str = "utf-8") -> bytes:
-    """The first `max_length` bytes of a text.
+    """Return the first `max_length` bytes of a text.
 
     Raises:
         ValueError: if it is empty or missing.
@@ -53,7 +53,7 @@ def first_bytes(text: Any, max_length: int, where: str, encoding: str = "utf-8")
 
 
 def encoded(dataset: Dataset, encode: Any, features: Features, where: str, **settings: Any) -> Dataset:
-    """The rows as `encode(batch, where=where, **settings)` gives them, which stay in the `datasets` cache.
+    """Encode all rows by `encode(batch, where=where, **settings)`. The result stays in the `datasets` cache.
 
     Raises:
         ValueError: on a label other than 0 and 1, or no rows; and as `encode` does.
@@ -72,6 +72,6 @@ def encoded(dataset: Dataset, encode: Any, features: Features, where: str, **set
 
 
 def text_model_kwargs(label_names: tuple[str, ...]) -> dict[str, Any]:
-    """Config fields of a classifier of bytes."""
+    """Return the config fields of a classifier of bytes."""
     special = {"pad_token_id": PAD, "bos_token_id": None, "eos_token_id": None}
     return {"vocab_size": VOCABULARY, **special, **label_fields(label_names)}

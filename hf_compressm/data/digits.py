@@ -13,7 +13,7 @@ FRACTIONS = (0.7, 0.1, 0.2)
 
 @register_task("digits")
 def digits() -> Task:
-    """The digits as sequences of L=64 pixels with one channel, row by row; 10 classes.
+    """Load the digits as sequences of L=64 pixels with one channel, row by row; 10 classes.
 
     The split into 70% train, 10% validation and 20% test is stratified and fixed. Pixels are scaled to zero
     mean and unit variance over the train split.

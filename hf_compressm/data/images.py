@@ -17,7 +17,7 @@ VALIDATION_FRACTION = 0.1
 
 @dataclass(frozen=True)
 class ImageSource:
-    """Where an image data set lives on the hub, and what it looks like."""
+    """Where an image data set is on the hub, and the shape and scale of its images."""
 
     repo: str
     image_column: str
@@ -50,18 +50,18 @@ CIFAR10 = ImageSource(
 
 @register_task("smnist")
 def smnist(*, data_dir: str | os.PathLike[str] | None = None) -> Task:
-    """Sequential MNIST: L=784 pixels, one channel, 10 classes. See `image_task`."""
+    """Load sequential MNIST: L=784 pixels, one channel, 10 classes. See `image_task`."""
     return image_task("smnist", MNIST, data_dir)
 
 
 @register_task("scifar")
 def scifar(*, data_dir: str | os.PathLike[str] | None = None) -> Task:
-    """Sequential CIFAR-10: L=1024 pixels, three channels, 10 classes. See `image_task`."""
+    """Load sequential CIFAR-10: L=1024 pixels, three channels, 10 classes. See `image_task`."""
     return image_task("scifar", CIFAR10, data_dir)
 
 
 def image_task(name: str, source: ImageSource, data_dir: str | os.PathLike[str] | None = None) -> Task:
-    """A `Task` over an image data set, each image a sequence of pixels in row-major order.
+    """Make a task of an image data set; each image is a sequence of pixels in row-major order.
 
     Validation is a fixed, stratified tenth of the train split; test is the data set's own. The images are
     decoded once and kept as bytes in the `datasets` cache.
@@ -72,8 +72,10 @@ def image_task(name: str, source: ImageSource, data_dir: str | os.PathLike[str] 
         data_dir: a folder with `train-*.parquet` and `test-*.parquet`, or with one sub-folder that holds
             them, as in the hub's repositories. None reads from the hub or its cache.
 
-    Raises ConnectionError if the hub does not yield the data set, FileNotFoundError if `data_dir` is not a
-    folder, and ValueError if a split or column is missing, or an image or label is not what `source` says.
+    Raises:
+        ConnectionError: if the hub does not yield the data set.
+        FileNotFoundError: if `data_dir` is not a folder.
+        ValueError: if a split or column is missing, or an image or label is not what `source` says.
     """
     if data_dir is None:
         raw = load_from_hub(name, source.repo, SPLITS, (source.image_column, source.label_column))

@@ -25,10 +25,10 @@ VALIDATION_FRACTION = 0.1
 
 @register_task("imdb")
 def imdb(*, data_dir: str | os.PathLike[str] | None = None, max_length: int = 4096) -> Task:
-    """Sentiment of 50,000 reviews: up to `max_length` bytes, 2 classes, half of the reviews each.
+    """Load 50,000 reviews of up to `max_length` bytes: is the sentiment negative or positive? Half are of each class.
 
     Validation is a fixed, stratified tenth of the train split; test is the data set's own. Long Range Arena has no such
-    part and chooses by the test split instead.
+    part and selects models by the test split instead.
 
     `input_ids`, int64 (L,) in [1, 257), are bytes plus one and of different lengths; the collator pads a batch on the
     right with 0 and adds the `attention_mask`.

@@ -1,4 +1,4 @@
-"""What the language-model tasks share: packed sequences of tokens, and metrics that keep no logits."""
+"""Packed sequences of tokens, and metrics that keep no logits, for the tasks of language modelling."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ TOKEN_FEATURES = Features({"input_ids": Value("binary")})
 
 @dataclass(frozen=True)
 class DecodeTokens:
-    """A `datasets` transform: one `binary` column of L tokens becomes `input_ids` and `labels`, int64 (B, L).
+    """Decode a `binary` column of L tokens to `input_ids` and `labels`, int64 (B, L): a transform for `datasets`.
 
     Labels equal the inputs: models shift them by one themselves.
 
@@ -65,7 +65,9 @@ def packed_bytes(documents: list[bytes], length: int) -> Dataset:
 
 
 def token_scores(logits: Any, labels: Tensor) -> Tensor:
-    """`preprocess_logits_for_metrics`: negative log-likelihood and correctness of each token, instead of its logits.
+    """Replace the logits of each token by its negative log-likelihood and whether the prediction is right.
+
+    The Trainer takes this function as `preprocess_logits_for_metrics`.
 
     Args:
         logits: (B, L, V), or a tuple that starts with them.
@@ -81,9 +83,9 @@ def token_scores(logits: Any, labels: Tensor) -> Tensor:
 
 
 def language_metrics(unit: str) -> Callable[[EvalPrediction], dict[str, float]]:
-    """`compute_metrics` for `token_scores`: `accuracy`, and the mean negative log-likelihood as `nats_per_<unit>`.
+    """Make a `compute_metrics` for `token_scores`: `accuracy`, and the mean negative log-likelihood, `nats_per_<unit>`.
 
-    Where the unit is "token", also its exponential, `perplexity`.
+    If the unit is "token", there is also its exponential, `perplexity`.
     """
 
     def compute(prediction: EvalPrediction) -> dict[str, float]:

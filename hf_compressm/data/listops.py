@@ -30,7 +30,7 @@ DEFAULT_TREES = (10, 10)
 MOST_TREES, MOST_TOKENS = 2**14, 2**25
 """Expressions drawn at once, and their tokens if all were of the greatest length."""
 PATIENCE = 2**20
-"""Expressions drawn in a row without a new one of the wanted length before giving up."""
+"""Expressions that are drawn without a new one of the wanted length before an error."""
 
 
 @register_task("listops")
@@ -46,7 +46,7 @@ def listops(
     num_validation: int = 1000,
     num_test: int = 1000,
 ) -> Task:
-    """Expressions such as `[MAX 4 [MED 1 7 ] [SM 8 9 ] 0 ]`, whose value is one of 10 classes.
+    """Generate expressions such as `[MAX 4 [MED 1 7 ] [SM 8 9 ] 0 ]`, whose value is one of 10 classes.
 
     A node is a digit, or with probability 1/4 one of `[MIN`, `[MAX`, `[MED` (median, rounded down) and `[SM` (sum
     modulo 10) over 2 to `max_args` nodes; at depth `max_depth` all are digits. Expressions of other lengths are thrown

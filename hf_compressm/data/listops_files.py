@@ -1,4 +1,4 @@
-"""The Long Range Arena's own files of `listops`, in place of generated expressions."""
+"""Read the Long Range Arena's own files of `listops`, in place of generated expressions."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ FEATURES = Features({"input_ids": Sequence(Value("uint8")), "labels": Value("int
 def read_listops(
     data_dir: str | os.PathLike[str], ids: dict[str, int], bounds: tuple[int, int], counts: dict[str, int]
 ) -> dict[str, Dataset]:
-    """The splits of basic_train.tsv, basic_val.tsv and basic_test.tsv: columns Source and Target, with a header.
+    """Read the splits from basic_train.tsv, basic_val.tsv and basic_test.tsv: columns Source and Target, with a header.
 
     Args:
         data_dir: the folder with them, or with one sub-folder that holds them.

@@ -10,7 +10,7 @@ from transformers import EvalPrediction
 
 
 class _InMemoryMetric(evaluate.Metric):
-    """Keeps its inputs in memory, so that instances and processes cannot meet in a shared cache file.
+    """Keeps its inputs in memory, so that instances and processes do not share a cache file.
 
     With `num_process > 1`, `evaluate` has to exchange files; then `experiment_id` must name the evaluation.
     """
@@ -39,7 +39,8 @@ class Accuracy(_InMemoryMetric):
     `add_batch` and `compute` take `predictions` and `references`, class indices of any integer type and shape
     (n,). `compute` returns `{"accuracy": float in [0, 1]}`.
 
-    Raises ValueError if the two differ in length, are not integers, or if nothing was added.
+    Raises:
+        ValueError: if the two differ in length, are not integers, or if nothing was added.
     """
 
     def _info(self) -> evaluate.MetricInfo:
@@ -71,7 +72,8 @@ class Perplexity(_InMemoryMetric):
     `compute` returns `{"perplexity": exp(nats), "nats_per_token": nats}`, the first infinite where it exceeds
     the range of a float.
 
-    Raises ValueError if the two differ in length, if a count is below 1, or if nothing was added.
+    Raises:
+        ValueError: if the two differ in length, if a count is below 1, or if nothing was added.
     """
 
     def _info(self) -> evaluate.MetricInfo:
@@ -96,13 +98,14 @@ class Perplexity(_InMemoryMetric):
 
 
 def classification_metrics(eval_prediction: EvalPrediction) -> dict[str, float]:
-    """`compute_metrics` for classification: the accuracy of the largest logit.
+    """Compute the accuracy of the largest logit: a `compute_metrics` for classification.
 
     Args:
         eval_prediction: `predictions` are the logits, float of shape (n, num_labels), or a tuple that starts
             with them; `label_ids` are class indices of shape (n,).
 
-    Raises ValueError if the shapes are others.
+    Raises:
+        ValueError: if the shapes are others.
     """
     logits = eval_prediction.predictions
     logits = np.asarray(logits[0] if isinstance(logits, tuple) else logits)

@@ -22,7 +22,9 @@ def mqar(
     num_test: int = 1000,
     power: float = 0.01,
 ) -> Task:
-    """Pairs of a key and its value, then every key once more at a place drawn by a power law: what was its value?
+    """Generate pairs of a key and its value, then every key once more at a place drawn by a power law.
+
+    The model has to name the value of a key when the key comes again.
 
     Keys are tokens of the first half of the vocabulary without 0, values of the second half; all other places after the
     pairs hold 0. A queried key's value is the label of the token after it, so that the loss of a causal language model,
@@ -36,6 +38,9 @@ def mqar(
         num_train, num_validation, num_test: numbers of sequences.
         power: the gap g between a pair and its query is drawn with weight (g + 1)^(power - 1); small values favour
             short gaps.
+
+    Raises:
+        ValueError: if an option is out of its range.
     """
     if num_kv_pairs < 1 or length < 4 * num_kv_pairs:
         raise ValueError(

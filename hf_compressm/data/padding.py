@@ -1,4 +1,4 @@
-"""Batches of sequences of different lengths. B batch, L the greatest length in it."""
+"""Pad sequences of different lengths to batches. B batch, L the greatest length in it."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ PAD = 0
 
 
 def pad_right(items: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
-    """A batch of items: `input_ids` and `attention_mask`, int64 (B, L), and `labels`, int64 (B,)."""
+    """Make a batch of items: `input_ids` and `attention_mask`, int64 (B, L), and `labels`, int64 (B,)."""
     return _with_mask(_padded([item["input_ids"] for item in items]), items)
 
 
 def pad_pairs(items: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
-    """A batch of pairs: `input_ids` and `attention_mask`, int64 (B, 2, L), and `labels`, int64 (B,)."""
+    """Make a batch of pairs: `input_ids` and `attention_mask`, int64 (B, 2, L), and `labels`, int64 (B,)."""
     rows = [row for item in items for row in item["input_ids"]]
     return _with_mask(_padded(rows).unflatten(0, (-1, 2)), items)
 

@@ -28,7 +28,7 @@ FOLDER, NAME, LABEL = 0, 1, 3
 
 @register_task("pathfinder")
 def pathfinder(*, data_dir: str | os.PathLike[str] | None = None) -> Task:
-    """Pathfinder-32, hard: L=1024 pixels in row-major order, one channel in [-1, 1], 2 classes.
+    """Load the hard images of Pathfinder-32: L=1024 pixels in row-major order, one channel in [-1, 1], 2 classes.
 
     The split into 80% train, 10% validation and 10% test is stratified and fixed; the release has none. The images are
     decoded at the start, into a kilobyte of memory each.

@@ -1,4 +1,4 @@
-"""Images as sequences of pixels: stored as bytes, normalised when read. L pixels, C channels."""
+"""Store images as bytes, and read them as sequences of normalised pixels. L pixels, C channels."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ PIXEL_FEATURES = Features({"input_values": Value("binary"), "labels": Value("int
 
 @dataclass(frozen=True)
 class DecodePixels:
-    """A `datasets` transform: x = (pixel / full_scale - mean) / std, channel by channel.
+    """Decode pixels to x = (pixel / full_scale - mean) / std, channel by channel: a transform for `datasets`.
 
     Maps a batch of `PIXEL_FEATURES` rows to `input_values`, float32 of shape (B, L, C), and `labels`, int64
     of shape (B,). A batch may lack either column.
@@ -59,9 +59,11 @@ def stratified_split(labels: np.ndarray, fractions: Sequence[float], seed: int =
             within one item.
         seed: which of the many such splits. Each seed's is the same on every machine.
 
-    Returns one sorted int64 array of indices per fraction; together they hold every index once.
+    Returns:
+        one sorted int64 array of indices per fraction; together they hold every index once.
 
-    Raises ValueError if the fractions are negative or do not sum to 1, and if a part would be empty.
+    Raises:
+        ValueError: if the fractions are negative or do not sum to 1, or if a part would be empty.
     """
     if min(fractions) < 0 or abs(sum(fractions) - 1) > 1e-9:
         raise ValueError(f"fractions must be at least 0 and sum to 1, got {tuple(fractions)}")
@@ -93,7 +95,7 @@ def pixel_task(
     label_names: Sequence[str],
     hub_dataset: str | None = None,
 ) -> Task:
-    """A classification `Task` over three data sets with `PIXEL_FEATURES`."""
+    """Make a classification task of three data sets with `PIXEL_FEATURES`."""
     return Task(
         name=name,
         train=train.with_transform(decode),

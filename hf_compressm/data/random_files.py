@@ -1,7 +1,7 @@
-"""Random files in the layout of the tasks that read files, to try a whole pipeline where the data are not at hand.
+"""Write random files in the layout of the tasks that read files, to try a whole pipeline without the data.
 
-Nothing can be learnt from them. File and folder names, texts or ids say that they are stand-ins where the layout leaves
-that open, and every folder gets a STAND_IN.md.
+Nothing can be learnt from them. Names, texts or ids say that they are stand-ins, where the layout allows it, and every
+folder gets a STAND_IN.md.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def write_stand_in(task_name: str, folder: str | os.PathLike[str], *, items: int
 
 
 def stand_in_names() -> list[str]:
-    """The tasks that `write_stand_in` writes files for, sorted."""
+    """Return the tasks that `write_stand_in` writes files for, sorted."""
     return sorted(_WRITERS)
 
 

@@ -1,4 +1,4 @@
-"""Data sets from the hub, its cache or a local folder, and errors that say what to do without them."""
+"""Load data sets from the hub, its cache or a local folder; errors say what to do if they are not there."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ READERS: dict[str, dict[str, Any]] = {
 def load_from_hub(
     name: str, repo: str, splits: Sequence[str], columns: Sequence[str], config: str | None = None
 ) -> dict[str, Dataset]:
-    """The splits of a data set of the Hugging Face Hub, or of its cache.
+    """Load the splits of a data set from the Hugging Face Hub or its cache.
 
     Args:
         name: the task's name, for the error.
@@ -30,7 +30,8 @@ def load_from_hub(
         splits, columns: what the task reads, for the error.
         config: which of the data set's configurations; None if it has one only.
 
-    Raises ConnectionError if it cannot be had, with what to do instead.
+    Raises:
+        ConnectionError: if it cannot be loaded; the message says what to do instead.
     """
     try:
         return load_dataset(repo, config)
@@ -48,9 +49,11 @@ def load_from_hub(
 def load_from_folder(
     data_dir: str | os.PathLike[str], splits: Sequence[str], endings: Sequence[str] = (".parquet",)
 ) -> dict[str, Dataset]:
-    """The splits of a data set in a folder, as `find_splits` finds them.
+    """Load the splits of a data set from a folder, as `find_splits` finds them.
 
-    Raises ValueError if files of several endings make up the data set, and as `find_splits` does.
+    Raises:
+        ValueError: if files of several endings make up the data set, and as `find_splits` does.
+        FileNotFoundError: if `data_dir` is not a folder.
     """
     found = find_splits(data_dir, splits, endings)
     files = {split: [str(file) for file in found[split]] for split in splits}
@@ -63,13 +66,14 @@ def load_from_folder(
 def find_splits(
     data_dir: str | os.PathLike[str], splits: Sequence[str], endings: Sequence[str] = (".parquet",)
 ) -> dict[str, list[Path]]:
-    """The files of each split in a folder, or in the one sub-folder that has them.
+    """Find the files of each split in a folder, or in the one sub-folder that has them.
 
     A file belongs to the split that its name starts with: `train.parquet` and `train-00000-of-00002.parquet`
     are both of the split `train`.
 
-    Raises FileNotFoundError if `data_dir` is not a folder, ValueError if no folder holds all of `splits`, or
-    if several sub-folders do.
+    Raises:
+        FileNotFoundError: if `data_dir` is not a folder.
+        ValueError: if no folder holds all of `splits`, or several sub-folders do.
     """
     root = Path(data_dir).expanduser()
     if not root.is_dir():
@@ -98,23 +102,31 @@ def _splits_in(folder: Path, endings: Sequence[str]) -> dict[str, list[Path]]:
 
 
 def require_columns(dataset: Dataset, columns: Sequence[str], where: str) -> None:
-    """Raise ValueError, with the columns that there are, if one of `columns` is missing."""
+    """Check that a data set has these columns.
+
+    Raises:
+        ValueError: if one of them is missing; the message names those that there are.
+    """
     if missing := sorted(set(columns) - set(dataset.column_names)):
         raise ValueError(f"{where} has no column {missing}; its columns are {dataset.column_names}")
 
 
 def check_labels(labels: np.ndarray, num_labels: int, where: str) -> None:
-    """Raise ValueError, with the range that was found, unless there are labels and all lie in [0, num_labels)."""
+    """Check that there are labels, and that all lie in [0, num_labels).
+
+    Raises:
+        ValueError: otherwise; the message names the range that was found.
+    """
     if len(labels) == 0 or not (labels.min() >= 0 and labels.max() < num_labels):  # a missing one is NaN
         found = f"[{labels.min()}, {labels.max()}]" if len(labels) else "none"
         raise ValueError(f"{where}: labels must lie in [0, {num_labels - 1}], found {found}")
 
 
 def no_hub(name: str, data_dir: str | os.PathLike[str] | None, files: Sequence[str]) -> str | os.PathLike[str]:
-    """The folder that was given for a task of the Long Range Arena's release, which the hub does not have.
+    """Return the folder that was given for a task of the Long Range Arena's release, which the hub does not have.
 
     Raises:
-        ValueError: if none was given, with where to get what.
+        ValueError: if none was given; the message says where the files are.
     """
     if data_dir is None:
         raise ValueError(
@@ -125,7 +137,7 @@ def no_hub(name: str, data_dir: str | os.PathLike[str] | None, files: Sequence[s
 
 
 def find_files(data_dir: str | os.PathLike[str], names: Sequence[str]) -> list[Path]:
-    """The files of these names in a folder, or in the one sub-folder that has them all.
+    """Find the files of these names in a folder, or in the one sub-folder that has them all.
 
     Raises:
         FileNotFoundError: if `data_dir` is not a folder.
@@ -146,7 +158,7 @@ def find_files(data_dir: str | os.PathLike[str], names: Sequence[str]) -> list[P
 
 
 def read_tsv(file: Path, columns: Features, header: bool, encoding: str = "utf-8") -> Dataset:
-    """A file of values between tabs, in which quotes mean nothing and no word stands for a missing value.
+    """Read a file of values between tabs. Quotes have no meaning, and no word stands for a missing value.
 
     Args:
         file: the file.

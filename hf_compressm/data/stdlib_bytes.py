@@ -16,7 +16,7 @@ SHARES = {"validation": 5, "test": 5}
 
 @register_task("stdlib_bytes")
 def stdlib_bytes(*, length: int = 256, evaluation_bytes: int = 65536) -> Task:
-    """Sequences of `length` bytes, of the `.py` files of the running Python's standard library without its tests.
+    """Read the `.py` files of the running Python's standard library, without its tests, as sequences of bytes.
 
     Which split a file belongs to follows from a hash of its path, so it is the same on every machine; the files differ
     between versions of Python.
@@ -24,6 +24,9 @@ def stdlib_bytes(*, length: int = 256, evaluation_bytes: int = 65536) -> Task:
     Args:
         length: bytes of a sequence, >= 2.
         evaluation_bytes: size of the validation split and of the test split, in bytes, spread evenly over its files.
+
+    Raises:
+        ValueError: if an option is out of its range.
     """
     if length < 2 or evaluation_bytes < length:
         raise ValueError(

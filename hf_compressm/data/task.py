@@ -71,7 +71,8 @@ def register_task(name: str) -> Callable[[TaskBuilder], TaskBuilder]:
     The function takes keyword arguments only. It names `data_dir` if it can read local files, `seed` if it
     draws its data at random, and whatever options it has beyond these, each with a default.
 
-    Raises ValueError if the name is taken.
+    Raises:
+        ValueError: if the name is taken.
     """
 
     def register(builder: TaskBuilder) -> TaskBuilder:

@@ -1,4 +1,4 @@
-"""Local text as a language-modelling task: files read with a model's own tokenizer, or as bytes."""
+"""Make a language-modelling task of local text files, read with a model's own tokenizer or as bytes."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ BLOCK = 1 << 16
 
 
 def text_task(path: str | os.PathLike[str], tokenizer: Any = None, *, length: int = 512, sequences: int = 64) -> Task:
-    """The beginning of a text in sequences of `length` tokens, documents one after the other.
+    """Read the beginning of a text as sequences of `length` tokens, one document after the other.
 
     A parquet file holds one document a row, in its column `text` or else its only column of strings; any other file is
     one document in UTF-8. Of a folder all files are read, in the order of their names, but hidden ones. Documents end

@@ -38,7 +38,9 @@ def wikitext(
     tokenizer: str = "gpt2",
     length: int = 512,
 ) -> Task:
-    """Sequences of `length` tokens of the articles, one after the other; each begins with the tokenizer's EOS token.
+    """Read the articles, one after the other, as sequences of `length` tokens.
+
+    Each article begins with the tokenizer's EOS token.
 
     The splits are the data set's own. Rows are tokenised and packed in groups of 10,000, and what is left of a group,
     less than a sequence, is dropped; the result stays in the `datasets` cache. `nats_per_token` and `perplexity` are

@@ -1,4 +1,4 @@
-"""The model card of a run: what was measured, from the run's own files, with metadata that the hub understands."""
+"""Write the model card of a run from the run's own files, with metadata that the hub understands."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ from .text_tables import markdown_table
 CARD_NAME = "README.md"
 PLOT_NAME = "singular_values.svg"
 HUB_METRICS = ("accuracy", "perplexity")
-"""Metrics that the hub has under the same name."""
+"""Metrics that the hub knows by the same name."""
 OWN_TYPES = ("mimo_ssm", "compressm_mamba", "compressm_mamba2")
 STOCK_FORM = ("compressm_mamba",)
-"""Of these, those that always have an equal in transformers itself."""
+"""Those of them that can always be converted to a model of transformers itself."""
 
 
 def write_card(
@@ -63,9 +63,9 @@ def write_card(
 
 
 def keep_card(trainer: Trainer) -> None:
-    """Let a Trainer write this card wherever it would write its own: `create_model_card`, and so `push_to_hub`.
+    """Make a Trainer write this card where it would write its own, in `create_model_card` and `push_to_hub`.
 
-    The Trainer's log is saved first, since the card is filled from files.
+    The Trainer saves its log first, because the card is made from files.
     """
 
     def create_model_card(*args: Any, model_name: str | None = None, tags: Any = None, **kwargs: Any) -> None:
@@ -88,7 +88,13 @@ def render_card(
     base_model: str | None = None,
     plot: str | None = None,
 ) -> ModelCard:
-    """The card of a run; arguments as for `write_card`, but for the name of the plot's file.
+    """Make the card of a run.
+
+    Args:
+        run: the run.
+        name, base_model: as for `write_card`.
+        full: the same run without compression, to compare with.
+        plot: name of the plot's file; None for a card without a plot.
 
     Raises:
         ValueError: on a full-size run of another task or model.

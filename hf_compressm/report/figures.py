@@ -1,4 +1,4 @@
-"""The charts of a run over its training, each with the numbers behind it."""
+"""Draw the charts of a run over its training steps, each with a table of its numbers."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from .svg import COLOURS, Axis, Chart, number
 from .tables import Figure, Table, thin
 
 MOST_POINTS = 400
-"""Points of a drawn line; a table has half as many rows."""
+"""Points of a line at most; a table has half as many rows."""
 
 
 def sizes_figure(run: RunRecord) -> Figure | None:
-    """State sizes over optimizer steps, layer by layer; None where they are unknown."""
+    """Draw the state sizes of every layer over optimizer steps. Return None if they are unknown."""
     layers, end = run.layers(), max(run.step, 1)
     if not layers:
         return None
@@ -55,7 +55,10 @@ def sizes_figure(run: RunRecord) -> Figure | None:
 
 
 def metric_figure(run: RunRecord, evaluation: str) -> Figure | None:
-    """A metric of the evaluations over steps with the cuts marked, and for the loss also that of training."""
+    """Draw a metric of the evaluations over steps, with the cuts marked; for `eval_loss` also the training loss.
+
+    Return None if the log has neither.
+    """
     evaluated = run.series(evaluation)
     trained = run.series("loss") if evaluation == "eval_loss" else []
     if not evaluated and not trained:
@@ -85,7 +88,7 @@ def metric_figure(run: RunRecord, evaluation: str) -> Figure | None:
 
 
 def speed_figure(run: RunRecord) -> Figure | None:
-    """Optimizer steps per second between the cuts; None if it was not measured."""
+    """Draw the optimizer steps per second between the cuts. Return None if speed was not measured."""
     segments = run.speed
     if not segments:
         return None
@@ -118,7 +121,7 @@ def speed_figure(run: RunRecord) -> Figure | None:
 
 
 def stability_figure(run: RunRecord) -> Figure | None:
-    """How far successive rankings of the states agreed; None if it was not recorded."""
+    """Draw the agreement of successive rankings of the states, in [0, 1]. Return None if it was not recorded."""
     scores = run.series(keys.RANK_STABILITY)
     if not scores:
         return None

@@ -1,4 +1,4 @@
-"""One page about a run: self-contained HTML with charts, for any screen, without scripts and without the network."""
+"""Write the report of a run: one HTML page with charts, for any screen, without scripts, that loads nothing."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ REPORT_NAME = "report.html"
 
 
 def templates() -> Environment:
-    """The package's templates; whatever is put into HTML is escaped."""
+    """Return the package's templates. Values that are put into HTML are escaped."""
     return Environment(
         loader=PackageLoader("hf_compressm.report"),
         autoescape=lambda name: name is not None and ".html" in name,
@@ -51,7 +51,7 @@ def write_report(folder: str | Path, output: str | Path | None = None) -> Path:
 
 
 def render_report(run: RunRecord) -> str:
-    """The page's HTML."""
+    """Return the page's HTML."""
     layers = run.layers()
     spectra = [(index, layer, spectrum_figure(layer, index)) for index, layer in enumerate(layers)]
     metrics = [metric_figure(run, name) for name in run.evaluations() or ["eval_loss"]]
@@ -96,7 +96,7 @@ def _status(run: RunRecord) -> str:
 
 
 def _facts(run: RunRecord) -> list[tuple[str, str]]:
-    """The figures at the top: name and value. What is not known is not there."""
+    """Return name and value of the figures at the top of the page. Unknown ones are left out."""
     facts = []
     if before := run.sizes_before():
         after = run.sizes_after()
@@ -132,7 +132,7 @@ def _mean(sizes: list[int]) -> str:
 
 
 def duration(seconds: float) -> str:
-    """Seconds as people say them: "42.0 s", "3 min 20 s", "2 h 5 min"."""
+    """Return seconds, >= 0, in the units that people use: "42.0 s", "3 min 20 s", "2 h 5 min"."""
     if seconds < 60:
         return f"{seconds:.1f} s"
     minutes, rest = divmod(round(seconds), 60)

@@ -1,4 +1,4 @@
-"""What a run's folder says about the run, for its report and its card. Reads JSON only; changes nothing."""
+"""Read what a run's folder says about the run, for its report and its card. Reads JSON only; changes nothing."""
 
 from __future__ import annotations
 
@@ -22,7 +22,15 @@ _WITHIN = ("text_config", "decoder", "generator")
 
 @dataclass(frozen=True)
 class Spectrum:
-    """Hankel singular values of one layer at one step: `values[i]` has the rank `ranks[i]`, counted from 1."""
+    """Hankel singular values of one layer at one step.
+
+    Attributes:
+        step: optimizer step.
+        states: number of states of the layer.
+        total: sum of all its singular values.
+        ranks, values: some of the values, descending, and their ranks, counted from 1.
+        kept: number of states that the cut at this step kept; None if there was no cut.
+    """
 
     step: int
     states: int
@@ -34,7 +42,7 @@ class Spectrum:
 
 @dataclass(frozen=True)
 class Layer:
-    """One layer across the run: its name, its sizes as (step, states), and its spectra, oldest first."""
+    """One layer over the run: its name, its sizes as (step, states), and its spectra, oldest first."""
 
     name: str
     sizes: list[tuple[int, int]]
@@ -43,7 +51,7 @@ class Layer:
 
 @dataclass
 class RunRecord:
-    """A run as its folder has it. What was not recorded is None or empty.
+    """A run as its folder describes it. What was not recorded is None or empty.
 
     Attributes:
         name: of the folder.
@@ -72,26 +80,26 @@ class RunRecord:
 
     @property
     def cuts(self) -> list[dict[str, Any]]:
-        """Records of cuts, undone ones too."""
+        """Records of the cuts, including those that were undone."""
         return [event for event in self.events if event["event"] == "cut"]
 
     @property
     def undone(self) -> dict[int, dict[str, Any]]:
-        """Step of each cut that was undone -> the record of its undoing."""
+        """Step of each undone cut -> the record of how it was undone."""
         return {event["cut_step"]: event for event in self.events if event["event"] == "undo"}
 
     def series(self, key: str) -> list[tuple[int, float]]:
-        """(step, value) wherever the log has a finite number under this key; the last one of each step."""
+        """Return (step, value) where the log has a finite number under this key; the last value of each step."""
         found = {entry["step"]: entry[key] for entry in self.log if isinstance(entry.get(key), int | float)}
         return [(step, float(value)) for step, value in sorted(found.items()) if abs(value) < float("inf")]
 
     def evaluations(self) -> list[str]:
-        """Names of the metrics of evaluations, the loss first."""
+        """Return the names of the evaluations' metrics, the loss first."""
         names = {key for entry in self.log for key in entry if key.startswith("eval_") and not key.endswith(TIMINGS)}
         return sorted(names, key=lambda name: (name != "eval_loss", name))
 
     def tested(self) -> dict[str, float]:
-        """Metrics on the test split, without the prefix."""
+        """Return the metrics on the test split, without the prefix `test_`."""
         return {
             key.removeprefix("test_"): value
             for key, value in self.metrics.items()
@@ -99,7 +107,7 @@ class RunRecord:
         }
 
     def layers(self) -> list[Layer]:
-        """Every layer with its sizes over steps and its spectra, in model order."""
+        """Return every layer with its sizes and spectra, in model order."""
         names, first, measured = self._layer_names(), self._first_sizes(), list(self._measurements())
         sizes = {name: [(0, states)] for name, states in zip(names, first, strict=True)}
         spectra: dict[str, dict[int, Spectrum]] = {name: {} for name in names}
@@ -112,18 +120,18 @@ class RunRecord:
         return [Layer(name, sizes[name], [spectra[name][step] for step in sorted(spectra[name])]) for name in names]
 
     def sizes_before(self) -> list[int]:
-        """State sizes at the start of training; empty if unknown."""
+        """Return the state sizes at the start of training; empty if unknown."""
         return [layer.sizes[0][1] for layer in self.layers()]
 
     def sizes_after(self) -> list[int]:
-        """State sizes at the last step on record; empty if unknown."""
+        """Return the state sizes at the last recorded step; empty if unknown."""
         return [layer.sizes[-1][1] for layer in self.layers()]
 
     def around(self, step: int, key: str) -> tuple[float | None, float | None]:
-        """The values of a series that a cut lies between: last before it and first from its step on.
+        """Return the last value of a series before a cut, and the first value from the cut's step on.
 
-        An evaluation in a cut's own step comes after the cut. Values that another cut separates from this one are not
-        taken: they would speak of both.
+        An evaluation in the step of a cut comes after the cut. A value is None if another cut lies between it and this
+        one, since it would then show the effect of both.
         """
         others = [cut["step"] or 0 for cut in self.cuts]
         earliest = max((other for other in others if other < step), default=0)
@@ -134,7 +142,7 @@ class RunRecord:
         return (before[-1] if before else None), (after[0] if after else None)
 
     def at(self, step: int, key: str) -> float | None:
-        """The value of a series at a step."""
+        """Return the value of a series at a step; None if there is none."""
         return dict(self.series(key)).get(step)
 
     def _measurements(self) -> Iterator[tuple[int, Mapping[str, Any], int | None]]:
@@ -164,9 +172,9 @@ class RunRecord:
 
 
 def read_run(folder: str | Path) -> RunRecord:
-    """Read a run's folder: finished or not, written by `scripts/pretrain.py` or by a Trainer of one's own.
+    """Read the folder of a run that `scripts/pretrain.py` or any Trainer wrote, finished or not.
 
-    Where training has not ended, the newest checkpoint speaks for it.
+    If training has not ended, the newest checkpoint is read instead of the folder itself.
 
     Raises:
         FileNotFoundError: if the folder does not exist or holds no run; the message says what was looked for.

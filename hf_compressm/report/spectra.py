@@ -1,4 +1,4 @@
-"""Charts of Hankel singular values: of a run's layers over time, and of a model's at several tolerances."""
+"""Draw Hankel singular values: of a run's layers over time, and of a model's layers at several tolerances."""
 
 from __future__ import annotations
 
@@ -14,7 +14,10 @@ MOST_SPECTRA = 6
 
 
 def spectrum_figure(layer: Layer, index: int) -> Figure | None:
-    """Hankel singular values of one layer, one line per measurement, dashed when early; None if never measured."""
+    """Draw the Hankel singular values of one layer, one line per measurement; early ones are dashed.
+
+    Return None if the layer was never measured.
+    """
     if not layer.spectra:
         return None
     shown = thin(layer.spectra, MOST_SPECTRA)
@@ -43,7 +46,10 @@ def spectrum_figure(layer: Layer, index: int) -> Figure | None:
 
 
 def spectra_overview(run: RunRecord) -> Chart | None:
-    """The latest spectrum of every layer in one chart, with a dot where it was cut; None if none was measured."""
+    """Draw the latest spectrum of every layer in one chart, with a dot at the last state that was kept.
+
+    Return None if no layer was measured.
+    """
     latest = {index: layer.spectra[-1] for index, layer in enumerate(run.layers()) if layer.spectra}
     if not latest:
         return None
@@ -56,7 +62,13 @@ def spectra_overview(run: RunRecord) -> Chart | None:
 
 
 def spectra_chart(spectra: Mapping[int, Spectrum], title: str, coloured: bool = True) -> Chart:
-    """A chart of one spectrum per layer, by the layer's index; each in its own colour if they are few and may be."""
+    """Draw one spectrum per layer.
+
+    Args:
+        spectra: index of the layer -> its spectrum.
+        title: of the chart.
+        coloured: whether up to `MOST_LINES` layers get colours of their own.
+    """
     chart = Chart(
         ident="spectra",
         title=title,
@@ -78,7 +90,7 @@ def spectra_chart(spectra: Mapping[int, Spectrum], title: str, coloured: bool = 
 
 
 def tolerances_plot(spectra: Sequence[Sequence[float]], kept: Mapping[str, Sequence[int]]) -> str:
-    """A file with the spectra of a model's layers, and what each would keep.
+    """Return an SVG file that shows the spectra of a model's layers, and how many states each would keep.
 
     Args:
         spectra: descending singular values of each layer.

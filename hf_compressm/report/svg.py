@@ -26,7 +26,14 @@ COLOURS = 6
 
 @dataclass(frozen=True)
 class Axis:
-    """A range of values, linear or logarithmic, with about `wanted` ticks; `whole`: at whole numbers only."""
+    """A range of values on a linear or logarithmic scale.
+
+    Attributes:
+        low, high: ends, low < high; with `log` both > 0.
+        log: whether the scale is logarithmic.
+        wanted: about how many ticks it has.
+        whole: whether ticks are at whole numbers only.
+    """
 
     low: float
     high: float
@@ -36,7 +43,7 @@ class Axis:
 
     @classmethod
     def around(cls, values: Sequence[float], log: bool = False, zero: bool = False, wanted: int = 5) -> Axis:
-        """An axis that shows all the values; with `log`, those > 0; with `zero`, also 0."""
+        """Return an axis that shows all finite values; with `log` those > 0, with `zero` also 0."""
         values = [value for value in values if math.isfinite(value) and (value > 0 or not log)] or [1.0]
         low, high = min(values), max(values)
         if log:
@@ -49,11 +56,11 @@ class Axis:
 
     @classmethod
     def upto(cls, end: float) -> Axis:
-        """A linear axis of whole numbers from 0 that ends exactly there."""
+        """Return a linear axis of whole numbers from 0 to exactly `end`."""
         return cls(0.0, max(float(end), 1.0), whole=True)
 
     def share(self, value: float) -> float:
-        """Where a value lies, 0 at the low end and 1 at the high one; values beyond an end lie at it."""
+        """Return the place of a value, from 0 at the low end to 1 at the high end, where values beyond it are put."""
         if self.log:
             position = math.log(max(value, self.low) / self.low) / math.log(self.high / self.low)
         else:
@@ -61,7 +68,7 @@ class Axis:
         return min(max(position, 0.0), 1.0)
 
     def ticks(self) -> list[float]:
-        """Values to label, ascending."""
+        """Return the values to label, ascending."""
         if self.log:
             first, last = round(math.log10(self.low)), round(math.log10(self.high))
             every = max(1, math.ceil((last - first) / self.wanted))
@@ -77,7 +84,7 @@ def _nice(step: float) -> float:
 
 
 def number(value: float, digits: int = 3) -> str:
-    """A number for people: few digits, thousands set off, powers of ten only where they are needed."""
+    """Return a number as text with few digits: thousands separated, powers of ten only where they are needed."""
     if value == 0:
         return "0"
     if abs(value) >= 1000 and abs(value) < 1e7:
@@ -90,10 +97,10 @@ def number(value: float, digits: int = 3) -> str:
 
 @dataclass
 class Chart:
-    """A chart with a title and a description for those who do not see it.
+    """A chart, with a title and a description for readers who cannot see it.
 
     Args:
-        ident: unique in the page; prefix of the ids within.
+        ident: prefix of the ids in the chart, unique in the page.
         title, description: text alternatives.
         x, y: axes.
         x_label, y_label: what they show.
@@ -122,7 +129,16 @@ class Chart:
         dots: bool = False,
         style: str = "",
     ) -> None:
-        """A line through points (x, y); `steps` goes there in stairs, `dots` marks each point; style: extra classes."""
+        """Draw a line through points (x, y).
+
+        Args:
+            points: ascending in x. With a logarithmic axis, points with y <= 0 are left out.
+            colour: 1 to `COLOURS`.
+            label: in the legend; None for a line without one.
+            steps: draw a staircase.
+            dots: mark each point.
+            style: further classes of the theme.
+        """
         if self.y.log:
             points = [point for point in points if point[1] > 0]
         if not points:
@@ -139,14 +155,14 @@ class Chart:
             self._legend.append((f'<path class="{classes}" d="M0 -4H18"/>', label))
 
     def dots(self, points: Sequence[tuple[float, float]], colour: int, label: str | None = None) -> None:
-        """Points without a line."""
+        """Draw points without a line; arguments as for `line`."""
         circles = [(self._x(x), self._y(y)) for x, y in points if y > 0 or not self.y.log]
         self._shapes += [f'<circle class="dot c{colour}" cx="{x:.1f}" cy="{y:.1f}" r="2.5"/>' for x, y in circles]
         if label is not None:
             self._legend.append((f'<circle class="dot c{colour}" cx="12" cy="-4" r="3"/>', label))
 
     def mark(self, x: float, label: str | None = None, *, undone: bool = False) -> None:
-        """A vertical line at x; the legend names it once."""
+        """Draw a vertical line at x. The legend has each label once."""
         kind = "mark undone" if undone else "mark"
         place = self._x(x)
         self._marks.append(f'<path class="{kind}" d="M{place:.1f} {TOP}V{TOP + PLOT_HEIGHT}"/>')
@@ -154,7 +170,7 @@ class Chart:
             self._legend.append((f'<path class="{kind}" d="M9 -11.5V3.5"/>', label))
 
     def bar(self, left: float, right: float, value: float, label: str = "", colour: int = 1) -> None:
-        """A bar from x = left to right, from the bottom up to value, with a label under it."""
+        """Draw a bar from x = left to right, from the bottom to `value`, with a label under it."""
         low, high, top = self._x(left), self._x(right), self._y(value)
         height = TOP + PLOT_HEIGHT - top
         self._shapes.append(
@@ -166,11 +182,11 @@ class Chart:
         self._shapes.append(f'<text class="tick x" {place}>{escape(label)}</text>')
 
     def height(self) -> int:
-        """Of the drawing, in its own units."""
+        """Return the height of the drawing, in its own units."""
         return TOP + PLOT_HEIGHT + BOTTOM + 16 * self._legend_rows()[1]
 
     def render(self) -> str:
-        """The SVG element, for a page that has the theme's colours; `stack` makes a file."""
+        """Return the SVG element, for a page that has the theme's colours. `stack` makes a file."""
         legend, _ = self._legend_rows()
         names = f"{self.ident}-title {self.ident}-desc"
         parts = [
@@ -216,7 +232,7 @@ class Chart:
 
 
 def stack(charts: Sequence[Chart]) -> str:
-    """Charts one below the other as one SVG file of its own."""
+    """Return one SVG file with the charts one below the other."""
     parts, y = [], 0
     for chart in charts:
         height = chart.height()

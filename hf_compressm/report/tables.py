@@ -1,4 +1,4 @@
-"""The tables of a run, and what a table is."""
+"""Make the tables of a report."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .svg import Chart, number
 
 @dataclass(frozen=True)
 class Table:
-    """A table: its caption, its columns and its rows of text."""
+    """A caption, columns, and rows of text, one cell for each column."""
 
     caption: str
     columns: list[str]
@@ -21,33 +21,33 @@ class Table:
 
     @classmethod
     def filled(cls, caption: str, columns: list[str], rows: Sequence[Sequence[str]]) -> Table:
-        """Without the columns that are empty in all rows, and with a dash in each empty cell that is left."""
+        """Make a table without the columns that are empty in all rows, with a dash in every other empty cell."""
         kept = [index for index in range(len(columns)) if index == 0 or any(row[index] for row in rows)]
         return cls(caption, [columns[index] for index in kept], [[row[index] or "–" for index in kept] for row in rows])
 
 
 @dataclass(frozen=True)
 class Figure:
-    """A chart and the numbers behind it."""
+    """A chart and a table of its numbers."""
 
     chart: Chart
     table: Table
 
     @property
     def svg(self) -> str:
-        """The chart for a page that has the theme's colours."""
+        """The chart as an SVG element, for a page that has the theme's colours."""
         return self.chart.render()
 
 
 def thin(items: Sequence[Any], most: int) -> list[Any]:
-    """At most so many of the items, evenly spaced, with the first and the last."""
+    """Return at most `most` items (>= 2), evenly spaced, the first and the last included."""
     if len(items) <= most:
         return list(items)
     return [items[round(index * (len(items) - 1) / (most - 1))] for index in range(most)]
 
 
 def cuts_table(run: RunRecord) -> Table:
-    """What was promised and what was measured at every cut; columns that nothing filled are left out."""
+    """Return one row per cut, with its error bound and the losses measured around it. Empty columns are left out."""
     columns = ["Step", "Mean states", "Sum removed", "Error bound", "Residual", "Loss before", "Loss after"]
     columns += ["Change", "Evaluation before", "Evaluation after", "Undone at step"]
     rows = []
@@ -64,7 +64,7 @@ def cuts_table(run: RunRecord) -> Table:
 
 
 def layers_table(cut: dict[str, Any]) -> Table:
-    """One cut, layer by layer."""
+    """Return one row per layer of a cut."""
     rows = [
         [
             layer["name"],

@@ -1,1 +1,1 @@
-"""Comparisons that anyone can rerun: suites of tasks, methods and seeds; `scripts/reproduce.py` is the way in."""
+"""Run suites of comparisons: tasks, methods and seeds. `scripts/reproduce.py` is the program."""

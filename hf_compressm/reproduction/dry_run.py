@@ -1,4 +1,4 @@
-"""A suite cut down to two steps a run, on stand-in files: does everything build, load and train?"""
+"""Shorten a suite to two steps a run, on stand-in files, to see whether everything builds, loads and trains."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ CUT = [1]
 
 
 def dry_suite(suite: Suite, folder: Path) -> Suite:
-    """Every method of a suite for two steps of two items, at full model size and sequence length.
+    """Shorten every method of a suite to two steps of two items, at full model size and sequence length.
 
     Args:
         suite: any suite.

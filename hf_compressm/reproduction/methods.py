@@ -1,4 +1,4 @@
-"""One training run of a suite, by any of the methods, in this process."""
+"""Do one training run of a suite, by any of the methods, in this process."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ class StepClock(TrainerCallback):
 
 
 def run_job(job: Job, folder: Path, needed: Needed) -> dict[str, Any]:
-    """Train, or cut, and test.
+    """Train or cut a model, and test it.
 
     Args:
         job: the run.

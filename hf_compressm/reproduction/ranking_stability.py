@@ -1,4 +1,4 @@
-"""How well the ranking of states early in training predicts the ranking at its end."""
+"""Measure how well the ranking of states early in training predicts the ranking at its end."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ SHARES = (0.0, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
 
 
 class RankRecorder(TrainerCallback):
-    """Measures the states of every mixer at given shares of a run at full size, and compares with those at its end.
+    """Ranks the states of every mixer at given shares of a run at full size, and compares with the ranking at its end.
 
     ```python
     recorder = RankRecorder()
@@ -31,9 +31,9 @@ class RankRecorder(TrainerCallback):
     print(stability_table(recorder.as_records()))
     ```
 
-    Measured is right after the first optimizer step that completes a share, and again after the next one, which tells
-    how far singular values move in a step. Selective layers are measured on the same few batches of training data each
-    time, drawn apart from the training's own. The weights that training ends with are not changed by it.
+    It measures right after the first optimizer step that completes a share, and again after the next step, which tells
+    how far singular values move in a step. It measures selective layers on the same few batches of training data each
+    time, which it draws separately. It does not change the weights that training ends with.
 
     Args:
         shares: when to measure, as shares of the run's optimizer steps, each in [0, 1]; 0 is the model as it was
@@ -123,7 +123,7 @@ class RankRecorder(TrainerCallback):
         return orders | {f"tau {self.tau:g}": energy_orders([spectrum], self.tau)[0]}
 
     def as_records(self) -> list[dict[str, Any]]:
-        """What was found in the training that began last, one JSON-ready entry per share.
+        """Return what was found in the training that began last, one JSON-ready entry per share.
 
         Returns:
             `share`, `step`, `layers`: values by mixer name, means over its groups of channels; and `mean`: those of
@@ -176,7 +176,7 @@ def _compare(now: Ranking, end: Ranking, orders: Mapping[str, int]) -> dict[str,
 
 
 def stability_table(records: Sequence[Mapping[str, Any]]) -> str:
-    """Markdown: a row per share of training, means over layers and seeds, with the standard deviation over seeds.
+    """Return a Markdown table with a row per share of training: means over layers and seeds, and deviations over seeds.
 
     Columns: Spearman's correlation with the ranking at the end over the states that matter; per number of states kept
     the overlap of what an early cut would keep with what one at the end does, the stability of the top ranks, and the

@@ -1,6 +1,9 @@
-"""The states of a mixer by rank, and how far two rankings of the same mixer agree.
+"""Rank the states of a mixer, and compare two rankings of the same mixer.
 
 Shapes: N states, k ranked directions, r kept ones.
+
+Source: Chahine et al. 2026, "The Curious Case of In-Training Compression of State Space Models", arXiv 2510.02823,
+which tracks singular values over training and bounds their moves by Weyl's theorem.
 """
 
 from __future__ import annotations
@@ -68,7 +71,7 @@ class Ranking:
         return hankel_operator(self.P, self.Q)
 
     def held(self, left: Tensor) -> float:
-        """What the coordinates left^H h, left (N, r), tell of all future outputs, as a sum of squared singular values.
+        """Return the energy of all future outputs that the coordinates left^H h, left (N, r), predict.
 
         For white input and the best linear estimate of the state from these coordinates it is tr(Q K^H S K), with
         S = left^H P left and K = S^-1 left^H P. The r leading balanced coordinates hold the most: the sum of their
@@ -84,7 +87,7 @@ class Ranking:
 
 
 def rankings(adapter: MixerAdapter, measurement: Any) -> list[Ranking]:
-    """The ranking that a measurement amounts to, one for each group of channels with states of its own.
+    """Return the ranking of a measurement, one for each group of channels with states of its own.
 
     Raises:
         TypeError: for a measurement of an adapter that is not this package's.
@@ -121,7 +124,7 @@ def _ranking(P: Tensor, Q: Tensor, spectrum: Tensor, right: Tensor, left: Tensor
 
 
 def match(now: Ranking, end: Ranking) -> Tensor:
-    """Which coordinate at the end continues each one now: long (k_now,), -1 for none.
+    """Return which coordinate at the end continues each one now: int64, shape (k_now,), -1 for none.
 
     States of which a cut keeps a subset are paired with themselves, others by `reduction.match_directions`.
     """
@@ -129,7 +132,11 @@ def match(now: Ranking, end: Ranking) -> Tensor:
 
 
 def agreement(now: Ranking, end: Ranking, partner: Tensor) -> dict[str, float | None]:
-    """Spearman's rank correlation of matched coordinates, in [-1, 1], None where fewer than three are compared.
+    """Compute Spearman's rank correlation of matched coordinates, in [-1, 1]; None where fewer than three are compared.
+
+    Args:
+        now, end: the two rankings.
+        partner: shape (k_now,), what `match` returned.
 
     Returns:
         `spearman`: over coordinates that are among the leading ones now or at the end. `compared`: their number.
@@ -148,7 +155,9 @@ def agreement(now: Ranking, end: Ranking, partner: Tensor) -> dict[str, float | 
 
 
 def kept_agreement(now: Ranking, end: Ranking, partner: Tensor, order: int) -> dict[str, float | None]:
-    """How far a cut to `order` states now would have kept what one at the end keeps.
+    """Compare what a cut to `order` states, >= 1, keeps now with what it would keep at the end.
+
+    `partner`, shape (k_now,), is what `match` returned.
 
     At most as many states as both measurements rank are looked at; if that is none, all values but `kept` are None.
 
@@ -178,7 +187,7 @@ def kept_agreement(now: Ranking, end: Ranking, partner: Tensor, order: int) -> d
 
 
 def next_step(now: Ranking, following: Ranking) -> dict[str, float | None]:
-    """How far the singular values move in the following optimizer step, against Weyl's bound.
+    """Compare the move of the singular values in the following optimizer step with Weyl's bound.
 
     Returns:
         `move`, `bound`: as `reduction.spectral_move` gives them, relative to the largest singular value.
@@ -198,13 +207,13 @@ def next_step(now: Ranking, following: Ranking) -> dict[str, float | None]:
 
 
 def mean(values: Sequence[float | None]) -> float | None:
-    """Mean of the values that there are; None if there are none."""
+    """Return the mean of the values that are not None; None if there are none."""
     known = [value for value in values if value is not None]
     return sum(known) / len(known) if known else None
 
 
 def mean_of(entries: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
-    """Mean of every value of entries with the same keys, nested ones included."""
+    """Average entries with the same keys value by value, nested mappings included."""
     entries = list(entries)
     columns = {key: [entry[key] for entry in entries] for key in entries[0]}
     return {key: mean_of(c) if isinstance(c[0], Mapping) else mean(c) for key, c in columns.items()}

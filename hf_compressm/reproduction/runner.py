@@ -1,4 +1,4 @@
-"""Runs the jobs of a suite: several at a time, each in a process of its own, none that is finished already."""
+"""Run the jobs of a suite, several at a time, each in a process of its own. Finished jobs are not run again."""
 
 from __future__ import annotations
 
@@ -37,12 +37,12 @@ class RunFailed(RuntimeError):
 
 
 def key_of(record: dict[str, Any]) -> Key:
-    """Names of task and method, and the seed."""
+    """Return the names of task and method, and the seed."""
     return record["task"], record["method"], record["seed"]
 
 
 def read_records(path: Path) -> list[dict[str, Any]]:
-    """Records of a JSON-lines file, without a last line that a kill has cut short.
+    """Read the records of a JSON-lines file. A last line that a kill has cut short is left out.
 
     Raises:
         ValueError: if any other line is not a record.
@@ -63,13 +63,13 @@ def read_records(path: Path) -> list[dict[str, Any]]:
 
 
 def current(records: Iterable[dict[str, Any]], jobs: Iterable[Job]) -> list[dict[str, Any]]:
-    """Those records that are of one of the jobs as it is now, in the order of the jobs."""
+    """Return the records whose fingerprint is that of their job now, in the order of the jobs."""
     found = {key_of(record): record for record in records}
     return [found[j.key] for j in jobs if found.get(j.key, {}).get("fingerprint") == j.fingerprint()]
 
 
 def append_record(path: Path, record: dict[str, Any]) -> None:
-    """Add a record, on disk when this returns."""
+    """Add a record to a file. It is on disk when this returns."""
     with path.open("a") as file:
         file.write(json.dumps(record) + "\n")
         file.flush()
@@ -111,7 +111,7 @@ class Runner:
         return self.output / "results.jsonl"
 
     def run(self, jobs: Iterable[Job]) -> None:
-        """Run what is not done yet; jobs whose needs have failed are left out and named in `failed`.
+        """Run the jobs that are not done yet. Jobs that need a failed one are not run, and are named in `failed`.
 
         Raises:
             ValueError: if the results file is damaged.
@@ -131,7 +131,7 @@ class Runner:
                 while waiting or running:
                     for job in self._ready(waiting, self.workers - len(running)):
                         waiting.remove(job)
-                        running[pool.submit(self._start, job, slots)] = job
+                        running[pool.submit(self.start, job, slots)] = job
                     if not running:
                         break
                     for future in wait(running, return_when=FIRST_COMPLETED).done:
@@ -170,8 +170,12 @@ class Runner:
         self.done[job.key] = record
         append_record(self.results, record)
 
-    def _start(self, job: Job, slots: SimpleQueue[int]) -> dict[str, Any]:
-        """One run in a process of its own; returns its record."""
+    def start(self, job: Job, slots: SimpleQueue[int]) -> dict[str, Any]:
+        """Run a job in a process of its own, as soon as a slot is free, and return its record.
+
+        Raises:
+            RunFailed: if the process ends with an error.
+        """
         folder = self.folder(job)
         needed = {}
         for name in REFERENCES:
@@ -196,7 +200,7 @@ class Runner:
         return json.loads((folder / RECORD).read_text())
 
     def folder(self, job: Job) -> Path:
-        """Folder of a run."""
+        """Return the folder of a run."""
         return self.output / _as_name(job.task.name) / _as_name(job.method.name) / f"seed_{job.seed}"
 
     def _prepare(self, folder: Path, job: Job) -> None:

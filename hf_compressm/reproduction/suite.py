@@ -1,4 +1,4 @@
-"""A suite: which methods are compared on which tasks, read from YAML."""
+"""Read a suite from YAML: which methods are compared on which tasks."""
 
 from __future__ import annotations
 
@@ -105,7 +105,7 @@ class Job:
         return [(self.task.name, name, self.seed) for name in self.method.needs]
 
     def fingerprint(self) -> str:
-        """Hash of everything that decides the run's outcome, the runs that it needs included."""
+        """Return a hash of everything that decides the run's outcome, including the runs that it needs."""
         parts: list[Any] = [_run_file(self.task.config), self.task.options, self.seed]
         for method in [self.method, *(self.task.methods[name] for name in self.method.needs)]:
             parts.append([method.kind, method.arguments, method.options])
@@ -113,7 +113,10 @@ class Job:
 
 
 def jobs(suite: Suite) -> list[Job]:
-    """All runs of a suite, seed by seed, so that an interrupted suite has whole tables; each after those it needs."""
+    """List all runs of a suite, each after those that it needs.
+
+    They go seed by seed, so that the table of an interrupted suite has a value for every method.
+    """
     seeds = max((method.seeds for task in suite.tasks for method in task.methods.values()), default=0)
     return [
         Job(task, method, seed)
@@ -131,7 +134,7 @@ def select(
     seeds: int | None = None,
     data: Mapping[str, str] | None = None,
 ) -> Suite:
-    """A part of a suite.
+    """Return a part of a suite.
 
     Args:
         suite: the whole.
@@ -268,7 +271,7 @@ def _refuse_unknown(where: str, found: Mapping[Any, Any], known: set[str], also:
 
 
 def make_job_run(job: Job, output: str | Path, model: Mapping[str, Any] | None = None) -> Run:
-    """The run file's run with the options of task and method; one that is null there takes the file's away.
+    """Make the run of a run file with the options of task and method. An option that is null there removes the file's.
 
     Args:
         job: what to run.
@@ -312,7 +315,7 @@ def _read_run_file(path: Path, changed: int, size: int) -> dict[str, Any]:
 
 
 def as_record(job: Job) -> dict[str, Any]:
-    """JSON-ready description of a job, for its own process."""
+    """Describe a job in values ready for JSON, for the process that runs it."""
     return {
         "task": dataclasses.asdict(job.task) | {"config": str(job.task.config)},
         "method": job.method.name,
@@ -321,7 +324,7 @@ def as_record(job: Job) -> dict[str, Any]:
 
 
 def from_record(record: Mapping[str, Any]) -> Job:
-    """The job that `as_record` describes."""
+    """Return the job that `as_record` describes."""
     task = record["task"]
     methods = {name: Method(**method) for name, method in task["methods"].items()}
     found = TaskSuite(task["name"], Path(task["config"]), task["options"], methods)

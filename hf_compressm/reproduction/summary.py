@@ -1,4 +1,4 @@
-"""Tables of a suite's results, as Markdown."""
+"""Write the tables of a suite's results as Markdown."""
 
 from __future__ import annotations
 
@@ -18,11 +18,10 @@ REFERENCE = "full"
 
 
 def results_table(suite: Suite, records: Records) -> str:
-    """One table for each task: mean ± standard deviation over seeds, states per layer, time relative to full size.
+    """Return one table for each task: mean ± standard deviation over seeds, states per layer, relative time.
 
-    Times are those of the fastest seed, which other programs have disturbed least, and relative to the fastest of the
-    first `full` method: `training` is the run itself, `in all` adds the training of a teacher or of the model that was
-    cut.
+    A time is that of the fastest seed, which other programs have disturbed least, divided by the fastest of the first
+    `full` method: `training` is the run itself, `in all` adds the training of a teacher or of the model that was cut.
     """
     sections = [f"# {suite.name}", suite.description.strip()]
     for task in suite.tasks:
@@ -34,7 +33,7 @@ def results_table(suite: Suite, records: Records) -> str:
 
 
 def by_method(task: TaskSuite, records: Records) -> dict[str, Records]:
-    """Records of each method of a task that has any, in the order of the suite, by seed."""
+    """Return the records of each method that has any, in the order of the suite, sorted by seed."""
     found = {
         name: sorted((r for r in records if r["method"] == name), key=lambda record: record["seed"])
         for name in task.methods
@@ -43,7 +42,7 @@ def by_method(task: TaskSuite, records: Records) -> dict[str, Records]:
 
 
 def relative_time(rows: Records, records: Records, key: str) -> float | None:
-    """A time of the fastest seed, relative to the fastest of the first full-size method; None where it is not known."""
+    """Divide a time of the fastest seed by that of the first full-size method. Return None if either is unknown."""
     full = [record for record in records if record["kind"] == REFERENCE]
     time = fastest(rows, key)
     reference = fastest([record for record in full if record["method"] == full[0]["method"]], "seconds")
@@ -51,7 +50,7 @@ def relative_time(rows: Records, records: Records, key: str) -> float | None:
 
 
 def fastest(rows: Records, key: str = "seconds") -> float | None:
-    """Least time of a seed; runs that were interrupted and resumed do not count."""
+    """Return the least time of a seed, without runs that were interrupted and resumed; None if none is left."""
     return min((row[key] for row in rows if not row.get("resumed")), default=None)
 
 
@@ -75,7 +74,7 @@ def _task_table(task: TaskSuite, records: Records) -> str:
 
 
 def scaled(record: dict[str, Any]) -> float:
-    """The score of a run, accuracies in percent."""
+    """Return the score of a run; accuracies in percent."""
     return 100 * record["score"] if record["metric"] == "accuracy" else record["score"]
 
 
@@ -105,6 +104,6 @@ def _stability(records: Records) -> str:
 
 
 def environment_lines(records: Records) -> str:
-    """Hardware and versions of the runs, each combination once."""
+    """List the hardware and versions of the runs, each combination once."""
     lines = dict.fromkeys(f"{environment_line(record['environment'])}." for record in records)
     return f"Measured on: {' '.join(lines)}" if lines else ""

@@ -1,4 +1,4 @@
-"""The process of one run."""
+"""Run one job of a suite in a process of its own."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ LOG = "log.txt"
 
 
 def work(folder: Path, job: Mapping[str, Any], needed: Mapping[str, Any], threads: int, gpu: int | None) -> None:
-    """Run a job and write `record.json`, complete or not at all; all that is printed goes to `log.txt`.
+    """Run a job and write `record.json`, complete or not at all. All output goes to `log.txt`.
 
     Args:
         folder: of the run.

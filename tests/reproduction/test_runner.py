@@ -49,7 +49,7 @@ def test_a_suite_from_the_shell_and_again(tmp_path):
 
     suite = load_suite(write_suite(tmp_path, METHODS))
     runner = Runner(tmp_path / "out")
-    runner._start = None  # type: ignore[assignment]  # nothing is left to be started
+    runner.start = None  # nothing is left to be started
     runner.run(jobs(suite))
     assert not runner.failed and runner.done.keys() == {job.key for job in jobs(suite)}
 
@@ -67,7 +67,7 @@ def record_of(job, **rest):
 class Instant(Runner):
     """Runs that are over at once, to test the order and the bookkeeping alone."""
 
-    def _start(self, job, slots):
+    def start(self, job, slots):
         assert all(key in self.done for key in job.needs)
         self.started = [*getattr(self, "started", []), job.method.name]
         return record_of(job)
