@@ -77,6 +77,15 @@ NAMES: dict[str, dict[str, str]] = {
     },
     "hub.export": {"Exported": "hub.export:ExportResult"},
     "hub.upload": {"Pushed": "hub.upload:PushResult"},
+    "layers.mamba": {
+        "SILU": "layers.mixer",
+        "called_convolution": "layers.mixer:call_convolution",
+        "convolve": "layers.mixer",
+        "is_step": "layers.mixer",
+        "real_positions": "layers.mixer:mask_padding",
+        "recurrent_state": "layers.mixer",
+        "remembered": "layers.mixer:join_cached_inputs",
+    },
     "models.classification": {"in_form": "models.outputs"},
     "models.selective": {
         "SCHEMES": "models.selective_config",

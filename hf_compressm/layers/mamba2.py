@@ -13,10 +13,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..compatibility import check_keywords, one_cache
 from ..ops.ssd_scan import ssd_scan, ssd_state_update
 from ..ops.ssd_scan.naive import time_steps
-from .mamba import convolve, inverse_softplus_of_time_steps, recurrent_state, scan_or_step
+from .mixer import CachedMixer, inverse_softplus_of_time_steps, scan_or_step
 from .padding import RealFirst
 
 
@@ -40,61 +39,45 @@ class GatedRMSNorm(nn.Module):
         return self.weight * value.flatten(-2).to(y.dtype)
 
 
-class CompreSSMMamba2Mixer(nn.Module):
+class CompreSSMMamba2Mixer(CachedMixer):
     """Mamba-2's mixer, with parameters named as in transformers.
 
     Where `read_in` and `read_out`, each (G, r, N), are present, the scan runs with B' = read_in B and C' = read_out C,
     so with r states. Where they are None (r = N) the mixer is that of Mamba-2.
 
     Args:
-        hidden_size: H. num_heads, head_dim: heads and P, I their product. n_groups: G. conv_states: N.
-        state_size: r <= N at the beginning; the first r states, if fewer.
-        conv_kernel: K. chunk_size: steps of the scan that are treated at once. layer_idx: place in a cache.
-        use_bias, use_conv_bias: whether projections and the convolution have biases.
-        eps: of the norm. time_step_limit: bounds of the time step.
-        time_step_limits: smallest and largest initial time step, and a floor, > 0.
-        activation, act: name and module of the activation behind the convolution; the gate's is always SiLU.
+        config: has hidden_size H, num_heads and head_dim P, whose product is I, n_groups G, state_size N, state_sizes
+            (r <= N of each layer at the beginning), conv_kernel K; chunk_size, steps that the scan treats at once;
+            use_bias and use_conv_bias, whether projections and the convolution have biases; layer_norm_epsilon > 0;
+            time_step_limit, bounds of the time step; time_step_min, time_step_max and time_step_floor, > 0, limits of
+            the initial time steps; hidden_act, the name of the activation after the convolution.
+        layer_idx: place of this layer in `state_sizes` and in a cache.
+        act: the activation after the convolution, as a module. The gate's is always SiLU.
 
-    Source: Dao and Gu 2024, arXiv 2405.21060; read-in and read-out are this package's.
+    Source: Dao and Gu 2024, arXiv 2405.21060, section 7; read-in and read-out are this package's.
     """
 
-    def __init__(
-        self,
-        hidden_size: int,
-        num_heads: int,
-        head_dim: int,
-        n_groups: int,
-        conv_states: int,
-        state_size: int,
-        conv_kernel: int = 4,
-        chunk_size: int = 64,
-        layer_idx: int = 0,
-        use_bias: bool = False,
-        use_conv_bias: bool = True,
-        eps: float = 1e-5,
-        time_step_limit: tuple[float, float] = (0.0, float("inf")),
-        time_step_limits: tuple[float, float, float] = (0.001, 0.1, 1e-4),
-        activation: str = "silu",
-        act: nn.Module | None = None,
-    ):
+    def __init__(self, config: Any, layer_idx: int, act: nn.Module):
         super().__init__()
-        channels = num_heads * head_dim
-        convolved = channels + 2 * n_groups * conv_states
+        heads, size = config.num_heads, config.state_sizes[layer_idx]
+        channels = heads * config.head_dim
+        convolved = channels + 2 * config.n_groups * config.state_size
         self.read_in: nn.Parameter | None
         self.read_out: nn.Parameter | None
-        self.activation, self.act = activation, act or nn.SiLU()
-        self.n_groups, self.chunk_size, self.layer_idx = n_groups, chunk_size, layer_idx
-        self.time_step_limit, self.time_step_limits = (time_step_limit[0], time_step_limit[1]), time_step_limits
-        self.dt_bias = nn.Parameter(torch.empty(num_heads))
-        self.A_log = nn.Parameter(torch.empty(num_heads))
-        self.D = nn.Parameter(torch.empty(num_heads))
+        self.activation, self.act = config.hidden_act, act
+        self.n_groups, self.chunk_size, self.layer_idx = config.n_groups, config.chunk_size, layer_idx
+        self.time_step_limit = config.time_step_limit[0], config.time_step_limit[1]
+        self.time_step_limits = config.time_step_min, config.time_step_max, config.time_step_floor
+        self.dt_bias = nn.Parameter(torch.empty(heads))
+        self.A_log = nn.Parameter(torch.empty(heads))
+        self.D = nn.Parameter(torch.empty(heads))
         for name in ("read_in", "read_out"):
-            rows = torch.empty(n_groups, state_size, conv_states)
-            self.register_parameter(name, None if state_size == conv_states else nn.Parameter(rows))
-        self.conv1d = nn.Conv1d(convolved, convolved, conv_kernel, groups=convolved, bias=use_conv_bias)
-        self.in_proj = nn.Linear(hidden_size, channels + convolved + num_heads, bias=use_bias)
-        self.norm = GatedRMSNorm(channels, n_groups, eps)
-        self.out_proj = nn.Linear(channels, hidden_size, bias=use_bias)
+            rows = torch.empty(config.n_groups, size, config.state_size)
+            self.register_parameter(name, None if size == config.state_size else nn.Parameter(rows))
+        self.conv1d = nn.Conv1d(convolved, convolved, config.conv_kernel, groups=convolved, bias=config.use_conv_bias)
+        self.in_proj = nn.Linear(config.hidden_size, channels + convolved + heads, bias=config.use_bias)
+        self.norm = GatedRMSNorm(channels, config.n_groups, config.layer_norm_epsilon)
+        self.out_proj = nn.Linear(channels, config.hidden_size, bias=config.use_bias)
 
     @property
     def conv_states(self) -> int:
@@ -107,7 +90,10 @@ class CompreSSMMamba2Mixer(nn.Module):
         return self.conv_states if self.read_in is None else self.read_in.shape[1]
 
     def initial_values(self) -> dict[str, Tensor]:
-        """Fresh values of A_log, D, dt_bias and, where present, read_in and read_out: the first r states."""
+        """New values of A_log, D, dt_bias and, where present, read_in and read_out, which take the first r states.
+
+        They have the shapes of the parameters.
+        """
         heads, device = len(self.A_log), self.A_log.device
         values = {
             "A_log": torch.arange(1, heads + 1, dtype=torch.float32, device=device).log(),
@@ -119,35 +105,12 @@ class CompreSSMMamba2Mixer(nn.Module):
             values |= {"read_in": rows, "read_out": rows}
         return values
 
-    def forward(
-        self,
-        hidden_states: Tensor,
-        cache: Any = None,
-        attention_mask: Tensor | None = None,
-        cache_params: Any = None,
-        **kwargs: Any,
-    ) -> Tensor:
-        """(B, L, H) -> (B, L, H); a cache is gone on from and updated.
-
-        Padding, wherever it is, leaves no trace: outputs of real tokens and the cache are as without it.
-
-        Args:
-            attention_mask: (B, L), zero at padding; of a longer one the last L columns count.
-            cache, cache_params: one of the two, by the names that versions of transformers use.
-            **kwargs: what models hand to all their layers, without meaning here.
-
-        Raises:
-            TypeError: for other keywords, or two caches. ValueError: for packed sequences.
-        """
-        check_keywords(self, kwargs)
-        cache = one_cache(self, cache=cache, cache_params=cache_params)
-        state = recurrent_state(cache, self.layer_idx)
+    def mix(self, hidden_states: Tensor, cache: Any, state: Tensor | None, tokens: RealFirst | None) -> Tensor:
+        """As in `CachedMixer`: (B, L, H) -> (B, L, H)."""
         channels, heads = self.norm.weight.shape[0], len(self.A_log)
-        tokens = RealFirst.of(attention_mask, hidden_states)
-        projected = self.in_proj(hidden_states if tokens is None else tokens.bring(hidden_states))
+        projected = self.in_proj(hidden_states)
         gate, signal, dt = projected.split([channels, len(self.conv1d.weight), heads], dim=-1)
-        signal = convolve(self, signal if tokens is None else tokens.clear(signal), cache, tokens)
-        signal = signal if tokens is None else tokens.clear(signal)
+        signal = self.convolve_tokens(signal, cache, tokens)
         block = self.n_groups * self.conv_states
         x, B, C = signal.split([channels, block, block], dim=-1)
         x = x.unflatten(-1, (heads, -1))
@@ -162,16 +125,12 @@ class CompreSSMMamba2Mixer(nn.Module):
         }
         if tokens is not None:
             wide = dt.to(torch.promote_types(dt.dtype, torch.float32))
-            dt = tokens.clear(time_steps(wide, self.dt_bias, True, self.time_step_limit))  # none at all at padding
+            dt = tokens.clear(time_steps(wide, self.dt_bias, True, self.time_step_limit))  # zero at padding
             options = {"D": self.D.float(), "dt_bias": None, "dt_softplus": False, "dt_limit": (0.0, float("inf"))}
         A = -self.A_log.float().exp()
         scan = partial(ssd_scan, chunk_size=self.chunk_size)
         y = scan_or_step(self, cache, state, scan, ssd_state_update, (x, dt, A, B, C), **options)
-        y = self.out_proj(self.norm(y.flatten(2), gate).to(hidden_states.dtype))
-        return y if tokens is None else tokens.take_back(y)
-
-    def extra_repr(self) -> str:
-        return f"state_size={self.state_size}"
+        return self.out_proj(self.norm(y.flatten(2), gate).to(hidden_states.dtype))
 
 
 def _basis(signal: Tensor, matrix: Tensor) -> Tensor:

@@ -25,7 +25,8 @@ from ..compatibility import (
     unknown_keywords,
     unknown_parameters,
 )
-from ..layers.mamba import convolve, real_positions, recurrent_state, scan_or_step, time_steps
+from ..layers.mamba import time_steps
+from ..layers.mixer import convolve, mask_padding, recurrent_state, scan_or_step
 from ..ops.selective_scan import selective_scan, selective_state_update
 from ..ops.ssd_scan import ssd_scan, ssd_state_update
 from .selective_config import has_parameters
@@ -158,7 +159,7 @@ def _forward(scan: Callable, used: list[str], stock: type) -> Callable:
         check_keywords(self, kwargs, _OR_STOCK)
         cache = one_cache(self, cache=cache, cache_params=cache_params)
         state = recurrent_state(cache, self.layer_idx)
-        y = scan(self, real_positions(hidden_states, attention_mask), attention_mask, cache, state)
+        y = scan(self, mask_padding(hidden_states, attention_mask), attention_mask, cache, state)
         return self.out_proj(y.to(hidden_states.dtype))
 
     known = HARMLESS_KEYWORDS.union(inspect.signature(fast).parameters)
@@ -217,7 +218,7 @@ def require(mixer: nn.Module) -> None:
 def _mamba_scan(mixer: Any, hidden: Tensor, attention_mask: Tensor | None, cache: Any, state: Tensor | None) -> Tensor:
     """Scan of Mamba, FalconMamba and Jamba; the last two normalise dt, B and C. (B, L, H) -> (B, L, I)."""
     u, gate = mixer.in_proj(hidden).chunk(2, dim=-1)
-    u = real_positions(convolve(mixer, u, cache), attention_mask)
+    u = mask_padding(convolve(mixer, u, cache), attention_mask)
     size = mixer.A_log.shape[1]
     projected = mixer.x_proj(u)
     step, B, C = projected.split([projected.shape[-1] - 2 * size, size, size], dim=-1)
@@ -240,7 +241,7 @@ def _mamba2_scan(mixer: Any, hidden: Tensor, attention_mask: Tensor | None, cach
     channels = projected.shape[-1] - convolved - heads
     block = (convolved - channels) // 2
     gate, signal, dt = projected.split([channels, convolved, heads], dim=-1)
-    signal = real_positions(convolve(mixer, signal, cache), attention_mask)
+    signal = mask_padding(convolve(mixer, signal, cache), attention_mask)
     x, B, C = signal.split([channels, block, block], dim=-1)
     x = x.unflatten(-1, (heads, -1))
     B, C = (part.unflatten(-1, (mixer.n_groups, -1)) for part in (B, C))

@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from hf_compressm import compress, state_sizes, use_fast_ops
-from hf_compressm.layers.mamba import convolve
+from hf_compressm.layers.mixer import convolve
 from hf_compressm.surgery import find_mixers, selective_signals
 
 OWN = ["own-mamba", "own-mamba2"]

@@ -29,19 +29,7 @@ class CompreSSMMambaBlock(SelectiveBlock, MambaBlock):
     @staticmethod
     def make_mixer(config: CompreSSMMambaConfig, layer_idx: int) -> CompreSSMMambaMixer:
         """Build the mixer of a layer."""
-        return CompreSSMMambaMixer(
-            config.hidden_size,
-            config.intermediate_size,
-            config.state_sizes[layer_idx],
-            int(config.time_step_rank),
-            config.conv_kernel,
-            layer_idx,
-            config.use_bias,
-            config.use_conv_bias,
-            (config.time_step_min, config.time_step_max, config.time_step_floor),
-            config.hidden_act,
-            ACT2FN[config.hidden_act],
-        )
+        return CompreSSMMambaMixer(config, layer_idx, ACT2FN[config.hidden_act])
 
 
 class CompreSSMMambaPreTrainedModel(SelectivePreTrained, MambaPreTrainedModel):

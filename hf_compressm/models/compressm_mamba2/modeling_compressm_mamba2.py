@@ -31,24 +31,7 @@ class CompreSSMMamba2Block(SelectiveBlock, Mamba2Block):
     @staticmethod
     def make_mixer(config: CompreSSMMamba2Config, layer_idx: int) -> CompreSSMMamba2Mixer:
         """Build the mixer of a layer."""
-        return CompreSSMMamba2Mixer(
-            config.hidden_size,
-            config.num_heads,
-            config.head_dim,
-            config.n_groups,
-            config.state_size,
-            config.state_sizes[layer_idx],
-            config.conv_kernel,
-            config.chunk_size,
-            layer_idx,
-            config.use_bias,
-            config.use_conv_bias,
-            config.layer_norm_epsilon,
-            tuple(config.time_step_limit),  # type: ignore[arg-type]
-            (config.time_step_min, config.time_step_max, config.time_step_floor),
-            config.hidden_act,
-            ACT2FN[config.hidden_act],
-        )
+        return CompreSSMMamba2Mixer(config, layer_idx, ACT2FN[config.hidden_act])
 
 
 class CompreSSMMamba2PreTrainedModel(SelectivePreTrained, Mamba2PreTrainedModel):

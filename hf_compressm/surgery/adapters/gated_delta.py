@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ...layers.mamba import real_positions
+from ...layers.mixer import mask_padding
 from ...layers.plain import innermost
 from ...reduction.key_channels import key_moments, missed_share
 from ..changes import ParameterChange, Term
@@ -110,15 +110,15 @@ class GatedDeltaAdapter(CalibratedAdapter):
 
     def signals(self, mixer: Any, hidden_states: Tensor, attention_mask: Tensor | None) -> DeltaSignals:
         """Input of the mixer's recurrence for hidden states (B, L, D); nothing is written at padding."""
-        hidden_states = real_positions(hidden_states, attention_mask)
+        hidden_states = mask_padding(hidden_states, attention_mask)
         channels, step, strength = self.projected(mixer, hidden_states)
         convolved = F.silu(mixer.conv1d(channels.mT)[..., : channels.shape[1]].mT).float()
         size, heads = self.state_size(mixer), mixer.num_k_heads
         q, k, v = convolved.split([heads * size, heads * size, _value_size(mixer)], dim=-1)
         q, k = (_unit(part.unflatten(-1, (heads, size))) for part in (q, k))
         g = -mixer.A_log.float().exp() * F.softplus(step.float() + mixer.dt_bias.float())
-        beta = real_positions(self.strength(mixer, strength.float()), attention_mask)
-        g = real_positions(g, attention_mask)
+        beta = mask_padding(self.strength(mixer, strength.float()), attention_mask)
+        g = mask_padding(g, attention_mask)
         return DeltaSignals(q, k, v.unflatten(-1, (mixer.num_v_heads, -1)), g, beta)
 
     def moments(self, mixer: Any, hidden_states: Tensor, attention_mask: Tensor | None) -> Tensor:

@@ -16,8 +16,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ...layers.mamba import CompreSSMMambaMixer, convolve, real_positions, time_steps
+from ...layers.mamba import CompreSSMMambaMixer, time_steps
 from ...layers.mamba2 import CompreSSMMamba2Mixer
+from ...layers.mixer import convolve, mask_padding
 from ...layers.padding import RealFirst
 from ...layers.plain import innermost
 from ...reduction import output_residual, read_out_correction
@@ -170,7 +171,7 @@ class MambaAdapter(SelectiveAdapter):
 
 def mamba_signals(mixer: Any, hidden_states: Tensor, attention_mask: Tensor | None) -> Signals:
     """Input of a Mamba mixer's scan for hidden states (B, L, H) and a mask (B, L), zero at padding."""
-    projected = mixer.in_proj(real_positions(hidden_states, attention_mask))
+    projected = mixer.in_proj(mask_padding(hidden_states, attention_mask))
     u = convolved_tokens(mixer, projected.chunk(2, dim=-1)[0], attention_mask)
     size, projected = mixer.A_log.shape[1], mixer.x_proj(u)
     step, B, C = projected.split([projected.shape[-1] - 2 * size, size, size], dim=-1)
@@ -187,13 +188,13 @@ def convolved_tokens(mixer: Any, channels: Tensor, attention_mask: Tensor | None
     """Output (B, L, I) of a mixer's convolution for channels (B, L, I), zero at padding."""
     tokens = RealFirst.of(attention_mask, channels) if _skips_padding(mixer) else None
     if tokens is None:
-        return real_positions(convolve(mixer, channels), attention_mask)
+        return mask_padding(convolve(mixer, channels), attention_mask)
     return tokens.take_back(tokens.clear(convolve(mixer, tokens.bring(channels))))
 
 
 def time_of_tokens(mixer: Any, dt: Tensor, attention_mask: Tensor | None) -> Tensor:
     """Time steps (B, L, I), set to zero at padding for mixers that skip it."""
-    return real_positions(dt, attention_mask) if _skips_padding(mixer) else dt
+    return mask_padding(dt, attention_mask) if _skips_padding(mixer) else dt
 
 
 def _skips_padding(mixer: Any) -> bool:

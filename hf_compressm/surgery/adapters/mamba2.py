@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ...layers.mamba import real_positions
+from ...layers.mixer import mask_padding
 from ...layers.plain import innermost
 from ...reduction import low_rank_basis, output_residual
 from ..changes import ParameterChange, Term
@@ -188,7 +188,7 @@ class CompreSSMMamba2Adapter(_Mamba2Adapter):
 
 def mamba2_signals(mixer: Any, hidden_states: Tensor, attention_mask: Tensor | None) -> Signals:
     """Input of a Mamba-2 mixer's scan for hidden states (B, L, H) and a mask (B, L), zero at padding."""
-    hidden_states = real_positions(hidden_states, attention_mask)
+    hidden_states = mask_padding(hidden_states, attention_mask)
     projected = mixer.in_proj(hidden_states * getattr(mixer, "ssm_in_multiplier", 1.0))
     projected = projected * getattr(mixer, "mup_vector", 1.0)
     channels, heads, groups = _channels(mixer), mixer.A_log.shape[0], mixer.n_groups
