@@ -18,10 +18,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-CAPABILITIES = (80, 90, 100)
-"""A100, H100 and B200."""
-TYPES = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32", "float64": "fp64"}
-"""Triton's names of torch's dtypes."""
+COMPILED = ((80, "fp32"), (90, "bf16"), (100, "fp16"))
+"""Compute capabilities of A100, H100 and B200, each with the dtype that kernels are compiled for there: a capability
+changes registers in all dtypes alike, and each compilation takes seconds."""
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """Runs Triton kernels on the CPU in Triton's interpreter, which a process must choose before it defines a kernel.
 
-So a test file of Triton kernels holds both kinds of tests, and starts itself once more for those of the interpreter:
+A file `test_<op>_triton.py` holds both kinds of tests. `test_interpreter.py` runs those of the interpreter, of all
+files in one process; by hand, `TRITON_INTERPRET=1 pytest -n 0 tests/ops/test_<op>_triton.py` does.
 
     pytest.importorskip("triton")
 
@@ -8,11 +9,9 @@ So a test file of Triton kernels holds both kinds of tests, and starts itself on
     def test_kernels_equal_the_reference(): ...        # calls the op with backend="triton" on CPU tensors
 
     @interpreter.compiled
-    def test_in_the_interpreter():
-        interpreter.run_in_interpreter(__file__)
-
-    @interpreter.compiled
     def test_kernels_compile_without_spills(): ...     # see `aot`
+
+The interpreter is slow: what a test costs is in proportion to programs, time steps and states.
 """
 
 from __future__ import annotations
@@ -32,17 +31,16 @@ interpreted = pytest.mark.skipif(not INTERPRETED, reason="runs in a process of i
 compiled = pytest.mark.skipif(INTERPRETED, reason="does not run in the interpreter")
 
 
-def run_in_interpreter(test_file: str, *options: str, timeout: float = 900.0) -> None:
-    """Runs the tests of a file in a new process with TRITON_INTERPRET=1; fails with their output if one fails.
+def run_in_interpreter(*arguments: str | Path, timeout: float = 900.0) -> None:
+    """Runs tests in one new process with TRITON_INTERPRET=1; fails with their output if one fails.
 
     Args:
-        test_file: the caller's `__file__`.
-        options: further arguments of pytest, such as "-k", "name".
+        arguments: of pytest: test files, and options such as "-k", "name".
         timeout: seconds.
     """
     environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_")}
     environment |= {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", test_file, *options]
+    command = [sys.executable, "-m", "pytest", "-n", "0", "-p", "no:cacheprovider", *map(str, arguments)]
     root = Path(__file__).parents[2]
     done = subprocess.run(command, env=environment, cwd=root, capture_output=True, text=True, timeout=timeout)
     assert done.returncode == 0 and " passed" in done.stdout, done.stdout[-12000:] + done.stderr[-4000:]

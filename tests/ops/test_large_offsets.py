@@ -62,9 +62,3 @@ def test_sequences_may_lie_far_apart(apart, backend, name, given, op):
     if expected.requires_grad:
         weights = torch.randn_like(expected)
         assert torch.equal(*(torch.autograd.grad(y, x, weights)[0] for y, x in ((found, far), (expected, near))))
-
-
-@interpreter.compiled
-def test_in_the_interpreter():
-    pytest.importorskip("triton")
-    interpreter.run_in_interpreter(__file__)

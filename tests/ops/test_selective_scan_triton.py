@@ -20,9 +20,16 @@ def compare(tensors, tolerance, softplus=True):
 
 
 @interpreter.interpreted
-@pytest.mark.parametrize("dtype, everything", [(torch.float64, True), (torch.float64, False), (torch.float32, True)])
-@pytest.mark.parametrize("sizes", [(1, 1, 1, 1), (2, 63, 5, 3), (1, 64, 33, 12), (2, 130, 7, 17)])
-def test_kernels_equal_the_reference_with_all_gradients(dtype, sizes, everything):
+@pytest.mark.parametrize(
+    "dtype, everything, sizes",
+    [
+        (torch.float64, True, (1, 1, 1, 1)),
+        (torch.float64, False, (2, 63, 5, 3)),
+        (torch.float64, True, (2, 130, 33, 5)),
+        (torch.float32, True, (1, 64, 33, 12)),
+    ],
+)
+def test_kernels_equal_the_reference_with_all_gradients(dtype, everything, sizes):
     tensors = inputs(*sizes, dtype=dtype, everything=everything)
     if not everything:
         tensors["delta"] = tensors["delta"].abs()
@@ -58,30 +65,22 @@ def test_strides_and_strong_decay():
 
 
 @interpreter.compiled
-def test_in_the_interpreter():
-    interpreter.run_in_interpreter(__file__)
-
-
-@interpreter.compiled
-@pytest.mark.parametrize("cc", aot.CAPABILITIES)
-@pytest.mark.parametrize("dtype", ["bf16", "fp16", "fp32", "fp64"])
+@pytest.mark.slow
+@pytest.mark.parametrize(("cc", "dtype"), aot.COMPILED)
 def test_kernels_compile_without_spills(cc, dtype):
     from hf_compressm.ops.selective_scan import triton as kernels
 
-    state = "fp64" if dtype == "fp64" else "fp32"
     types = dict.fromkeys(["u", "delta", "z", "y", "dy", "du", "ddelta", "dz"], f"*{dtype}")
     types |= dict.fromkeys(
-        ["A", "B", "C", "D", "bias", "checkpoints", "between", "costates", "dA", "dB", "dC", "dD", "dbias"], f"*{state}"
+        ["A", "B", "C", "D", "bias", "checkpoints", "between", "costates", "dA", "dB", "dC", "dD", "dbias"], "*fp32"
     )
     for kernel, options in (
         (kernels.selective_scan_fwd_kernel, kernels.FORWARD),
         (kernels.selective_scan_bwd_kernel, kernels.BACKWARD),
     ):
-        constants = {"SOFTPLUS": True, "TERMS": 17 if dtype == "fp64" else 8, "CHUNK": kernels.CHUNK}
+        constants = {"SOFTPLUS": True, "TERMS": 8, "CHUNK": kernels.CHUNK}
         constants |= {name: value for name, value in options.items() if name in kernel.arg_names}
         signature = {name: types.get(name, "i32") for name in kernel.arg_names if name not in constants}
         launch = {name: value for name, value in options.items() if name not in constants}
         resources = aot.compile_kernel(kernel, signature, constants, cc, **launch)
-        print(kernel.__name__, cc, dtype, resources)
-        # In float64 the loops' invariants do not fit.
-        assert resources.spills == 0 or dtype == "fp64", (kernel.__name__, resources)
+        assert resources.spills == 0, (kernel.__name__, resources)

@@ -11,8 +11,7 @@ from test_ssd_scan import inputs
 
 from hf_compressm.ops.ssd_scan import ssd_scan
 
-SIZES = [(2, 63, 4, 3, 2, 5), (1, 1, 2, 1, 1, 1), (2, 70, 3, 8, 3, 17), (1, 7, 6, 5, 2, 3), (1, 130, 2, 70, 1, 12)]
-SIZES += [(1, 33, 2, 5, 1, 96), (1, 20, 2, 4, 2, 130)]
+SIZES = [(2, 63, 4, 3, 2, 5), (1, 1, 2, 1, 1, 1), (1, 130, 2, 70, 1, 12), (1, 20, 2, 4, 2, 130)]
 TOLERANCE = {torch.float64: 1e-11, torch.float32: 2e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}
 """Of the largest entry. Half precision: what is multiplied is rounded to it, as the inputs are."""
 
@@ -36,14 +35,13 @@ def compare(tensors, tolerance, **options):
 
 
 @interpreter.interpreted
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-@pytest.mark.parametrize("sizes", SIZES)
+@pytest.mark.parametrize(("dtype", "sizes"), [*((torch.float64, sizes) for sizes in SIZES), (torch.float32, SIZES[2])])
 def test_kernels_equal_the_reference_with_all_gradients(dtype, sizes):
     compare(inputs(*sizes, dtype=dtype), TOLERANCE[dtype])
 
 
 @interpreter.interpreted
-@pytest.mark.parametrize("chunk", [1, 7, 16, 40, 1000])
+@pytest.mark.parametrize("chunk", [1, 40, 1000])
 def test_chunks_do_not_matter(chunk):
     compare(inputs(2, 75, 4, 3, 2, 5), TOLERANCE[torch.float64], chunk_size=chunk)
 
@@ -102,24 +100,18 @@ def test_custom_ops():
 
 
 @interpreter.compiled
-def test_in_the_interpreter():
-    interpreter.run_in_interpreter(__file__)
-
-
-@interpreter.compiled
-@pytest.mark.parametrize("cc", aot.CAPABILITIES)
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
-@pytest.mark.parametrize(("width", "size"), [(64, 128), (64, 16), (16, 12), (128, 48)])
-def test_kernels_compile_without_spills(cc, dtype, width, size):
+@pytest.mark.slow
+@pytest.mark.parametrize(("cc", "name"), [*aot.COMPILED, (90, "fp64")])
+def test_kernels_compile_without_spills(cc, name):
     from hf_compressm.ops.ssd_scan import triton as launches
 
-    half = f"*{aot.TYPES[str(dtype).removeprefix('torch.')]}"
-    state = "*fp64" if dtype == torch.float64 else "*fp32"
-    types = dict.fromkeys(("x", "matrix", "B", "C", "y", "dy", "dx"), half)
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "fp64": torch.float64}[name]
+    state = "*fp64" if name == "fp64" else "*fp32"
+    types = dict.fromkeys(("x", "matrix", "B", "C", "y", "dy", "dx"), f"*{name}")
     wide = "weight out states sums start end before products step D costates dB dC per_step pairs"
     types |= dict.fromkeys(wide.split(), state)
     T = launches.chunk_length(512, 256, dtype)
-    tiles = launches.tiles(width, size, T, dtype)
+    tiles = launches.tiles(64, 128, T, dtype)  # the largest, which need most registers
     cases = []
     for name in ("outer", "fwd", "bwd_x", "bwd_pairs", "bwd_bc"):
         kernel = getattr(launches, f"ssd_scan_{name}_kernel")
@@ -133,5 +125,4 @@ def test_kernels_compile_without_spills(cc, dtype, width, size):
     for kernel, constants, launch in cases:
         signature = {name: types.get(name, "i32") for name in kernel.arg_names if name not in constants}
         resources = aot.compile_kernel(kernel, signature, constants, cc, **launch)
-        print(kernel.__name__, cc, dtype, width, size, resources)
         assert resources.spills == 0, (kernel.__name__, resources)

@@ -36,23 +36,21 @@ def compare(u, dt, A, B, weights=None):
 
 
 @interpreter.interpreted
-@pytest.mark.parametrize("size", [1, 3, 12, 17, 70])
-@pytest.mark.parametrize("shared", [False, True])
-@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize("size", [1, 12, 70])
+@pytest.mark.parametrize(("shared", "groups"), [(False, 1), (True, 2), (False, 2)])
 def test_kernel_equals_the_reference(size, shared, groups):
-    *tensors, weights = draws(2, 63 if size < 64 else 17, 5 * groups, groups, size, shared)
+    *tensors, weights = draws(2, 31 if size < 64 else 9, 5 * groups, groups, size, shared)
     compare(*tensors, weights if shared == (groups == 1) else None)
 
 
 @interpreter.interpreted
-@pytest.mark.parametrize("size", [130, 256])
+@pytest.mark.parametrize("size", [130])
 def test_all_pairs_of_tiles(size):
     compare(*draws(1, 5, 3, 1, size))
 
 
 @interpreter.interpreted
-@pytest.mark.parametrize("every", [1, 3, 1000])
-@pytest.mark.parametrize("length", [1, 70, 131, 260])
+@pytest.mark.parametrize(("length", "every"), [(1, 1), (70, 3), (131, 1000), (260, 3)])
 def test_lengths_and_looks(length, every):
     *tensors, weights = draws(1, length, 18, 1, 4)
     compare(*tensors, weights * (torch.arange(1, length + 1) % every == 0))
@@ -72,7 +70,7 @@ def test_nothing_to_sum(batch, length):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
 def test_other_dtypes(dtype):
     *tensors, counts = draws(2, 11, 6, 2, 5, dtype=dtype)
-    for weights in (counts.bool(), torch.rand(2, 11, dtype=dtype), counts.double() * 0.5):
+    for weights in (counts.bool(), torch.rand(2, 11, dtype=dtype)):
         compare(*tensors, weights)
     u, dt, A, B = tensors
     compare(u, dt.float(), A.to(dtype), B.double())
@@ -91,7 +89,7 @@ def test_strides(shared):
 
 
 @interpreter.interpreted
-@pytest.mark.parametrize("warps", [1, 6, 8])
+@pytest.mark.parametrize("warps", [1, 6])
 def test_several_blocks_of_channels_per_program(monkeypatch, warps):
     from hf_compressm.ops.state_gramian import triton as kernels
 
@@ -107,22 +105,11 @@ def test_growing_states():
 
 
 @interpreter.compiled
-def test_in_the_interpreter():
-    interpreter.run_in_interpreter(__file__)
-
-
-@interpreter.compiled
-@pytest.mark.parametrize("cc", aot.CAPABILITIES)
-@pytest.mark.parametrize("dtype", ["bf16", "fp16", "fp32"])
+@pytest.mark.slow
+@pytest.mark.parametrize(("cc", "dtype"), aot.COMPILED)
 @pytest.mark.parametrize(
     "size, diagonal, shared, weights",
-    [
-        (16, True, False, "*fp32"),
-        (32, True, True, "*i1"),
-        (256, True, False, None),
-        (256, False, False, "*fp32"),
-        (256, False, True, None),
-    ],
+    [(32, True, True, "*i1"), (256, True, False, None), (256, False, False, "*fp32")],
 )
 def test_kernel_compiles_without_spills_or_tensor_cores(cc, dtype, size, diagonal, shared, weights):
     from hf_compressm.ops.state_gramian import triton as kernels
@@ -134,5 +121,4 @@ def test_kernel_compiles_without_spills_or_tensor_cores(cc, dtype, size, diagona
     constants |= dict.fromkeys(["u_h", "dt_h", "B_n"], 1) | ({} if weights else {"weights": None})
     signature = {name: types.get(name, "i32") for name in kernel.arg_names if name not in constants}
     resources = aot.compile_kernel(kernel, signature, constants, cc, **kernels.options(tile))
-    print(kernel.__name__, cc, dtype, size, diagonal, shared, weights, resources)
     assert resources.spills == 0 and not resources.tensor_cores, resources
