@@ -23,6 +23,7 @@ from torch.nn import functional as F
 
 from ...layers.mixer import mask_padding
 from ...layers.plain import innermost
+from ...ops.gated_delta_scan import delta_state_gramian
 from ...reduction.key_channels import key_moments, missed_share
 from ..changes import ParameterChange, Term
 from .base import MixerReduction, register_adapter
@@ -126,7 +127,8 @@ class GatedDeltaAdapter(CalibratedAdapter):
         real = real_tokens(attention_mask, hidden_states)
         signals = self.signals(mixer, hidden_states, attention_mask)
         queries, keys = (second_moment(part * real[..., None, None]) for part in (signals.q, signals.k))
-        return torch.stack([queries, keys, state_moment(signals, look_weights(real))])
+        states = delta_state_gramian(signals.k, signals.v, signals.g, signals.beta, look_weights(real))
+        return torch.stack([queries, keys, states])
 
     def reduce_to(self, mixer: Any, measurement: MatrixMeasurement, choice: StateChoice) -> MixerReduction:
         moments = list(zip(measurement.Q, measurement.K, strict=True))
@@ -213,29 +215,6 @@ class OlmoDeltaAdapter(GatedDeltaAdapter):
 
     def strength(self, mixer: Any, raw: Tensor) -> Tensor:
         return raw.sigmoid() * (2 if mixer.allow_neg_eigval else 1)
-
-
-def state_moment(signals: DeltaSignals, weights: Tensor) -> Tensor:
-    """Sum over tokens of weights (B, L) times S_t S_t^T, over value channels and a key head's value heads.
-
-    Returns:
-        float64 (G, K, K).
-    """
-    B, L, G, K = signals.k.shape
-    H, V = signals.v.shape[2:]
-    k = signals.k.repeat_interleave(H // G, dim=2)
-    state = signals.v.new_zeros(B, H, K, V)
-    total = torch.zeros(G, K, K, dtype=torch.float64, device=state.device)
-    for t in range(L):
-        state = state * signals.g[:, t, :, None, None].exp()
-        error = signals.v[:, t] - torch.einsum("bhkv,bhk->bhv", state, k[:, t])
-        state = state + (signals.beta[:, t, :, None] * k[:, t])[..., None] * error[:, :, None]
-        looked = weights[:, t].nonzero()[:, 0]
-        if len(looked):
-            rows = state[looked] * weights[looked, t, None, None, None].sqrt()
-            rows = rows.unflatten(1, (G, H // G)).permute(1, 3, 0, 2, 4).reshape(G, K, -1)
-            total += (rows @ rows.mT).double()
-    return total
 
 
 def _value_size(mixer: Any) -> int:
