@@ -20,6 +20,7 @@ MODULES: dict[str, tuple[str, ...]] = {
     "compression.loading": ("models.saved",),
     "compression.source": ("runs.data_source",),
     "compression.text_files": ("data.text_files",),
+    "data.padding": ("data.collators",),
     "data.stand_ins": ("data.random_files",),
     "evaluation": ("runs.evaluation",),
     "finetuning": ("runs.finetuning",),

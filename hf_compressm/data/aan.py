@@ -12,8 +12,8 @@ from typing import Any
 from datasets import Dataset, Features, Value
 
 from .byte_text import PAIR_FEATURES, decode_bytes, encoded, first_bytes, text_model_kwargs
+from .collators import pad_pairs
 from .metrics import classification_metrics
-from .padding import pad_pairs
 from .sources import find_files, no_hub, read_tsv
 from .task import Task, register_task
 

@@ -9,7 +9,7 @@ import torch
 from datasets import Dataset, Features, Sequence, Value
 from torch import Tensor
 
-from .padding import PAD
+from .collators import PAD
 from .sources import check_labels
 from .task import label_fields
 

@@ -10,8 +10,8 @@ import os
 from typing import Any
 
 from .byte_text import TEXT_FEATURES, decode_bytes, encoded, first_bytes, text_model_kwargs
+from .collators import pad_right
 from .metrics import classification_metrics
-from .padding import pad_right
 from .pixels import stratified_split
 from .sources import load_from_folder, load_from_hub, require_columns
 from .task import Task, register_task

@@ -12,9 +12,9 @@ from collections.abc import Iterator
 import numpy as np
 from datasets import Dataset
 
+from .collators import PAD, pad_right
 from .listops_files import FEATURES, read_listops
 from .metrics import classification_metrics
-from .padding import PAD, pad_right
 from .task import Task, label_fields, register_task
 
 OPERATORS = ("[MIN", "[MAX", "[MED", "[SM")

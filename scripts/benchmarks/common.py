@@ -38,7 +38,7 @@ def machine_line(device: str = "cpu") -> str:
 
 
 class Clock:
-    """Seconds that a call takes on a device.
+    """Measures the seconds that a call takes on a device.
 
     On a GPU: between two events, after which the host waits. With `flush` a large buffer is written before, so that
     nothing is left in the cache and the host has time to queue the call's kernels.
@@ -67,8 +67,9 @@ class Clock:
 def in_turns(
     works: dict[Key, Callable[[], Any]], repeats: int, budget: float, clock: Clock | None = None
 ) -> dict[Key, list[float]]:
-    """Seconds of each work, all measured in turns after one call to warm up, in another order each turn: what a work
-    leaves in the allocator and the caches is paid by the next.
+    """Return the seconds of each work, measured in turns after one call to warm up, in another order each turn.
+
+    The order changes because the state of allocator and caches after one work affects the time of the next.
 
     Once a work has had `budget` seconds it is measured no more, but twice at least. One that runs out of memory has no
     seconds.
@@ -93,7 +94,7 @@ def in_turns(
 
 
 def spread(seconds: list[float]) -> dict[str, float]:
-    """Number, median, and 10th and 90th percentile in milliseconds."""
+    """Return number, median, and 10th and 90th percentile in milliseconds."""
     ordered = sorted(seconds)
     tenth = (len(ordered) - 1) // 10
     return {
@@ -105,7 +106,7 @@ def spread(seconds: list[float]) -> dict[str, float]:
 
 
 def shown(times: dict[str, float] | None) -> str:
-    """Median and percentiles in columns of a table."""
+    """Return median and percentiles as columns of a table."""
     if times is None:
         return f"{'-':>10} {'':>20}"
     between = f"({times['p10_ms']:.2f}, {times['p90_ms']:.2f})"
@@ -113,14 +114,14 @@ def shown(times: dict[str, float] | None) -> str:
 
 
 def warn_of_noise(rows: list[dict[str, Any]]) -> None:
-    """Says so if percentiles lie so far apart that other programs must have run."""
+    """Print a warning if percentiles lie so far apart that other programs must have run."""
     wide = sum(row["times"]["p90_ms"] > 1.5 * row["times"]["p10_ms"] for row in rows)
     if 4 * wide > len(rows):
         print(f"noisy: in {wide} of {len(rows)} rows the 90th percentile is more than 1.5 times the 10th")
 
 
 def copy_bandwidth(device: str) -> float:
-    """Bytes per second that copying a large tensor reads and writes."""
+    """Return the bytes per second that copying a large tensor reads and writes."""
     source = torch.zeros(1 << (30 if device == "cuda" else 28), dtype=torch.int8, device=device)
     target = torch.empty_like(source)
     seconds = in_turns({"copy": lambda: target.copy_(source)}, 10, 10.0, Clock(device))["copy"]
@@ -128,7 +129,7 @@ def copy_bandwidth(device: str) -> float:
 
 
 def largest_difference(found: Iterable[Tensor], expected: Iterable[Tensor]) -> float:
-    """Largest difference of any pair of tensors, relative to the pair's largest entry; NaN if any entry is."""
+    """Return the largest difference of any pair of tensors over the pair's largest entry; NaN if any entry is NaN."""
     worst = [
         (a.to(b.dtype) - b).abs().max() / b.abs().max().clamp(min=1e-30) for a, b in zip(found, expected, strict=True)
     ]
@@ -144,7 +145,7 @@ def fitted(sizes: list[int], times: list[float], degree: int = 1) -> tuple[list[
 
 
 def parse(parser: argparse.ArgumentParser, repeats: int) -> argparse.Namespace:
-    """Adds the options that the scripts have in common, parses, and refuses what could not run before it is tried."""
+    """Add the options that the scripts share, parse, and refuse what could not run before anything is measured."""
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--threads", type=int, default=2, help="of the CPU")
     parser.add_argument("--repeats", type=int, default=repeats)

@@ -1,4 +1,4 @@
-"""transformers' own tests on every class of this package, and this package's list of what the rest of them check.
+"""Run transformers' own tests on every class of this package, and this package's tests for what those leave out.
 
 The sdist of the installed version is downloaded from PyPI (`pip download`), or given with `--sdist`. It carries the
 common tests of models and configs, which run here on classes that read tokens, channels and pairs. It does not carry

@@ -1,4 +1,4 @@
-"""Every class of this package as a case for transformers' own model and configuration tests.
+"""Define a case for transformers' own model and configuration tests for every class of this package.
 
 Collected by `compatibility.py`, which puts the tests of transformers' sdist and this package's tests on the path.
 """

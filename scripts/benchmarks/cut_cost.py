@@ -1,4 +1,4 @@
-"""What a cut costs across processes, part by part, in training steps of the same run.
+"""Measure the cost of a cut on several processes, part by part, in training steps of the same run.
 
     OMP_NUM_THREADS=1 python scripts/benchmarks/cut_cost.py --processes 1 2 4
 

@@ -1,4 +1,4 @@
-"""Several processes against one, across cuts: do the losses agree, and are the ranks equal to the bit?
+"""Compare several processes with one over several cuts: do losses agree, and are ranks equal to the bit?
 
     python scripts/benchmarks/ddp.py --processes 2 4 --steps 200
     python scripts/benchmarks/ddp.py --processes 2 --combinations

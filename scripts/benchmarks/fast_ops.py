@@ -1,4 +1,4 @@
-"""Stock models on the CPU with and without use_fast_ops: training, decoding, and compression.
+"""Time stock models on the CPU with and without use_fast_ops: training, decoding, and compression.
 
     python scripts/benchmarks/fast_ops.py
     python scripts/benchmarks/fast_ops.py --quick

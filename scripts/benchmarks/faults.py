@@ -1,4 +1,4 @@
-"""Break real training runs in many ways, let them go on by themselves, and count what was lost.
+"""Break training runs in many ways, let them resume by themselves, and count what was lost.
 
     python scripts/benchmarks/faults.py --faults 100
 

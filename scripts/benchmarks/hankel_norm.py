@@ -1,4 +1,4 @@
-"""Time of a training step with the Hankel nuclear norm in the loss, against the plain one and a compressed model's.
+"""Time a training step with the Hankel nuclear norm in the loss, a plain step, and a step of a compressed model.
 
     python scripts/benchmarks/hankel_norm.py --threads 1
     python scripts/benchmarks/hankel_norm.py --shapes scifar --device cuda

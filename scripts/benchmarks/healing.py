@@ -1,4 +1,4 @@
-"""A trained model cut and healed with LoRA: the test loss before, after the cut, and after healing, by kind of cut.
+"""Cut a trained model and heal it with LoRA: test loss before the cut, after it and healed, for each kind of cut.
 
     python scripts/benchmarks/healing.py configs/runs/finetune/stdlib_mamba.yaml --seeds 0 1 2
 

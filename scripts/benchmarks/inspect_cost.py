@@ -1,4 +1,4 @@
-"""Time and peak memory of `hf-compressm inspect` on a random model of Mamba-130m's shape, calibrated on text.
+"""Measure time and peak memory of `hf-compressm inspect` on a random model of Mamba-130m's shape, calibrated on text.
 
     python scripts/benchmarks/inspect_cost.py
     python scripts/benchmarks/inspect_cost.py --batches 8 --length 512

@@ -1,4 +1,4 @@
-"""One training step (forward, backward, AdamW) of MimoSSM against the same model in JAX, on the CPU.
+"""Time a training step (forward, backward, AdamW) of MimoSSM and of the same model in JAX, on the CPU.
 
     python -m venv jax-env && jax-env/bin/pip install jax
     python scripts/benchmarks/jax_lru.py smnist scifar --jax-python jax-env/bin/python --json jax_lru.json

@@ -1,4 +1,4 @@
-"""The language models whose training steps are measured."""
+"""Build the language models whose training steps are timed."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ OPS = {
 
 
 def build(name: str, state_size: int, hidden: int = 64, layers: int = 2, uncut: int | None = None) -> nn.Module:
-    """A model in training mode, the same at every call.
+    """Build a model in training mode, the same at every call.
 
     Args:
         name: one of `OPS`; "mamba" and "mamba2" are those of transformers.
@@ -57,7 +57,7 @@ def build(name: str, state_size: int, hidden: int = 64, layers: int = 2, uncut: 
 
 
 def loss_and_gradients(model: nn.Module, tokens: Tensor) -> list[Tensor]:
-    """Loss, logits and the gradients of all parameters; leaves none behind."""
+    """Return loss, logits and the gradients of all parameters, and clear the gradients."""
     output = model(input_ids=tokens, labels=tokens)
     output.loss.backward()
     found = [output.loss.detach(), output.logits.detach(), *(p.grad for p in model.parameters() if p.grad is not None)]
@@ -66,7 +66,7 @@ def loss_and_gradients(model: nn.Module, tokens: Tensor) -> list[Tensor]:
 
 
 def training_step(model: nn.Module, tokens: Tensor) -> Callable[[], None]:
-    """A call that takes one step: forward, backward, and AdamW as the Trainer runs it."""
+    """Return a function that takes one step: forward, backward, and AdamW as the Trainer runs it."""
     optimizer = torch.optim.AdamW(model.parameters(), fused=True)
 
     def step() -> None:

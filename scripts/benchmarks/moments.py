@@ -1,4 +1,4 @@
-"""What to do with the optimizer's moments at a cut: carry them, crop them, or start afresh.
+"""Compare three ways to treat the optimizer's moments at a cut: carry them, crop them, or reset them.
 
     python scripts/benchmarks/moments.py --seeds 5 --keep 0.5 0.25 0.1
 

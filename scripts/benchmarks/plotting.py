@@ -1,4 +1,4 @@
-"""Pictures of time against the number of states."""
+"""Plot time against the number of states."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 
 def plot(path: Path, title: str, panels: list[dict[str, Any]]) -> None:
-    """Time against state size, a panel each: {"title", "curves": [{"label", "N", "times", "line"}], "log"}.
+    """Plot time against state size, one panel each: {"title", "curves": [{"label", "N", "times", "line"}], "log"}.
 
     `times` are dicts of `spread`, whose percentiles become a band; `line` is drawn dashed, in milliseconds, or None.
     """

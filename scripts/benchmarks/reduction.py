@@ -1,4 +1,4 @@
-"""Balanced truncation: correctness on random systems, then time for six large layers.
+"""Check balanced truncation on random systems, then time it on six large layers.
 
     python scripts/benchmarks/reduction.py
     python scripts/benchmarks/reduction.py --systems 300 --repeats 5 --json reduction.json

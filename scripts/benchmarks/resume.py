@@ -1,4 +1,4 @@
-"""Kill a training run around its cuts, resume it, and compare the end with that of an uninterrupted run.
+"""Kill a training run around its cuts, resume it, and compare its end with that of an uninterrupted run.
 
     python scripts/benchmarks/resume.py
 

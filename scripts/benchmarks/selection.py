@@ -1,4 +1,4 @@
-"""How much the loss rises when states are removed after training, by this package's method and by published scores.
+"""Measure how much the loss rises when states are removed after training, by this package and by published scores.
 
     python scripts/benchmarks/selection.py configs/runs/stdlib_mamba.yaml --state-size 32 --orders 16 8 4 2 --seeds 3
     python scripts/benchmarks/selection.py configs/runs/stdlib_mamba2.yaml --state-size 64 --orders 32 16 8 --seeds 3

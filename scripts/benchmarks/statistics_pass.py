@@ -1,4 +1,4 @@
-"""What the statistics of selective layers cost: time against training steps, memory against calibration batches.
+"""Measure the cost of the statistics of selective layers: time in training steps, memory by calibration batches.
 
     python scripts/benchmarks/statistics_pass.py configs/runs/stdlib_mamba.yaml configs/runs/stdlib_mamba2.yaml
 

@@ -1,4 +1,4 @@
-"""A whole training step (forward, backward, AdamW) against the number of states N, and what is left of the possible.
+"""Time a whole training step (forward, backward, AdamW) at several numbers of states N, and compare the speed-ups.
 
     python scripts/benchmarks/training.py
     python scripts/benchmarks/training.py --models mamba --sizes 128 12 1 --json training.json --plot training.png
