@@ -50,7 +50,7 @@ def by_hand(model, data):
     model = copy.deepcopy(model).train()
     loss = model(**{key: torch.stack([row[key] for row in data]) for key in data[0]}).loss
     loss.backward()
-    return {name: parameter.grad for name, parameter in model.named_parameters()}, float(loss)
+    return {name: parameter.grad for name, parameter in model.named_parameters()}, float(loss.detach())
 
 
 def compare(model, data, folder, *splits):

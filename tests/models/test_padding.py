@@ -14,13 +14,14 @@ from hf_compressm.surgery import selective_signals
 
 SIDES = pytest.mark.parametrize("side", ["right", "left", "both", "scattered"])
 MODELS = {
-    "mamba": lambda: lively(own("mamba")),
+    "mamba": lambda **fields: lively(own("mamba", **fields)),
     "mamba-bias": lambda: lively(own("mamba", use_bias=True, conv_kernel=6, hidden_act="gelu")),
-    "mamba2": lambda: lively(own("mamba2")),
+    "mamba2": lambda **fields: lively(own("mamba2", **fields)),
     "mamba2-bias": lambda: lively(own("mamba2", use_bias=True, conv_kernel=1, time_step_limit=(0.05, 0.5))),
     "mimo": lambda: mimo(),
-    "mimo-batch": lambda: mimo(norm="batch", prenorm=False),
+    "mimo-batch": lambda **fields: mimo(norm="batch", prenorm=False, **fields),
 }
+ONE_LAYER = {"num_hidden_layers": 1, "state_sizes": [5]}
 KINDS = pytest.mark.parametrize("kind", MODELS)
 
 
@@ -150,7 +151,7 @@ def test_a_mask_of_ones_changes_no_bit_and_a_wrong_one_is_refused(kind):
 @pytest.mark.parametrize("kind", ["mamba", "mamba2", "mimo-batch"])
 @torch.no_grad()
 def test_compiled_models_pass_over_padding_too(kind):
-    model = MODELS[kind]()
+    model = MODELS[kind](**ONE_LAYER)
     ids, mask = padded(texts((7, 1, 0, 12), 1), 13, "scattered")
     expected = model(ids, attention_mask=mask, use_cache=False).logits[mask.bool()]
     compiled = torch.compile(model, backend="eager")
