@@ -1,4 +1,4 @@
-"""What stands in for this package's ops in code that travels with a checkpoint: plain PyTorch, the same signatures.
+"""Plain PyTorch functions that replace this package's ops in the code that saved models carry; the same signatures.
 
 Arguments, shapes and results as in the op of the same name, without a choice of backends and without checks.
 """
