@@ -36,7 +36,7 @@ from .ranks import (
     select_states,
     target_orders,
 )
-from .tracking import match_directions, match_states, rank_stability
+from .tracking import average_overlap, match_directions, match_states, rank_stability
 from .weyl import SpectralMove, hankel_operator, spectral_move
 
 __all__ = [
@@ -46,6 +46,7 @@ __all__ = [
     "SizeConstraints",
     "SpectralMove",
     "Truncation",
+    "average_overlap",
     "balance",
     "controllability_gramian",
     "difference",

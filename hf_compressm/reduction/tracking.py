@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
@@ -49,6 +51,17 @@ def match_directions(earlier_right: Tensor, earlier_left: Tensor, later_right: T
     partner = torch.full((earlier_right.shape[1],), -1, dtype=torch.long)
     partner[torch.as_tensor(rows)] = torch.as_tensor(columns)
     return partner
+
+
+def average_overlap(now: Sequence[int], then: Sequence[int]) -> float:
+    """Average overlap of two rankings of equal length, best first, from 0 (disjoint) to 1 (equal).
+
+    The mean over k = 1, 2, ... of the share of indices that both rankings have among their first k.
+
+    Source: Fagin, Kumar, Sivakumar, Comparing top k lists (SIAM J. Discrete Math. 17, 2003).
+    """
+    shares = [len({*now[:k]} & {*then[:k]}) / k for k in range(1, len(now) + 1)]
+    return sum(shares) / len(shares)
 
 
 def rank_stability(partner: Tensor, depth: int) -> float:

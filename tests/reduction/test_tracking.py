@@ -4,7 +4,14 @@ import pytest
 import torch
 from random_systems import random_system
 
-from hf_compressm.reduction import DiagonalSystem, balance, match_directions, match_states, rank_stability
+from hf_compressm.reduction import (
+    DiagonalSystem,
+    average_overlap,
+    balance,
+    match_directions,
+    match_states,
+    rank_stability,
+)
 
 
 def two_modes(first: float, second: float) -> DiagonalSystem:
@@ -56,3 +63,8 @@ def test_a_change_of_order_and_a_bad_depth_are_refused():
         match_states(balance(first), balance(second))
     with pytest.raises(ValueError, match="depth"):
         rank_stability(torch.arange(3), 0)
+
+
+def test_average_overlap():
+    assert average_overlap([0, 1, 2], [0, 1, 2]) == 1 and average_overlap([0, 1], [2, 3]) == 0
+    assert average_overlap([0, 1, 2], [1, 0, 2]) == pytest.approx((0 + 1 + 1) / 3)

@@ -40,7 +40,7 @@ class Measurement(Protocol):
         ...
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Tensors, each (...), from which the adapter's `load_measurement` makes an equal measurement."""
+        """Tensors of any shape from which the adapter's `load_measurement` makes an equal measurement."""
         ...
 
 
@@ -57,7 +57,7 @@ class Statistics(Protocol):
         ...
 
     def sum_with(self, all_reduce: Callable[[Tensor], Any]) -> None:
-        """Sum everything over processes, in place. `all_reduce` does so for one tensor (...)."""
+        """Sum everything over processes, in place. `all_reduce` does so for one tensor of any shape."""
         ...
 
 
@@ -128,7 +128,7 @@ class MixerAdapter(ABC, Generic[Mixer]):
 
     @abstractmethod
     def load_measurement(self, state: Mapping[str, Tensor]) -> Measurement:
-        """A measurement from the tensors (...) of its `state_dict`."""
+        """A measurement from the tensors of its `state_dict`, of the shapes that it gave them."""
 
     @abstractmethod
     def reduce(

@@ -1,4 +1,4 @@
-"""What layers with matrix-valued states share: sums over tokens, and the measurement that they amount to.
+"""Statistics and measurement of layers with matrix-valued states.
 
 Shapes: batch B, length L, G key heads of size K, value channels V. A state S is (K, V).
 
@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...reduction import empirical_singular_values
+from ...reduction import average_overlap, empirical_singular_values
 from ...reduction.key_channels import select_key_channels
 from .base import ReductionError
 from .selective import StateChoice, real_tokens
@@ -50,7 +50,7 @@ class MatrixStatistics:
         self.tokens += int(real_tokens(attention_mask, hidden_states).sum())
 
     def sum_with(self, all_reduce: Callable[[Tensor], Any]) -> None:
-        """Sum everything over processes, in place, by a function that does so for one tensor of any shape."""
+        """Sum everything over processes, in place, by a function that does so for one tensor, float64 (n,)."""
         assert self.sums is not None
         flat = torch.cat([self.sums.flatten(), self.sums.new_tensor([self.tokens])])
         all_reduce(flat)
@@ -72,7 +72,7 @@ class MatrixMeasurement:
 
     @classmethod
     def of(cls, statistics: MatrixStatistics | None) -> MatrixMeasurement:
-        """The measurement that gathered statistics amount to, on the CPU.
+        """Means over tokens of the gathered statistics, (G, K, K), on the CPU.
 
         Raises:
             ValueError: if nothing was gathered.
@@ -95,10 +95,10 @@ class MatrixMeasurement:
         """Average overlap of the leading choices of channels, over key heads and over all depths up to `depth`."""
         if self.Q.shape != previous.Q.shape:
             return 0.0
-        scores = []
-        for parts in zip(self.Q, self.K, previous.Q, previous.K, strict=True):
-            now, then = select_key_channels(*parts[:2], depth), select_key_channels(*parts[2:], depth)
-            scores += [len({*now[:k]} & {*then[:k]}) / k for k in range(1, depth + 1)]
+        scores = [
+            average_overlap(select_key_channels(*parts[:2], depth), select_key_channels(*parts[2:], depth))
+            for parts in zip(self.Q, self.K, previous.Q, previous.K, strict=True)
+        ]
         return sum(scores) / len(scores)
 
     def state_dict(self) -> dict[str, Tensor]:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ...ops.state_gramian import state_gramian
-from ...reduction import Selection, empirical_singular_values, select_subset
+from ...reduction import Selection, average_overlap, empirical_singular_values, select_subset
 from .base import MixerAdapter, MixerReduction, ReductionError, find_mixers
 
 STRIDE = 8
@@ -188,10 +188,10 @@ class SelectiveMeasurement:
         """Average overlap of the leading choices of states, over groups and depths up to `depth`, in [0, 1]."""
         if self.G.shape != previous.G.shape:
             return 0.0
-        scores = []
-        for pair in zip(self.G, self.W, previous.G, previous.W, strict=True):
-            now, then = select_subset(*pair[:2], depth), select_subset(*pair[2:], depth)
-            scores += [len({*now[:k]} & {*then[:k]}) / k for k in range(1, depth + 1)]
+        scores = [
+            average_overlap(select_subset(*pair[:2], depth), select_subset(*pair[2:], depth))
+            for pair in zip(self.G, self.W, previous.G, previous.W, strict=True)
+        ]
         return sum(scores) / len(scores)
 
     def state_dict(self) -> dict[str, Tensor]:
