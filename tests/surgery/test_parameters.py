@@ -1,5 +1,7 @@
 """What of a parameter survives a cut, which parameters are refused, and cuts in torch's inference mode."""
 
+import copy
+import functools
 import logging
 from types import SimpleNamespace
 
@@ -34,6 +36,12 @@ KINDS = {
     "mamba2": lambda: make(STOCK, "mamba2"),
 }
 ALL = pytest.mark.parametrize("kind", KINDS)
+MADE = functools.cache(lambda kind: KINDS[kind]())
+
+
+def fresh(kind):
+    """A copy of a model that is made once: much faster than to make it."""
+    return copy.deepcopy(MADE(kind))
 
 
 def inputs(kind):
@@ -65,7 +73,7 @@ MODES = {"inference_mode": torch.inference_mode, "no_grad": torch.no_grad}
 def test_a_cut_without_gradients_is_the_cut_with_them_and_can_be_trained_on(kind, mode):
     models = []
     for context in (torch.enable_grad, MODES[mode]):
-        model = KINDS[kind]()
+        model = fresh(kind)
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
         step(model, kind, optimizer)
         with context():
@@ -82,7 +90,7 @@ def test_a_cut_without_gradients_is_the_cut_with_them_and_can_be_trained_on(kind
 def test_plans_scores_and_undoing_in_inference_mode(kind):
     models = []
     for context in (torch.enable_grad, torch.inference_mode):
-        model = KINDS[kind]()
+        model = fresh(kind)
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
         step(model, kind, optimizer)
         with context():
@@ -206,9 +214,9 @@ CUTS = [
 @pytest.mark.parametrize("change", CHANGES)
 @ALL
 def test_what_cannot_be_cut_is_refused_by_name_before_anything_changes(kind, change, tmp_path):
-    count = len(list(replaced(KINDS[kind]())))
+    count = len(list(replaced(MADE(kind))))
     for index in {0, count - 1}:
-        model = KINDS[kind]()
+        model = fresh(kind)
         site, name, owner, attribute = list(replaced(model))[index]
         if change is weight_normed and getattr(owner, attribute).ndim < 2:
             continue
@@ -240,8 +248,8 @@ def test_training_is_refused_before_its_first_step(tmp_path, change):
 @pytest.mark.parametrize("kind", ["lru", "own-mamba", "own-mamba2", "mamba", "mamba2"])
 @pytest.mark.parametrize("where", ["cpu", "disk", "meta"])
 def test_offloaded_models_are_refused(kind, where, tmp_path):
-    model = KINDS[kind]()
-    wanted = KINDS[kind]()(**inputs(kind)).loss
+    model = fresh(kind)
+    wanted = fresh(kind)(**inputs(kind)).loss
     if where == "cpu":
         accelerate.cpu_offload(model, execution_device="cpu")
     elif where == "disk":
@@ -256,7 +264,7 @@ def test_offloaded_models_are_refused(kind, where, tmp_path):
 
 @ALL
 def test_a_dispatched_model_that_is_all_there_is_cut(kind):
-    model, plain = KINDS[kind](), KINDS[kind]()
+    model, plain = fresh(kind), fresh(kind)
     accelerate.dispatch_model(model, {"": "cpu"}, force_hooks=True)
     for each in (model, plain):
         compress(each, calibration(kind), policy=Fraction(0.5), refit_steps=2)
