@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -135,49 +135,31 @@ def make_plan(
     def decide() -> CompressionPlan:
         measurements = measure_mixers(model, statistics)
         team.check(measurements)
-        orders = _orders(model, measurements, settings.policy, constraints, attempts_left)
-        return _plan(model, measurements, orders, settings, recordings)
+        spectra = [measurement.spectrum() for measurement in measurements.values()]
+        wanted = settings.policy.orders(spectra, original_sizes(model), constraints, attempts_left)
+        orders = constraints.apply(wanted, state_sizes(model))
+        layers = []
+        parts = zip(find_mixers(model), measurements.values(), spectra, orders, strict=True)
+        for site, measurement, spectrum, order in with_progress(parts, "reducing", "layer", len(orders)):
+            reduction = _reduce(site, measurement, order, settings, recordings) if order < site.state_size else None
+            layers.append(LayerPlan(site.name, site.state_size, order, spectrum, reduction))
+        return CompressionPlan(layers, describe_policy(settings.policy) | {"selection": settings.selection})
 
     return team.decide(decide)
 
 
-def _orders(
-    model: nn.Module, measurements: Mapping[str, Any], policy: Policy, constraints: SizeConstraints, attempts_left: int
-) -> list[int]:
-    """The number of states that each layer is to have, in model order."""
-    spectra = [measurement.spectrum() for measurement in measurements.values()]
-    wanted = policy.orders(spectra, original_sizes(model), constraints, attempts_left)
-    return constraints.apply(wanted, state_sizes(model))
-
-
-def _plan(
-    model: nn.Module,
-    measurements: Mapping[str, Any],
-    orders: Sequence[int],
-    settings: CutSettings,
-    recordings: Mapping[str, Recording],
-) -> CompressionPlan:
-    sites = find_mixers(model)
-    layers = []
-    for site, order in with_progress(zip(sites, orders, strict=True), "reducing", "layer", len(sites)):
-        measurement, reduction = measurements[site.name], None
-        if order < site.state_size:
-            try:
-                reduction = _reduce(site, measurement, order, settings, recordings.get(site.name))
-            except ReductionError as error:
-                raise ReductionError(f"{site.name}: {error}") from error
-        layers.append(LayerPlan(site.name, site.state_size, order, measurement.spectrum(), reduction))
-    return CompressionPlan(layers, describe_policy(settings.policy) | {"selection": settings.selection})
-
-
 def _reduce(
-    site: MixerSite, measurement: Any, order: int, settings: CutSettings, recording: Recording | None
+    site: MixerSite, measurement: Any, order: int, settings: CutSettings, recordings: Mapping[str, Recording]
 ) -> MixerReduction:
+    """The mixer's parameters at a smaller order, refitted if there is a recording of its outputs."""
     plain = site.without_lora()
-    reduction = plain.adapter.reduce(plain.mixer, measurement, order, settings.selection, settings.generator)
-    if recording is not None:
-        reduction = refit(plain, reduction, recording, settings.refit_steps, settings.fast_ops)
-    return site.with_lora(reduction)
+    try:
+        reduction = plain.adapter.reduce(plain.mixer, measurement, order, settings.selection, settings.generator)
+        if site.name in recordings:
+            reduction = refit(plain, reduction, recordings[site.name], settings.refit_steps, settings.fast_ops)
+        return site.with_lora(reduction)
+    except ReductionError as error:
+        raise ReductionError(f"{site.name}: {error}") from error
 
 
 @outside_inference_mode

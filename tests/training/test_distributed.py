@@ -44,6 +44,21 @@ def losses(folder):
     return torch.tensor([entry["loss"] for entry in entries if "loss" in entry])
 
 
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    """Folders of runs on one process, each made once."""
+    made = {}
+
+    def train(run):
+        if id(run) not in made:
+            made[id(run)] = tmp_path_factory.mktemp("one")
+            command = [sys.executable, "scripts/pretrain.py", *run]
+            launch(command, made[id(run)], "--per_device_train_batch_size", "16")
+        return made[id(run)]
+
+    return train
+
+
 @pytest.mark.slow
 @pytest.mark.multi_process
 @pytest.mark.parametrize(
@@ -51,12 +66,10 @@ def losses(folder):
     [(LRU, []), (LRU, ["--ddp_find_unused_parameters", "false"]), (MAMBA, [])],
     ids=["lru", "lru-all-used", "mamba2"],
 )
-def test_two_processes_train_as_one_does(run, options, tmp_path):
-    script = ["scripts/pretrain.py", *run]
-    launch([sys.executable, *script], tmp_path / "one", "--per_device_train_batch_size", "16")
-    launch([*TORCHRUN, *script], tmp_path / "two", "--per_device_train_batch_size", "8", *options)
-    assert torch.allclose(losses(tmp_path / "one"), losses(tmp_path / "two"), atol=2e-4)
-    records = [json.loads((tmp_path / name / "compression.json").read_text()) for name in ("one", "two")]
+def test_two_processes_train_as_one_does(run, options, tmp_path, alone):
+    launch([*TORCHRUN, "scripts/pretrain.py", *run], tmp_path, "--per_device_train_batch_size", "8", *options)
+    assert torch.allclose(losses(alone(run)), losses(tmp_path), atol=2e-4)
+    records = [json.loads((folder / "compression.json").read_text()) for folder in (alone(run), tmp_path)]
     assert records[0]["sizes_after"] == records[1]["sizes_after"] != records[0]["sizes_before"]
     assert [cut["step"] for cut in records[1]["history"]] == [4, 8]
 
