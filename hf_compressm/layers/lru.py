@@ -85,7 +85,7 @@ class LRU(nn.Module):
         return self.D.shape[0]
 
     def initial_values(self, generator: torch.Generator | None = None) -> dict[str, Tensor]:
-        """Fresh random values for every parameter, by name, with each parameter's shape, dtype and device.
+        """New random values for every parameter, by name, with the parameter's shape, dtype and device.
 
         |lambda|^2 uniform in [r_min^2, r_max^2], phase uniform in (0, max_phase), gamma^2 = 1 - |lambda|^2;
         B_re and B_im normal with variance 1 / (2 H), C_re and C_im with 1 / N, D with 1. Phases are kept 1e-6
@@ -115,7 +115,7 @@ class LRU(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
-        """Draw all parameters afresh, see `initial_values`."""
+        """Draw new values of all parameters, see `initial_values`."""
         for name, value in self.initial_values(generator).items():
             getattr(self, name).copy_(value)
 
@@ -130,9 +130,9 @@ class LRU(nn.Module):
         Args:
             u: (B, L, H), any floating dtype, L >= 1.
             initial_state: h_{-1}, (B, N) complex64 (complex128 if the parameters are float64); zero if None.
-            real: (B, L) bool. Where it is False there is no step: real positions have the outputs that they have
-                without the others, whose outputs mean nothing. With an initial state it takes two scans. None if all
-                are real.
+            real: (B, L) bool, None if all steps are real. Steps where it is False are left out: outputs at real
+                steps are as without them, and outputs at the others mean nothing. With an initial state this takes two
+                scans.
 
         Returns:
             y (B, L, H) in the dtype of `u`, and the state after the last real step (B, N), complex.
@@ -177,6 +177,7 @@ class LRU(nn.Module):
         return poles, gamma.exp()[:, None] * torch.complex(B_re, B_im), torch.complex(C_re, C_im)
 
     def extra_repr(self) -> str:
+        """Sizes, for `repr`."""
         return f"hidden_size={self.hidden_size}, state_size={self.state_size}"
 
     @property

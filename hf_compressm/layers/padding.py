@@ -1,4 +1,4 @@
-"""Sequences with padding anywhere, brought into an order in which the real tokens of each come first, and back.
+"""Reorders sequences with padding anywhere so that the real tokens of each come first, and back.
 
 Shapes: batch B, length L, features H.
 """
@@ -28,7 +28,7 @@ class RealFirst:
 
     @classmethod
     def of(cls, attention_mask: Tensor | None, hidden_states: Tensor) -> RealFirst | None:
-        """The order for hidden states (B, L, H), None without a mask.
+        """The order for hidden states (B, L, H); None without a mask.
 
         Args:
             attention_mask: (B, L) or longer, of which the last L columns count; zero at padding.
@@ -43,23 +43,23 @@ class RealFirst:
         return cls(real, counts, order, order.argsort(dim=1))
 
     def bring(self, x: Tensor) -> Tensor:
-        """(B, L, H) in the new order, zero at padding."""
+        """Reorder x (B, L, H) so that real tokens come first, with zeros at padding."""
         return self.clear(_take(x, self.order))
 
     def take_back(self, x: Tensor) -> Tensor:
-        """(B, L, H) from the new order in the old one."""
+        """Put x (B, L, H) back into the old order."""
         return _take(x, self.back)
 
     def to_end(self, x: Tensor) -> Tensor:
-        """(B, L, H) from the new order in one with the real tokens last."""
+        """Reorder x (B, L, H), in the new order, so that real tokens come last."""
         return _take(x, (torch.arange(x.shape[1], device=x.device) + self.counts[:, None]) % x.shape[1])
 
     def from_end(self, x: Tensor) -> Tensor:
-        """The reverse of `to_end`."""
+        """Undo `to_end`, for x (B, L, H)."""
         return _take(x, (torch.arange(x.shape[1], device=x.device) - self.counts[:, None]) % x.shape[1])
 
     def clear(self, x: Tensor, value: float = 0.0) -> Tensor:
-        """(B, L, H) in the new order with a value at padding, which gets no gradient."""
+        """Set x (B, L, H), in the new order, to a value at padding, where it then has no gradient."""
         return x.masked_fill(~self.real[..., None], value)
 
 
@@ -69,5 +69,5 @@ def _take(x: Tensor, places: Tensor) -> Tensor:
 
 
 def is_scattered(real: Tensor) -> bool:
-    """Whether some sequence of a bool mask (B, L) has padding between real tokens; True where nothing may be read."""
+    """Whether a bool mask (B, L) has padding between real tokens; True while compiling, which reads no values."""
     return torch.compiler.is_compiling() or bool(((real[:, 1:] & ~real[:, :-1]).sum(1) + real[:, 0] > 1).any())

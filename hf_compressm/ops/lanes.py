@@ -1,8 +1,12 @@
-"""Vectors of 16 numbers in Numba kernels, so that what is meant to vectorise does.
+"""Vectors of 16 numbers in Numba kernels: their operations are vector instructions, whatever LLVM can prove.
 
-LLVM splits a vector as the registers of the machine at hand need. Memory is addressed by integers (bytes): a kernel is
-then compiled once per precision, whatever the layout of its tensors, and its caller keeps the tensors alive. The
-precision is that of `like`, a scalar.
+LLVM splits a vector into the registers of the machine. Addresses are integers, in bytes, so a kernel is compiled once
+per precision and not once per layout of its tensors; the caller of a kernel must keep the tensors alive. `like` is a
+scalar, float32 or float64, that sets the precision. Vectors have the shape (16,).
+
+This module uses internals of Numba; `tests/ops/test_lanes.py` names them.
+
+Source: Muller, Elementary Functions, 3rd edition 2016, for exp2 by a polynomial through Chebyshev points.
 """
 
 from __future__ import annotations
@@ -86,13 +90,13 @@ _arithmetic(operator.truediv, "fdiv")
 
 @intrinsic
 def bytes_of(typingctx: Any, like: Any) -> Any:
-    """How many bytes a number takes."""
+    """Bytes of a number: 4 or 8."""
     return types.int64(like), lambda context, builder, sig, args: ir.Constant(ir.IntType(64), like.bitwidth // 8)
 
 
 @intrinsic
 def read(typingctx: Any, address: Any, like: Any) -> Any:
-    """The number at an address."""
+    """Read the number at an address."""
 
     def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
         return builder.load(_pointer(builder, args[0], _scalar(like)))
@@ -102,7 +106,7 @@ def read(typingctx: Any, address: Any, like: Any) -> Any:
 
 @intrinsic
 def load(typingctx: Any, address: Any, like: Any) -> Any:
-    """The vector at an address."""
+    """Read the vector (16,) at an address."""
 
     def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
         loaded = builder.load(_pointer(builder, args[0], ir.VectorType(_scalar(like), LANES)))
@@ -114,7 +118,7 @@ def load(typingctx: Any, address: Any, like: Any) -> Any:
 
 @intrinsic
 def store(typingctx: Any, address: Any, value: Any) -> Any:
-    """Writes a vector to an address."""
+    """Write a vector (16,) to an address."""
 
     def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
         stored = builder.store(args[1], _pointer(builder, args[0], args[1].type))
@@ -126,7 +130,7 @@ def store(typingctx: Any, address: Any, value: Any) -> Any:
 
 @intrinsic
 def gather(typingctx: Any, address: Any, stride: Any, count: Any, like: Any) -> Any:
-    """The first `count` >= 1 places from memory, `stride` bytes apart, and zeros in the others."""
+    """Read `count` numbers, 1 <= count <= 16, that lie `stride` bytes apart; the vector's other places are zero."""
 
     def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
         kind, index = _scalar(like), ir.IntType(64)
@@ -146,7 +150,7 @@ def gather(typingctx: Any, address: Any, stride: Any, count: Any, like: Any) -> 
 
 @intrinsic
 def scatter(typingctx: Any, address: Any, stride: Any, count: Any, value: Any) -> Any:
-    """Writes the first `count` places to memory, `stride` bytes apart."""
+    """Write the first `count` places of a vector, `stride` bytes apart."""
 
     def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
         with cgutils.for_range(builder, args[2]) as loop:
@@ -160,7 +164,7 @@ def scatter(typingctx: Any, address: Any, stride: Any, count: Any, value: Any) -
 
 @intrinsic
 def where_less(typingctx: Any, a: Any, b: Any, yes: Any, no: Any) -> Any:
-    """`yes` where a < b, else `no`: `no` where one of them is NaN."""
+    """`yes` in places where a < b, else `no`, also where a or b is NaN."""
 
     def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
         return builder.select(builder.fcmp_ordered("<", args[0], args[1], flags=("nsz",)), args[2], args[3])
@@ -170,7 +174,7 @@ def where_less(typingctx: Any, a: Any, b: Any, yes: Any, no: Any) -> Any:
 
 @intrinsic
 def add_sums(typingctx: Any, address: Any, a: Any, b: Any) -> Any:
-    """Adds the sum over a's places and the sum over b's places to the two numbers at an address."""
+    """Add the sum of the places of a, and the sum of those of b, to the two numbers at an address."""
 
     def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
         def folded(left: Any, right: Any, side: int) -> Any:
@@ -218,7 +222,7 @@ _ATANH = {terms: [2 / (2 * k + 1) for k in range(terms)] for terms in (8, 17)}
 
 @intrinsic
 def exp2(typingctx: Any, x: Any) -> Any:
-    """2^x, to the last digit or two; x is clamped to the range of normal numbers."""
+    """2^x with an error of one or two units in the last place; x is clamped to the exponents of normal numbers."""
     single = x.dtype == types.float32
     bits, mantissa, bias, lowest, highest = (32, 23, 127, -126, 127) if single else (64, 52, 1023, -1022, 1023)
 
@@ -255,7 +259,7 @@ def log1p(typingctx: Any, x: Any) -> Any:
 
 @intrinsic
 def full(typingctx: Any, like: Any, value: Any) -> Any:
-    """The vector with one value in all places, in the precision of `like`, a scalar or a vector."""
+    """A vector with one value in all places, in the precision of `like`, a scalar or a vector."""
     kind = like if isinstance(like, LanesType) else LanesType(like)
 
     def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
@@ -266,7 +270,7 @@ def full(typingctx: Any, like: Any, value: Any) -> Any:
 
 @njit(inline="always")
 def sigmoid(x):
-    """1 / (1 + exp(-x))."""
+    """1 / (1 + exp(-x)), between 0 and 1."""
     zero, one = full(x, 0.0), full(x, 1.0)
     small = exp2(where_less(x, zero, x, zero - x) * LOG2E)
     return where_less(x, zero, small, one) / (small + one)
@@ -274,7 +278,7 @@ def sigmoid(x):
 
 @njit(inline="always")
 def softplus(x):
-    """log(1 + exp(x)), and x itself beyond 20 as in PyTorch."""
+    """log(1 + exp(x)), > 0; x itself for x > 20, as in PyTorch."""
     zero = full(x, 0.0)
     small = exp2(where_less(x, zero, x, zero - x) * LOG2E)
     value = where_less(x, zero, zero, x) + log1p(small)
@@ -283,5 +287,5 @@ def softplus(x):
 
 @njit(inline="always")
 def softplus_slope(x):
-    """Derivative of `softplus`."""
+    """Derivative of `softplus`, between 0 and 1."""
     return where_less(full(x, 20.0), x, full(x, 1.0), sigmoid(x))

@@ -1,6 +1,7 @@
-"""Work divided among as many threads as PyTorch's operations use: units of a compiled kernel, or whole calls.
+"""Divides work among as many threads as PyTorch's operations use: units of a compiled kernel, or whole calls.
 
-Python's threads: Numba's would be a second OpenMP pool beside PyTorch's, and each spins while the other works.
+The threads are Python's. Numba's would be a second OpenMP pool beside PyTorch's, and the threads of one pool spin while
+those of the other work.
 """
 
 from __future__ import annotations
@@ -16,7 +17,13 @@ import torch
 
 
 def run_units(kernel: Any, units: int, *arguments: Any) -> None:
-    """Calls kernel(begin, end, *arguments), which must not hold the GIL, so that all of 0 .. units - 1 are done."""
+    """Call kernel(begin, end, *arguments) on several threads, so that units 0 to units - 1 are done once each.
+
+    Args:
+        kernel: a compiled function that releases the GIL.
+        units: number of units of work, >= 1.
+        *arguments: arrays and numbers for the kernel.
+    """
     threads = min(torch.get_num_threads(), units)
     bounds = [units * k // threads for k in range(threads + 1)]
     others = [_pool().submit(kernel, bounds[k], bounds[k + 1], *arguments) for k in range(1, threads)]
@@ -31,11 +38,11 @@ def _pool() -> ThreadPoolExecutor:
 
 
 def map_calls(function: Callable[[Any], Any], items: Sequence[Any]) -> Iterator[Any]:
-    """function(item) of all items, in their order, without gradients.
+    """Yield function(item) for all items, in their order, computed without gradients.
 
-    With enough items, threads take one each and the operations in `function` have one thread; otherwise items come one
-    after the other and operations have all threads. A team of threads for every operation would have to wait for its
-    slowest member each time, which is long where other programs run too.
+    With at least two items per thread, or as many items as threads, each thread takes an item and the operations in
+    `function` run on one thread; with fewer items, one item after the other is computed on all threads. If all threads
+    shared each operation, each would wait for the slowest thread, which takes long where other programs run.
     """
     threads = torch.get_num_threads()
     if threads > 1 and (len(items) == threads or len(items) >= 2 * threads):

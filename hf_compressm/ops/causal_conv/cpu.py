@@ -37,6 +37,7 @@ def _rows(x, t, row, zeros):
 
 @njit(nogil=True, fastmath=FAST, cache=True)
 def causal_conv_fwd_kernel(begin, end, x, x_batch, x_row, weight, bias, zeros, y, length, channels, like):
+    """y (B, L, C) of units `begin` to `end`: chunks of a sequence. Tensors are addresses, strides are in bytes."""
     vector, row = LANES * bytes_of(like), channels * bytes_of(like)
     blocks, chunks = (channels + LANES - 1) // LANES, (length + CHUNK - 1) // CHUNK
     for unit in range(begin, end):
@@ -56,6 +57,7 @@ def causal_conv_fwd_kernel(begin, end, x, x_batch, x_row, weight, bias, zeros, y
 
 @njit(nogil=True, fastmath=FAST, cache=True)
 def causal_conv_bwd_kernel(begin, end, x, x_batch, x_row, weight, bias, zeros, grad, dx, sums, length, channels, like):
+    """dx (B, L, C), and each unit's sums (TAPS + 1, C) for the gradients of weight and bias; arguments as above."""
     vector, row = LANES * bytes_of(like), channels * bytes_of(like)
     blocks, chunks = (channels + LANES - 1) // LANES, (length + CHUNK - 1) // CHUNK
     for unit in range(begin, end):

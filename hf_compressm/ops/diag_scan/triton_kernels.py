@@ -104,6 +104,7 @@ def diag_scan_ends_kernel(
     LANES: tl.constexpr,
     TILE: tl.constexpr,
 ):
+    """The state (B, N) that each chunk ends in when it starts from zero."""
     unit = _unit(lam_ptr)
     lane, b, n, mask = _lanes(N, lanes, LANES)
     done, steps = _steps(length, doublings)
@@ -155,6 +156,7 @@ def diag_scan_fwd_kernel(
     LANES: tl.constexpr,
     TILE: tl.constexpr,
 ):
+    """States (B, L, N) and the final state (B, N)."""
     unit = _unit(lam_ptr)
     lane, b, n, mask = _lanes(N, lanes, LANES)
     done, steps = _steps(length, doublings)
@@ -208,6 +210,7 @@ def diag_scan_bwd_kernel(
     LANES: tl.constexpr,
     TILE: tl.constexpr,
 ):
+    """Gradients of u (B, L, N) and of the initial state (B, N), and parts of that of lam."""
     # Chunks count from the end of time. (re, im) is the gradient that a step hands to the state before it.
     unit = _unit(lam_ptr)
     lane, b, n, mask = _lanes(N, lanes, LANES)

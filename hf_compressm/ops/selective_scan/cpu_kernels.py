@@ -68,6 +68,7 @@ def _optional(table, which, first, count, like):
 
 @njit(nogil=True, fastmath=FAST, cache=True)
 def selective_scan_fwd_kernel(begin, end, table, length, channels, size, with_softplus, like):
+    """y, final state and checkpoints of units `begin` to `end`, blocks of a sequence; tensors are in `table`."""
     item = bytes_of(like)
     vector = LANES * item
     blocks = (channels + LANES - 1) // LANES
@@ -116,6 +117,7 @@ def selective_scan_fwd_kernel(begin, end, table, length, channels, size, with_so
 
 @njit(nogil=True, fastmath=FAST, cache=True)
 def selective_scan_bwd_kernel(begin, end, table, length, channels, size, groups, with_softplus, like):
+    """All gradients of units `begin` to `end`, each a group of blocks of a sequence; tensors are in `table`."""
     item = bytes_of(like)
     vector = LANES * item
     blocks = (channels + LANES - 1) // LANES

@@ -87,6 +87,7 @@ def selective_scan_fwd_kernel(
     u_b, u_t, delta_b, delta_t, z_b, z_t,
     SOFTPLUS: tl.constexpr, TERMS: tl.constexpr, CHUNK: tl.constexpr, T: tl.constexpr, H_BLOCK: tl.constexpr,
 ):  # fmt: skip
+    """y (B, L, H), the states before each chunk and the last ones; arguments as `triton.py` makes them."""
     DTYPE: tl.constexpr = checkpoints.dtype.element_ty
     blocks = tl.cdiv(channels, H_BLOCK)
     b = (tl.program_id(0) // blocks).to(tl.int64)
@@ -152,6 +153,7 @@ def selective_scan_bwd_kernel(
     u_b, u_t, delta_b, delta_t, z_b, z_t, dy_b, dy_t,
     SOFTPLUS: tl.constexpr, TERMS: tl.constexpr, CHUNK: tl.constexpr, T: tl.constexpr, H_BLOCK: tl.constexpr,
 ):  # fmt: skip
+    """All gradients; arguments as `triton.py` makes them."""
     DTYPE: tl.constexpr = checkpoints.dtype.element_ty
     b = (tl.program_id(0) // groups).to(tl.int64)
     first = (tl.program_id(0) % groups) * each

@@ -105,6 +105,7 @@ def _sweep(drives, decays, slopes, p, count, addresses, row_bytes):
 
 @njit(nogil=True, fastmath=FAST, cache=True)
 def ssd_scan_fwd_kernel(begin, end, x, dt, decay, B, C, D, initial, y, checkpoints, final):
+    """y (B, L, H, P), checkpoints and the final state of units `begin` to `end`, each a head of a sequence."""
     length, heads, width = x.shape[1:]
     groups, size = B.shape[2:]
     padded, row_bytes = initial.shape[2], size * x.itemsize

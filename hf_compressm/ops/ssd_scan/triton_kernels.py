@@ -96,6 +96,7 @@ def ssd_scan_fwd_kernel(
     length, heads, width, size, per_group, chunks, x_b, x_t, x_h, b_b, b_t, b_g, c_b, c_t, c_g,
     T: tl.constexpr, P_BLOCK: tl.constexpr, N_BLOCK: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
+    """y (B, L, H, P), from the states before each chunk."""
     DTYPE: tl.constexpr = states.dtype.element_ty
     p_blocks = tl.cdiv(width, P_BLOCK)
     p = tl.program_id(0) % p_blocks * P_BLOCK + tl.arange(0, P_BLOCK)

@@ -33,8 +33,11 @@ def _place(table, which, i, j):
 
 @njit(nogil=True, fastmath=FAST, cache=True)
 def state_gramian_fwd_kernel(begin, end, table, places, start, stop, channels, groups, size, rates, like):
-    # Goes on from the states in CARRY (B, blocks, N, 16) through the time steps from start to stop, and writes those of
-    # nonzero WEIGHTS (B, L), times the weight, into SEEN (G, N, looks, I / G), a sequence b from places[b] on.
+    """States of nonzero weight, times the weight, of units `begin` to `end`: blocks of 16 channels of a sequence.
+
+    Starts from the states in CARRY (B, blocks, N, 16), goes through time steps `start` to `stop` - 1, and writes those
+    of nonzero WEIGHTS (B, L), times the weight, into SEEN (G, N, looks, I / G), those of sequence b from places[b] on.
+    """
     item = bytes_of(like)
     vector = LANES * item
     width = channels // groups

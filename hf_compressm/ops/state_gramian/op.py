@@ -45,7 +45,7 @@ def state_gramian(
         ValueError: if a shape or device does not fit, or the backend is unknown or cannot run here.
 
     Source: Gu and Dao 2023, arXiv 2312.00752, section 3, for the states; Antoulas 2005, Approximation of Large-Scale
-    Dynamical Systems, section 4.3, for the Gramian.
+    Dynamical Systems, chapter 4, for the Gramian.
     """
     _check(u, dt, A, B, weights)
     backend = choose_backend("state_gramian", backend, u.device.type)

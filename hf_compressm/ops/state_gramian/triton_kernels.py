@@ -55,6 +55,7 @@ def state_gramian_fwd_kernel(
     DIAGONAL: tl.constexpr, SHARED: tl.constexpr, TILES: tl.constexpr, TILE: tl.constexpr, H_BLOCK: tl.constexpr,
     T: tl.constexpr, SPAN: tl.constexpr,
 ):  # fmt: skip
+    """Sums (G, pairs, programs, TILE, TILE) of products of states, a tile for each pair of tiles of states."""
     group = tl.program_id(2).to(tl.int64)
     pair = tl.program_id(1)
     # The pairs in the order (0, 0), (1, 1), ... or (1, 0), (2, 0), (2, 1), ...
