@@ -191,7 +191,7 @@ def scan_or_step(
 
 
 def inverse_softplus_of_time_steps(count: int, limits: tuple[float, float, float], device: Any = None) -> Tensor:
-    """Biases whose softplus is log-uniform between the first two limits, and at least the third. float32 (count,)."""
+    """Draw biases, float32 of shape (count,), whose softplus is log-uniform in (limits[0], limits[1]), >= limits[2]."""
     low, high, floor = limits
     draw = torch.rand(count, device=device, dtype=torch.float32)
     step = (draw * (math.log(high) - math.log(low)) + math.log(low)).exp().clamp(min=floor)

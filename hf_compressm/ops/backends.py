@@ -40,10 +40,10 @@ def choose_backend(op: str, wanted: str | None, device: str, available: tuple[st
     if forced and forced not in available:
         raise ValueError(f"unknown backend {forced!r} of {op}; allowed are {', '.join(available)}")
     chosen = forced or {"cpu": "cpu", "cuda": "triton"}.get(device, "naive")
-    obstacle = _obstacle(chosen, device) if chosen in available else f"there is no kernel of {chosen}"
+    obstacle = find_obstacle(chosen, device) if chosen in available else f"there is no kernel of {chosen}"
     if obstacle and forced:
         raise ValueError(f"the backend {chosen!r} of {op} cannot run: {obstacle}")
-    _announce(op, "naive" if obstacle else chosen, device, obstacle)
+    announce(op, "naive" if obstacle else chosen, device, obstacle)
     return "naive" if obstacle else chosen
 
 
@@ -57,7 +57,7 @@ def kernels(package: str | None, backend: str) -> ModuleType:
     return importlib.import_module(f".{backend}", package)
 
 
-def _obstacle(backend: str, device: str) -> str | None:
+def find_obstacle(backend: str, device: str) -> str | None:
     """Why a backend cannot run on a device; None if it can."""
     if backend == "cpu" and device != "cpu":
         return f"the tensors are on {device}"
@@ -75,7 +75,8 @@ def _obstacle(backend: str, device: str) -> str | None:
 
 
 @cache
-def _announce(op: str, backend: str, device: str, obstacle: str | None) -> None:
+def announce(op: str, backend: str, device: str, obstacle: str | None) -> None:
+    """Log which backend an op runs with, once; a warning if an obstacle keeps the faster one from running."""
     if obstacle:
         logger.warning("%s on %s: %s, so the slower backend %r is used", op, device, obstacle, backend)
     else:

@@ -26,14 +26,15 @@ def run_units(kernel: Any, units: int, *arguments: Any) -> None:
     """
     threads = min(torch.get_num_threads(), units)
     bounds = [units * k // threads for k in range(threads + 1)]
-    others = [_pool().submit(kernel, bounds[k], bounds[k + 1], *arguments) for k in range(1, threads)]
+    others = [thread_pool().submit(kernel, bounds[k], bounds[k + 1], *arguments) for k in range(1, threads)]
     kernel(0, bounds[1], *arguments)
     for other in others:
         other.result()
 
 
 @cache
-def _pool() -> ThreadPoolExecutor:
+def thread_pool() -> ThreadPoolExecutor:
+    """The threads that run units of kernels beside the calling one."""
     return ThreadPoolExecutor(max(1, (os.cpu_count() or 1) - 1), "hf_compressm")
 
 
@@ -64,5 +65,5 @@ def _callers(threads: int) -> ThreadPoolExecutor:
 
 # Threads do not survive a fork.
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_pool.cache_clear)
+    os.register_at_fork(after_in_child=thread_pool.cache_clear)
     os.register_at_fork(after_in_child=_callers.cache_clear)

@@ -113,7 +113,7 @@ def _scan_in_child(queue, lam, u):
 @pytest.mark.multi_process
 def test_a_forked_process_has_threads_of_its_own():
     lam, u, _ = (t.detach() for t in inputs(2, 5, 70))
-    threads._pool().submit(int).result()
+    threads.thread_pool().submit(int).result()
     context = multiprocessing.get_context("fork")
     queue = context.SimpleQueue()
     child = context.Process(target=_scan_in_child, args=(queue, lam, u))
@@ -136,10 +136,10 @@ def test_without_numba_one_warning_and_the_reference(monkeypatch, caplog):
     lam, u, state = inputs(2, 5, 3)
     monkeypatch.setattr(backends.importlib.util, "find_spec", lambda name: None)
     monkeypatch.setattr(cpu, "run", lambda *tensors: pytest.fail("the Numba kernels ran"))
-    backends._announce.cache_clear()
+    backends.announce.cache_clear()
     with caplog.at_level(logging.WARNING):
         states = [diag_scan(lam, u, state)[0] for _ in range(2)]
-    backends._announce.cache_clear()
+    backends.announce.cache_clear()
     assert torch.equal(states[1], naive_diag_scan(lam, u, state)[0])
     assert [r.message for r in caplog.records if "diag_scan" in r.message] == [
         "diag_scan on cpu: numba is not installed, so the slower backend 'naive' is used"

@@ -29,7 +29,7 @@ def inputs(B, L, N, dtype):
 @pytest.mark.parametrize("B, L, N", SIZES)
 def test_matches_reference(monkeypatch, B, L, N, doublings, dtype):
     if doublings is not None:
-        monkeypatch.setattr(kernels, "_doublings", lambda *sizes: doublings)
+        monkeypatch.setattr(kernels, "chunk_doublings", lambda *sizes: doublings)
     tensors = inputs(B, L, N, dtype)
     gradients = torch.randn(B, L, N, dtype=dtype), torch.randn(B, N, dtype=dtype)
     with interpreter.poisoned():
@@ -45,7 +45,7 @@ def test_matches_reference(monkeypatch, B, L, N, doublings, dtype):
 @interpreter.interpreted
 @pytest.mark.parametrize("doublings", [20, 3], ids=["whole", "chunks"])
 def test_strides_and_missing_gradients(monkeypatch, doublings):
-    monkeypatch.setattr(kernels, "_doublings", lambda *sizes: doublings)
+    monkeypatch.setattr(kernels, "chunk_doublings", lambda *sizes: doublings)
     lam, u, _ = inputs(2, 21, 5, torch.complex128)
     layouts = u.transpose(0, 1).contiguous().transpose(0, 1), u[:1, :1].expand(2, 21, 5), u[:, ::2, 1:4], u.conj()
     for layout in layouts:
@@ -77,10 +77,10 @@ def test_chunks_only_where_lanes_are_few(monkeypatch):
 
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: Device)
     device = torch.device("cuda")
-    assert 1 << kernels._doublings(256 * 132, 4096, device) >= 4096
-    chunk = 1 << kernels._doublings(50 * 256, 784, device)
+    assert 1 << kernels.chunk_doublings(256 * 132, 4096, device) >= 4096
+    chunk = 1 << kernels.chunk_doublings(50 * 256, 784, device)
     assert 64 <= chunk < 784
-    assert 1 << kernels._doublings(1, 1 << 20, device) < 1 << 12
+    assert 1 << kernels.chunk_doublings(1, 1 << 20, device) < 1 << 12
 
 
 KERNELS = {

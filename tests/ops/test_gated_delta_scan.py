@@ -286,7 +286,7 @@ def test_gramian_checks_its_arguments():
 def test_without_numba_plain_pytorch_runs(monkeypatch, caplog):
     find_spec = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "numba" else find_spec(name))
-    backends._announce.cache_clear()  # The warning comes once per process.
+    backends.announce.cache_clear()  # The warning comes once per process.
     tensors = inputs(2, 9, 2, 4, 3, 5)
     for mine, plain in zip(gated_delta_scan(**tensors), gated_delta_scan(**tensors, backend="naive"), strict=True):
         assert torch.equal(mine, plain)
@@ -317,7 +317,7 @@ def test_backend_of_fla(monkeypatch):
     for path in ("fla", "fla.ops"):
         monkeypatch.setitem(sys.modules, path, ModuleType(path))
     monkeypatch.setitem(sys.modules, module.__name__, module)
-    monkeypatch.setattr(backends, "_obstacle", lambda *ignored: None)  # fla does not run on the CPU.
+    monkeypatch.setattr(backends, "find_obstacle", lambda *ignored: None)  # fla does not run on the CPU.
     tensors = inputs(1, 30, 2, 4, 12, 5, torch.float32)
     erase, tensors["initial_state"] = tensors.pop("erase"), torch.randn(2, 4, 12, 5)
     bounds = torch.tensor([0, 11, 30])

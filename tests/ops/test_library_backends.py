@@ -53,7 +53,7 @@ def installed(monkeypatch):
         monkeypatch.setitem(sys.modules, path, module)
         for parent in (path.rsplit(".", cut)[0] for cut in range(1, path.count(".") + 1)):
             monkeypatch.setitem(sys.modules, parent, ModuleType(parent))
-    monkeypatch.setattr(backends, "_obstacle", lambda *ignored: None)
+    monkeypatch.setattr(backends, "find_obstacle", lambda *ignored: None)
 
 
 def draw(*shape):

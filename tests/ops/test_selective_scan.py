@@ -243,7 +243,7 @@ def test_compiled_gradients():
 def test_without_numba_the_reference_runs_with_one_warning(monkeypatch, caplog):
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == "numba" else find(name, *rest))
-    backends._announce.cache_clear()
+    backends.announce.cache_clear()
     tensors = inputs(everything=False)
     for _ in range(2):
         y = selective_scan(**tensors, delta_softplus=True)
@@ -252,7 +252,7 @@ def test_without_numba_the_reference_runs_with_one_warning(monkeypatch, caplog):
     assert len(warnings) == 1 and "numba is not installed" in warnings[0].getMessage()
     with pytest.raises(ValueError, match="'cpu' of selective_scan cannot run: numba is not installed"):
         selective_scan(**tensors, backend="cpu")
-    backends._announce.cache_clear()
+    backends.announce.cache_clear()
 
 
 def test_backends_that_cannot_run_here_say_why(monkeypatch):
@@ -295,8 +295,8 @@ def test_a_backend_can_be_forced_and_nonsense_is_refused(monkeypatch):
 
 
 def test_a_device_without_a_kernel_of_its_own_takes_the_reference_with_one_warning(caplog):
-    backends._announce.cache_clear()
+    backends.announce.cache_clear()
     with caplog.at_level("WARNING"):
         chosen = [backends.choose_backend("causal_conv", None, "cuda", ("naive", "cpu")) for _ in range(2)]
-    backends._announce.cache_clear()
+    backends.announce.cache_clear()
     assert chosen == ["naive", "naive"] and caplog.text.count("there is no kernel of triton") == 1

@@ -205,7 +205,7 @@ def test_results_do_not_depend_on_the_number_of_threads():
 def test_without_numba_the_reference_runs(monkeypatch, caplog):
     find_spec = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "numba" else find_spec(name))
-    backends._announce.cache_clear()
+    backends.announce.cache_clear()
     tensors = inputs(2, 9, 4, 3, 2, 5)
     assert torch.equal(ssd_scan(**tensors), ssd_scan(**tensors, backend="naive"))
     assert "numba is not installed" in caplog.text

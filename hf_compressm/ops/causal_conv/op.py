@@ -60,9 +60,9 @@ def _check(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
         raise ValueError(
             f"x must be (B, L, C) and weight (C, K), all >= 1; got {tuple(x.shape)} and {tuple(weight.shape)}"
         )
+    check_devices(x=x, weight=weight, bias=bias)
     if bias is not None and bias.shape != (x.shape[2],):
         raise ValueError(f"bias must be {(x.shape[2],)}, one number per channel; got {tuple(bias.shape)}")
-    check_devices(x=x, weight=weight, bias=bias)
 
 
 class Inputs(NamedTuple):

@@ -99,7 +99,7 @@ def run(kernel: Any, lam: Tensor, *tensors: Tensor) -> None:
 
 
 def real_pairs(x: Tensor) -> Tensor:
-    """Complex x (...) as contiguous pairs of reals (..., 2)."""
+    """Complex x, of any shape, as contiguous pairs of reals in a new last dimension."""
     return torch.view_as_real(x.resolve_conj().contiguous())
 
 

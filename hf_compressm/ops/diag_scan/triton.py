@@ -52,7 +52,7 @@ def _launch(lam: Tensor, x: Tensor, reverse: bool) -> tuple[tuple[int, int], tup
     """Grid and sizes for the main kernels, and where each chunk ends if there are several."""
     batch, length, size, _ = x.shape
     lanes = batch * size
-    doublings = _doublings(lanes, length, x.device)
+    doublings = chunk_doublings(lanes, length, x.device)
     grid = triton.cdiv(lanes, LANES), triton.cdiv(length, 1 << doublings)
     sizes = (size, lanes, length, doublings, *(stride // 2 for stride in x.stride()[:3]))
     ends = lam.new_empty(grid[1] if grid[1] > 1 else 0, batch, size, 2)
@@ -63,7 +63,7 @@ def _launch(lam: Tensor, x: Tensor, reverse: bool) -> tuple[tuple[int, int], tup
     return grid, sizes, ends
 
 
-def _doublings(lanes: int, length: int, device: torch.device) -> int:
+def chunk_doublings(lanes: int, length: int, device: torch.device) -> int:
     """log2 of the steps of a chunk: all steps, unless lanes are fewer than it takes to keep the memory busy."""
     cores = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
     wanted = 1 if lanes >= 256 * cores else triton.cdiv(512 * cores, lanes)

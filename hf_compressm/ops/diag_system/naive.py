@@ -12,18 +12,13 @@ from ..diag_scan.naive import naive_diag_scan
 
 
 def naive_diag_system(
-    u: Tensor,
-    lam: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor,
-    initial_state: Tensor | None = None,
+    u: Tensor, lam: Tensor, B: Tensor, C: Tensor, D: Tensor, initial_state: Tensor | None = None,
     scan: Callable[..., tuple[Tensor, Tensor]] = naive_diag_scan,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """y (B, L, H) and the final state (B, N); arguments and results as in `diag_system`.
 
     Args:
-        scan: function (lam, states' inputs (B, L, N), initial_state) -> (states, final state) for the recurrence.
+        scan: function (lam, inputs of the states (B, L, N), initial_state) -> (states, final state).
 
     Source: Orvieto et al. 2023, arXiv 2303.06349, section 3.
     """

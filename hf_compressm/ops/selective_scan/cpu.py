@@ -67,7 +67,7 @@ def forward(inputs: Inputs) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def backward(gradients: Gradients, inputs: Inputs) -> tuple[Tensor, ...]:
-    """Gradients of u, delta, A, B, C, D, z, delta_bias and the initial state, in the precision of the checkpoints."""
+    """Gradients of the eight tensors and of the initial state, of their shapes, in the precision of the checkpoints."""
     checkpoints, (batch, length, channels) = gradients.checkpoints, inputs.u.shape
     size = inputs.A.shape[1]
     tensors = _tensors(inputs) | {DY: _rows(gradients.dy, checkpoints.dtype), CHECKPOINTS: checkpoints}

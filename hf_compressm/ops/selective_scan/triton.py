@@ -48,7 +48,7 @@ def forward(inputs: Inputs) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def backward(gradients: Gradients, inputs: Inputs) -> tuple[Tensor | None, ...]:
-    """Gradients of u, delta, A, B, C, D, z (None if there is none), delta_bias and the initial state."""
+    """Gradients of the eight tensors (None for z if there is none) and of the initial state, of their shapes."""
     _, _, A, B, C, D, _, delta_bias, _, delta_softplus, _ = inputs
     dy, dfinal, checkpoints = gradients
     assert dy is not None

@@ -96,7 +96,7 @@ def forward(inputs: Inputs) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def backward(gradients: Gradients, inputs: Inputs) -> tuple[Tensor, ...]:
-    """Gradients of x, dt, A, B, C, D and the initial state, from those of y and the final state."""
+    """Gradients of x, dt, A, B, C, D and the initial state, of their shapes, from those of y and the final state."""
     x, dt, A, B, C, D, *_ = inputs
     dy, dfinal, states = gradients
     assert dy is not None
