@@ -101,7 +101,7 @@ FIELDS = {
     | {
         "n_groups": (1, 4),
         "chunk_size": (5,),
-        "time_step_limit": ((0.05, 0.5), (0.0, 0.1)),
+        "time_step_limit": ((0.05, 0.5), (0.0, 0.01)),
         "time_step_rank": UNREAD,
         **dict.fromkeys(("num_heads", "head_dim", "expand"), SHAPE),
     },
