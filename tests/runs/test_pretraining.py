@@ -1,6 +1,7 @@
 """Runs from YAML: parsing, the whole job on a small model, resuming, and bad input."""
 
 import json
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -50,14 +51,27 @@ def test_stock_models_run_by_the_ops_of_this_package(tmp_path, fast):
     assert [type(mixer) is MambaMixer for mixer in mixers] == [not fast] * 2
 
 
-def test_a_whole_run(tmp_path):
-    result = run_pretraining(parse_run(short(tmp_path)))
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """Folder and result of a run that saved a checkpoint every 8 steps."""
+    folder = tmp_path_factory.mktemp("runs") / "finished"
+    return folder, run_pretraining(parse_run(short(folder, "--save_strategy", "steps", "--save_steps", "8")))
+
+
+@pytest.fixture
+def copy(finished, tmp_path):
+    """A copy of that folder, to go on from."""
+    return Path(shutil.copytree(finished[0], tmp_path / "copy"))
+
+
+def test_a_whole_run(finished):
+    folder, result = finished
     assert result.sizes_before == [16] and result.sizes_after == [6]
-    compression = json.loads((tmp_path / "compression.json").read_text())
+    compression = json.loads((folder / "compression.json").read_text())
     assert compression["sizes_after"] == [6] and compression["history"] and len(compression["speed"]) >= 2
-    assert json.loads((tmp_path / "train_results.json").read_text())["train_loss"] > 0
-    assert json.loads((tmp_path / "test_results.json").read_text())["test_accuracy"] == result.metrics["test_accuracy"]
-    assert state_sizes(AutoModelForSequenceClassification.from_pretrained(tmp_path)) == [6]
+    assert json.loads((folder / "train_results.json").read_text())["train_loss"] > 0
+    assert json.loads((folder / "test_results.json").read_text())["test_accuracy"] == result.metrics["test_accuracy"]
+    assert state_sizes(AutoModelForSequenceClassification.from_pretrained(folder)) == [6]
     table = summary(result)
     assert "layer 0" in table and "37.5%" in table and "test accuracy" in table and "steps per second" in table
 
@@ -67,25 +81,21 @@ def test_without_compression_nothing_shrinks(tmp_path):
     assert result.sizes_after == [16] and not (tmp_path / "compression.json").exists()
 
 
-def test_resuming_across_cuts(tmp_path):
-    run_pretraining(parse_run(short(tmp_path, "--save_strategy", "steps", "--save_steps", "8")))
-    again = run_pretraining(parse_run(short(tmp_path, "--resume_from_checkpoint", str(tmp_path / "checkpoint-8"))))
+def test_resuming_across_cuts(copy):
+    again = run_pretraining(parse_run(short(copy, "--resume_from_checkpoint", str(copy / "checkpoint-8"))))
     assert again.sizes_before == [16] and again.sizes_after == [6]
-    last = run_pretraining(parse_run(short(tmp_path, "--resume_from_checkpoint", "true")))
+    last = run_pretraining(parse_run(short(copy, "--resume_from_checkpoint", "true")))
     assert last.sizes_after == [6]
 
 
-def test_resuming_from_nothing_and_from_a_checkpoint_that_contradicts_itself(tmp_path):
-    with pytest.raises(ValueError, match="holds no checkpoint"):
-        run_pretraining(parse_run(short(tmp_path, "--resume_from_checkpoint", "true")))
-    run_pretraining(parse_run(short(tmp_path, "--save_strategy", "steps", "--save_steps", "24")))
-    config = tmp_path / "checkpoint-24" / "config.json"
+def test_resuming_from_a_checkpoint_that_contradicts_itself(copy):
+    config = copy / "checkpoint-24" / "config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | {"state_sizes": [9]}))
     with pytest.raises(ValueError, match=r"config.json has .* bytes .* seal this one again"):
-        run_pretraining(parse_run(short(tmp_path, "--resume_from_checkpoint", "true")))
+        run_pretraining(parse_run(short(copy, "--resume_from_checkpoint", "true")))
     write_manifest(config.parent)
     with pytest.raises(ValueError, match="the config wants"):
-        run_pretraining(parse_run(short(tmp_path, "--resume_from_checkpoint", "true")))
+        run_pretraining(parse_run(short(copy, "--resume_from_checkpoint", "true")))
 
 
 @pytest.mark.parametrize(
