@@ -77,6 +77,7 @@ NOT_RUN = {
     "scripts/benchmarks/jax_lru.py": "needs JAX, which is not among the extras",
     "scripts/benchmarks/resume.py": "kills and restarts six runs",
     "scripts/benchmarks/statistics_pass.py": "two models at full size, and processes to measure their memory",
+    "scripts/reproduce.py configs/suites/paper.yaml --tasks scifar": "trains for hours; the dry run is run",
     "scripts/reproduce.py configs/suites/cpu.yaml": "trains for 85 minutes; tests/reproduction runs a small one",
     "scripts/reproduce.py configs/suites/language.yaml": "trains for half an hour; tests/reproduction runs a small one",
 }
