@@ -45,7 +45,19 @@ def hankel_nuclear_norm(poles: Tensor, B: Tensor, C: Tensor) -> Tensor:
     poles, B, C = (tensor.to(torch.complex128) for tensor in (poles, B, C))
     if not float(poles.detach().abs().max()) < 1:
         raise ValueError(f"all poles must lie inside the unit circle; the largest is {float(poles.abs().max()):.17g}")
-    result: Tensor = _SumOfSingularValues.apply(controllability_gramian(poles, B), observability_gramian(poles, C))
+    return sum_of_singular_values(controllability_gramian(poles, B), observability_gramian(poles, C))
+
+
+def sum_of_singular_values(P: Tensor, Q: Tensor) -> Tensor:
+    """tr((P Q)^(1/2)) of two Gramians, differentiable; see `hankel_nuclear_norm`.
+
+    Args:
+        P, Q: complex128 (..., N, N), Hermitian positive semidefinite up to rounding.
+
+    Returns:
+        float64 (...), >= 0.
+    """
+    result: Tensor = _SumOfSingularValues.apply(P, Q)
     return result
 
 

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from transformers import MambaConfig, MambaForCausalLM, Trainer
 
 from hf_compressm.baselines import HankelNormCallback, hankel_nuclear_norm
-from hf_compressm.baselines.hankel_norm import _SumOfSingularValues, layer_systems
+from hf_compressm.baselines.hankel_norm import layer_systems, sum_of_singular_values
 from hf_compressm.layers.lru import LRU
 from hf_compressm.reduction import (
     DiagonalSystem,
@@ -88,7 +88,7 @@ def test_a_gramian_that_rounding_has_made_indefinite():
     assert torch.linalg.cholesky_ex(P).info > 0
     expected = torch.linalg.eigvals(P @ Q).real.clamp(min=0).sqrt().sum()
     # The eigenvalue that was pushed below zero is worth up to its root.
-    torch.testing.assert_close(_SumOfSingularValues.apply(P, Q), expected, rtol=1e-4, atol=0)
+    torch.testing.assert_close(sum_of_singular_values(P, Q), expected, rtol=1e-4, atol=0)
 
 
 def test_bad_systems_are_refused():
