@@ -114,7 +114,7 @@ RESUMED = [
 def test_a_run_resumes_into_a_model_of_the_original_size(kind, step, tmp_path, trained):
     whole, folder = trained(kind)
     assert state_sizes(whole.model) == [4, 4]
-    resumed = trainer_of(kind, tmp_path, save_strategy="no", eval_strategy="no")
+    resumed = trainer_of(kind, tmp_path, save_strategy="no")
     resumed.train(resume_from_checkpoint=str(folder / f"checkpoint-{step}"))
     assert same_weights(whole.model, resumed.model) and history(whole.model) == history(resumed.model)
     assert original_sizes(resumed.model) == [16, 16]
