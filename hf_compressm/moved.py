@@ -87,13 +87,11 @@ NAMES: dict[str, dict[str, str]] = {
         "recurrent_state": "layers.mixer",
         "remembered": "layers.mixer:join_cached_inputs",
     },
-    "models.classification": {"in_form": "models.outputs"},
     "models.selective": {
         "SCHEMES": "models.selective_config",
         "check_fields": "models.selective_config",
         "checked_sizes": "models.selective_config",
         "has_parameters": "models.selective_config",
-        "make_embeddings": "models.embeddings",
     },
     "runs.compression": {"run": "runs.compression:compress_saved_model"},
     "runs.data_source": {"calibration": "runs.data_source:draw_calibration"},

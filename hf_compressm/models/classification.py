@@ -9,7 +9,6 @@ from torch import Tensor, nn
 from transformers.activations import ACT2FN
 from transformers.modeling_outputs import SequenceClassifierOutput
 
-from ..moved import old_names
 from .known_by_name import KnownClassifier
 from .outputs import in_form
 from .pooling import pooled
@@ -142,6 +141,3 @@ class SequencePairClassification(SequenceClassification):
         first, second = features.unflatten(0, (-1, 2)).unbind(1)
         features = torch.cat([first, second, first * second, first - second], dim=-1)
         return self.score(self.act(self.dense(features)))
-
-
-__getattr__ = old_names(__name__)
