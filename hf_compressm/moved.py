@@ -156,6 +156,6 @@ class _OldModules(MetaPathFinder):
 
 
 def install() -> None:
-    """Let the old paths be imported. Real modules go first."""
+    """Let the old paths be imported, also where a folder of an old module is left with nothing but caches in it."""
     if not any(isinstance(finder, _OldModules) for finder in sys.meta_path):
-        sys.meta_path.append(_OldModules())
+        sys.meta_path.insert(0, _OldModules())
