@@ -122,7 +122,7 @@ def test_own_mixers_call_every_layer():
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        ([CONFIG, "--tau", "0.1"], "one of target_state_size, tau and keep_fraction"),
+        ([CONFIG, "--tau", "0.1"], "one of tau, target_state_size and keep_fraction"),
         (["--data", "stdlib_bytes", "--output_dir", "x"], "no model given"),
         (["--model", "x", "--output_dir", "x"], "no data given"),
     ],
