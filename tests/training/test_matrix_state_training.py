@@ -1,0 +1,55 @@
+"""The callback on layers with matrix-valued states, in an unmodified Trainer and with LoRA."""
+
+import copy
+
+import pytest
+import torch
+from datasets import Dataset
+from delta_models import make
+from helpers import arguments
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM, Trainer
+
+from hf_compressm import CompreSSMCallback, compress, state_sizes
+from hf_compressm.surgery import history
+from hf_compressm.training import verify_checkpoint
+
+IDS = torch.randint(2, 64, (16, 12), generator=torch.Generator().manual_seed(0))
+
+
+def trainer_of(family, folder, **settings):
+    callback = CompreSSMCallback(policy="fraction", keep_fraction=0.5, cut_steps=[3, 5], refit_steps=2)
+    data = Dataset.from_dict({"input_ids": IDS.tolist(), "labels": IDS.tolist()}).with_format("torch")
+    args = arguments(folder, max_steps=6, per_device_train_batch_size=4, learning_rate=1e-3, **settings)
+    return Trainer(make(family).train(), args, train_dataset=data, callbacks=[callback])
+
+
+@pytest.mark.parametrize("family", ["qwen3_5", "qwen3_next", "olmo_hybrid"])
+def test_keys_go_while_it_trains_and_resuming_across_a_cut_is_exact(family, tmp_path):
+    whole = trainer_of(family, tmp_path, save_strategy="steps", save_steps=2)
+    whole.train()
+    assert state_sizes(whole.model) == [8, 8] and whole.model.config.linear_key_head_dim == 8
+    assert [record["step"] for record in history(whole.model)] == [3, 5]
+    verify_checkpoint(tmp_path / "checkpoint-4")
+    resumed = trainer_of(family, tmp_path)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
+    for (name, one), two in zip(whole.model.named_parameters(), resumed.model.parameters(), strict=True):
+        assert torch.equal(one, two), name
+    whole.save_model(tmp_path / "final")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "final").eval()
+    assert torch.equal(loaded(IDS).logits, whole.model.eval()(IDS).logits)
+
+
+def test_adapters_follow_a_cut():
+    base = make("qwen3_5")
+    settings = LoraConfig(r=2, target_modules=["in_proj_qkv", "out_proj"])
+    model = get_peft_model(copy.deepcopy(base), settings)
+    generator = torch.Generator().manual_seed(1)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            parameter.data.normal_(std=0.1, generator=generator)
+    merged = copy.deepcopy(model).merge_and_unload()
+    for cut in (model, merged):
+        compress(cut, {"input_ids": IDS}, target=8, refit_steps=0)
+    assert state_sizes(model) == [8, 8]
+    assert torch.allclose(model.eval()(IDS).logits, merged.eval()(IDS).logits, atol=1e-4)
