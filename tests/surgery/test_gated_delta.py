@@ -34,7 +34,9 @@ def given_to_recurrence(model, mixer, ids, mask=None):
         model(ids, attention_mask=mask, use_cache=False)
     finally:
         setattr(module, name, original)
-    return seen[0]
+    q, k, *others = seen[0]
+    step = k.shape[2] // mixer.num_k_heads  # older versions repeat the heads of keys before this
+    return q[:, :, ::step], k[:, :, ::step], *others
 
 
 def moments_by_hand(q, k, v, g, beta):
