@@ -2,6 +2,10 @@
 
 from . import compatibility as compatibility  # stops at once where the installed transformers does not fit
 from .models import (
+    CompreSSMGatedDeltaNetConfig,
+    CompreSSMGatedDeltaNetForCausalLM,
+    CompreSSMGatedDeltaNetForSequenceClassification,
+    CompreSSMGatedDeltaNetModel,
     CompreSSMMamba2Config,
     CompreSSMMamba2ForCausalLM,
     CompreSSMMamba2ForSequenceClassification,
@@ -25,6 +29,10 @@ from .training import CompressionConfig, CompreSSMCallback
 
 __all__ = [
     "CompreSSMCallback",
+    "CompreSSMGatedDeltaNetConfig",
+    "CompreSSMGatedDeltaNetForCausalLM",
+    "CompreSSMGatedDeltaNetForSequenceClassification",
+    "CompreSSMGatedDeltaNetModel",
     "CompreSSMMamba2Config",
     "CompreSSMMamba2ForCausalLM",
     "CompreSSMMamba2ForSequenceClassification",

@@ -1,5 +1,11 @@
 """Model classes for the Hugging Face stack; importing this package registers them with the Auto classes."""
 
+from .compressm_gated_deltanet import (
+    CompreSSMGatedDeltaNetConfig,
+    CompreSSMGatedDeltaNetForCausalLM,
+    CompreSSMGatedDeltaNetForSequenceClassification,
+    CompreSSMGatedDeltaNetModel,
+)
 from .compressm_mamba import (
     CompreSSMMambaConfig,
     CompreSSMMambaForCausalLM,
@@ -30,6 +36,12 @@ register(
     CompreSSMMamba2Config, CompreSSMMamba2Model, CompreSSMMamba2ForCausalLM, CompreSSMMamba2ForSequenceClassification
 )
 register(
+    CompreSSMGatedDeltaNetConfig,
+    CompreSSMGatedDeltaNetModel,
+    CompreSSMGatedDeltaNetForCausalLM,
+    CompreSSMGatedDeltaNetForSequenceClassification,
+)
+register(
     MimoSSMConfig,
     MimoSSMModel,
     MimoSSMForCausalLM,
@@ -38,6 +50,10 @@ register(
 )
 
 __all__ = [
+    "CompreSSMGatedDeltaNetConfig",
+    "CompreSSMGatedDeltaNetForCausalLM",
+    "CompreSSMGatedDeltaNetForSequenceClassification",
+    "CompreSSMGatedDeltaNetModel",
     "CompreSSMMamba2Config",
     "CompreSSMMamba2ForCausalLM",
     "CompreSSMMamba2ForSequenceClassification",

@@ -1,4 +1,4 @@
-"""Convert transformers' Mamba and Mamba-2 to this package's models and back, with no change of outputs."""
+"""Convert transformers' Mamba, Mamba-2 and Qwen3.5 to this package's models and back, with no change of outputs."""
 
 from __future__ import annotations
 
@@ -18,9 +18,17 @@ from transformers import (
     MambaForCausalLM,
     MambaModel,
     PreTrainedModel,
+    Qwen3_5ForCausalLM,
+    Qwen3_5TextConfig,
+    Qwen3_5TextModel,
 )
 
 from ..compatibility import mamba2_norm_is_by_group
+from .compressm_gated_deltanet import (
+    CompreSSMGatedDeltaNetConfig,
+    CompreSSMGatedDeltaNetForCausalLM,
+    CompreSSMGatedDeltaNetModel,
+)
 from .compressm_mamba import CompreSSMMambaConfig, CompreSSMMambaForCausalLM, CompreSSMMambaModel
 from .compressm_mamba2 import CompreSSMMamba2Config, CompreSSMMamba2ForCausalLM, CompreSSMMamba2Model
 
@@ -31,21 +39,29 @@ _PAIRS: dict[type, tuple[type, type]] = {
     MambaModel: (CompreSSMMambaModel, CompreSSMMambaConfig),
     Mamba2ForCausalLM: (CompreSSMMamba2ForCausalLM, CompreSSMMamba2Config),
     Mamba2Model: (CompreSSMMamba2Model, CompreSSMMamba2Config),
+    Qwen3_5ForCausalLM: (CompreSSMGatedDeltaNetForCausalLM, CompreSSMGatedDeltaNetConfig),
+    Qwen3_5TextModel: (CompreSSMGatedDeltaNetModel, CompreSSMGatedDeltaNetConfig),
 }
-_STOCK = {own: (stock, Mamba2Config if "2" in stock.__name__ else MambaConfig) for stock, (own, _) in _PAIRS.items()}
+_CONFIGS = (MambaConfig, Mamba2Config, Qwen3_5TextConfig)
+_STOCK = {
+    own: (stock, next(config for config in _CONFIGS if issubclass(own_config, config)))
+    for stock, (own, own_config) in _PAIRS.items()
+}
 OWN_FIELDS = ("state_sizes", "num_channels", "pooling", "compression_history")
+OWN_DELTA_FIELDS = (*OWN_FIELDS, "full_attention_interval", "time_step_min", "time_step_max", "time_step_floor")
 DROPPED = ("model_type", "architectures", "transformers_version", "auto_map")
 
 
 def from_stock(model: PreTrainedModel | str | os.PathLike[str], **kwargs: Any) -> PreTrainedModel:
-    """Build this package's model with the weights of a stock Mamba or Mamba-2, and the same outputs.
+    """Build this package's model with the weights of a stock Mamba, Mamba-2 or Qwen3.5, and the same outputs.
 
     All fields of the config and the settings of generation are copied. Outputs differ in two cases, in which
     transformers' PyTorch code is wrong: a single token after cached ones has its time step clamped to
     `time_step_limit`, as all others have; and padding changes neither the cache nor, with `use_bias`, the convolution.
 
     Args:
-        model: `MambaForCausalLM`, `MambaModel`, `Mamba2ForCausalLM` or `Mamba2Model`, or the folder or hub name of one.
+        model: `MambaForCausalLM`, `MambaModel`, `Mamba2ForCausalLM`, `Mamba2Model`, `Qwen3_5ForCausalLM` or
+            `Qwen3_5TextModel`, or the folder or hub name of one.
         **kwargs: for `from_pretrained`, if a name is given.
 
     Returns:
@@ -63,22 +79,23 @@ def from_stock(model: PreTrainedModel | str | os.PathLike[str], **kwargs: Any) -
             f"{type(stock).__name__} has no counterpart with a state size per layer; supported are "
             f"{', '.join(cls.__name__ for cls in _PAIRS)}. Other classes are compressed as they are, all layers alike."
         )
-    if others := sorted(set(stock.config.layer_types) - {"linear_attention"}):
+    delta = isinstance(stock.config, Qwen3_5TextConfig)
+    if not delta and (others := sorted(set(stock.config.layer_types) - {"linear_attention"})):
         raise ValueError(f"the model has layers of types {', '.join(others)}; only pure Mamba models can be converted")
     _refuse_quantized(stock)
     _require_equal_norms(stock.config)
     own_class, config_class = _PAIRS[type(stock)]
-    return _rebuilt(stock, own_class, config_class, _fields(stock.config), stock.state_dict())
+    tensors = _renamed(stock.state_dict(), "model.", "backbone.") if delta else stock.state_dict()
+    return _rebuilt(stock, own_class, config_class, _fields(stock.config), tensors)
 
 
 def to_stock(model: PreTrainedModel, state_size: int | None = None) -> PreTrainedModel:
-    """Build a plain transformers Mamba or Mamba-2 with the same outputs, which any tool loads.
+    """Build a plain transformers Mamba, Mamba-2 or Qwen3.5 with the same outputs, which any tool loads.
 
-    Layers with fewer states than others get further states with zero input and zero output.
+    Layers of a Mamba or Mamba-2 with fewer states than others get further states with zero input and zero output.
 
     Args:
-        model: `CompreSSMMambaForCausalLM`, `CompreSSMMambaModel`, `CompreSSMMamba2ForCausalLM` or
-            `CompreSSMMamba2Model`.
+        model: this package's Mamba, Mamba-2 or Gated DeltaNet, as `ForCausalLM` or without a head.
         state_size: number of states of all layers of the result, at least that of the largest layer, which is the
             default. Multiples of 16 suit GPU kernels.
 
@@ -87,9 +104,10 @@ def to_stock(model: PreTrainedModel, state_size: int | None = None) -> PreTraine
 
     Raises:
         TypeError: if the model is of another class; a classifier's head has no stock class.
-        ValueError: if `state_size` is too small; if the model reads continuous values or is quantized; if a layer of a
-            Mamba-2 has a read-in and read-out that mix states, or needs further states that its activation would make
-            nonzero; if a Mamba-2 has several groups and transformers is older than 5.23.
+        ValueError: if `state_size` is too small, or given for a Gated DeltaNet as another one than it has; if the model
+            reads continuous values or is quantized; if a layer of a Mamba-2 has a read-in and read-out that mix states,
+            or needs further states that its activation would make nonzero; if a Mamba-2 has several groups and
+            transformers is older than 5.23; if a layer of a Gated DeltaNet has a read-in and read-out at all.
     """
     if type(model) not in _STOCK:
         raise TypeError(
@@ -102,6 +120,10 @@ def to_stock(model: PreTrainedModel, state_size: int | None = None) -> PreTraine
     _refuse_quantized(model)
     _require_equal_norms(config)
     stock_class, config_class = _STOCK[type(model)]
+    if issubclass(config_class, Qwen3_5TextConfig):
+        _refuse_other_basis(model, state_size)
+        fields = {name: value for name, value in _fields(config).items() if name not in OWN_DELTA_FIELDS}
+        return _rebuilt(model, stock_class, config_class, fields, _renamed(model.state_dict(), "backbone.", "model."))
     largest = max(config.state_sizes)
     state_size = largest if state_size is None else state_size
     if state_size < largest:
@@ -110,6 +132,25 @@ def to_stock(model: PreTrainedModel, state_size: int | None = None) -> PreTraine
     tensors = convert(model, state_size)
     fields = {name: value for name, value in _fields(config).items() if name not in OWN_FIELDS}
     return _rebuilt(model, stock_class, config_class, fields | {"state_size": state_size}, tensors)
+
+
+def _refuse_other_basis(model: Any, state_size: int | None) -> None:
+    """Raise ValueError if a layer of a Gated DeltaNet was cut, or the states are to be of another size."""
+    for name, mixer in model.named_modules():
+        if name.endswith(".linear_attn") and mixer.read_in is not None:
+            raise ValueError(
+                f"{name} has keys and queries in a basis of their own behind the norm, read_in and read_out, where a "
+                "stock Qwen3.5 has no such matrices, so it cannot be written as one without loss. Save this package's "
+                "class instead, or compress the stock Qwen3_5ForCausalLM itself."
+            )
+    size = model.config.linear_key_head_dim
+    if state_size not in (None, size):
+        raise ValueError(f"state_size must be {size}, the size of the model's keys, or None; got {state_size}")
+
+
+def _renamed(tensors: Mapping[str, Tensor], old: str, new: str) -> Tensors:
+    """Tensors by names that begin in another way; other names stay."""
+    return {new + name.removeprefix(old) if name.startswith(old) else name: value for name, value in tensors.items()}
 
 
 def _require_equal_norms(config: Any) -> None:

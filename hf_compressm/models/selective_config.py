@@ -17,26 +17,32 @@ class SelectiveConfig(CarriesCode):
 
     keys_to_ignore_at_inference = ["cache", "cache_params"]
     state_sizes: Any
+    state_size: Any
+    num_hidden_layers: Any
 
     def __post_init__(self, **kwargs: Any) -> None:
         check_fields(self)
-        self.state_sizes = checked_sizes(self)
+        self.state_sizes = checked_sizes(self.state_sizes, self.state_size, self.num_hidden_layers)
         super().__post_init__(**kwargs)  # type: ignore[misc]
 
 
-def checked_sizes(config: Any) -> list[int]:
-    """Return `config.state_sizes` as one integer for each layer; None stands for `state_size` in all layers.
+def checked_sizes(sizes: Any, full: int, layers: int, counted: str = "num_hidden_layers") -> list[int]:
+    """Return state sizes as one integer for each layer.
+
+    Args:
+        sizes: one integer for all layers, or a list of one per layer; None stands for `full` in all layers.
+        full: the largest size that layers can have.
+        layers: number of layers that have states.
+        counted: what their number is called in the error.
 
     Raises:
         ValueError: if it is not one integer >= 1 for each layer.
     """
-    sizes, layers = config.state_sizes, config.num_hidden_layers
-    sizes = config.state_size if sizes is None else sizes
+    sizes = full if sizes is None else sizes
     sizes = [sizes] * layers if isinstance(sizes, int) else list(sizes)
     if len(sizes) != layers or not all(isinstance(size, int) and size >= 1 for size in sizes):
         raise ValueError(
-            f"state_sizes must be one integer >= 1, or a list of one per layer; got {sizes!r} for "
-            f"num_hidden_layers={layers}"
+            f"state_sizes must be one integer >= 1, or a list of one per layer; got {sizes!r} for {counted}={layers}"
         )
     return sizes
 
@@ -51,7 +57,7 @@ def check_fields(config: Any) -> None:
     if config.hidden_act not in ACT2FN or has_parameters(config.hidden_act):
         plain = [name for name in sorted(ACT2FN) if not has_parameters(name)]
         raise ValueError(
-            f"hidden_act must be an activation without parameters, which transformers' own Mamba would not train: "
+            f"hidden_act must be an activation without parameters, which transformers' own layers would not train: "
             f"{', '.join(plain)}; got {config.hidden_act!r}"
         )
     scheme = getattr(config, "time_step_init_scheme", SCHEMES[0])

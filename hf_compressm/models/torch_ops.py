@@ -7,13 +7,17 @@ from __future__ import annotations
 
 from typing import Any
 
+from torch import Tensor
+
 from ..ops.causal_conv.naive import naive_causal_conv
 from ..ops.diag_system.naive import naive_diag_system
+from ..ops.gated_delta_scan.naive import naive_gated_delta_scan, naive_gated_delta_step
 from ..ops.selective_scan.naive import naive_selective_scan
 from ..ops.ssd_scan.naive import naive_ssd_scan
 
 causal_conv = naive_causal_conv
 diag_system = naive_diag_system
+gated_delta_scan = naive_gated_delta_scan
 
 
 def selective_scan(*tensors: Any, return_final_state: bool = False, **options: Any) -> Any:
@@ -26,6 +30,16 @@ def ssd_scan(*tensors: Any, return_final_state: bool = False, **options: Any) ->
     """Scan of Mamba-2: y (B, L, H, P), and the final state (B, H, P, N) if it is asked for."""
     y, final = naive_ssd_scan(*tensors, **options)
     return (y, final) if return_final_state else y
+
+
+def gated_delta_step(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, state: Tensor, **options: Any) -> Tensor:
+    """One token of the gated delta rule: o (B, H, V); the state (B, H, K, V) is updated in place."""
+    wide = [part.to(state.dtype) for part in (q, k, v, g, beta)]
+    if options.get("erase") is not None:
+        options["erase"] = options["erase"].to(state.dtype)
+    o, after = naive_gated_delta_step(*wide, state, **options)
+    state.copy_(after)
+    return o.to(v.dtype)
 
 
 class CarriesCode:

@@ -62,3 +62,19 @@ def missed_share(M: Tensor, kept: list[int]) -> float:
     inner = inner + 1e-9 * inner.diagonal().mean() * torch.eye(len(kept), dtype=M.dtype, device=M.device)
     explained = torch.linalg.solve(inner, M[kept]) * M[kept]
     return max(0.0, 1 - float(explained.sum()) / total)
+
+
+def leading_rotation(Q: Tensor, K: Tensor, P: Tensor, order: int) -> Tensor:
+    """Orthonormal directions of key space that matter most: eigenvectors of P^(1/2) M P^(1/2), M of `key_moments`.
+
+    Args:
+        Q, K, P: float64 (K, K), second moments of queries, keys and states, symmetric positive semidefinite.
+        order: number of directions r, 1 <= r <= K.
+
+    Returns:
+        float64 (r, K), with orthonormal rows.
+    """
+    values, vectors = torch.linalg.eigh(P)
+    root = (vectors * values.clamp(min=0).sqrt()) @ vectors.mT
+    _, directions = torch.linalg.eigh(root @ key_moments(Q, K) @ root)
+    return directions[:, -order:].mT.flip(0)

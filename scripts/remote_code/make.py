@@ -18,11 +18,17 @@ from bundle import PACKAGE, ROOT, Bundle
 
 FOLDER = ROOT / PACKAGE / "models/remote"
 COMMAND = "python scripts/remote_code/make.py"
-NAMES = {"compressm_mamba": "CompreSSMMamba", "compressm_mamba2": "CompreSSMMamba2", "mimo_ssm": "MimoSSM"}
-OPS = ("causal_conv", "diag_system", "selective_scan", "ssd_scan")
+NAMES = {
+    "compressm_gated_deltanet": "CompreSSMGatedDeltaNet",
+    "compressm_mamba": "CompreSSMMamba",
+    "compressm_mamba2": "CompreSSMMamba2",
+    "mimo_ssm": "MimoSSM",
+}
+OPS = ("causal_conv", "diag_system", "gated_delta_scan", "selective_scan", "ssd_scan")
 """Functions of `models/torch_ops.py`, each with the name of the op that it replaces."""
 TORCH_OPS = f"{PACKAGE}.models.torch_ops"
 REPLACEMENTS = {(f"{PACKAGE}.ops.{name}", name): (TORCH_OPS, name) for name in OPS}
+REPLACEMENTS[(f"{PACKAGE}.ops.gated_delta_scan", "gated_delta_step")] = (TORCH_OPS, "gated_delta_step")
 REPLACEMENTS[(f"{PACKAGE}.models.remote_code", "CarriesCode")] = (TORCH_OPS, "CarriesCode")
 
 TITLE = """{what} of {name}.

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ...layers.gated_delta import unit_vectors
 from ...layers.mixer import mask_padding
 from ...layers.plain import innermost
 from ...ops.gated_delta_scan import delta_state_gramian
@@ -30,8 +31,6 @@ from .base import MixerReduction, register_adapter
 from .matrix_states import MatrixMeasurement, MatrixStatistics, choose_channels, second_moment
 from .selective import CalibratedAdapter, StateChoice, look_weights, real_tokens
 
-EPS = 1e-6
-"""Added to the squared length of a key or query before it is normalised, as transformers does."""
 BLOCK = 16
 """Key sizes are multiples of this unless the caller says otherwise."""
 KEY, OTHER = "key", "other"
@@ -116,7 +115,7 @@ class GatedDeltaAdapter(CalibratedAdapter):
         convolved = F.silu(mixer.conv1d(channels.mT)[..., : channels.shape[1]].mT).float()
         size, heads = self.state_size(mixer), mixer.num_k_heads
         q, k, v = convolved.split([heads * size, heads * size, _value_size(mixer)], dim=-1)
-        q, k = (_unit(part.unflatten(-1, (heads, size))) for part in (q, k))
+        q, k = (unit_vectors(part.unflatten(-1, (heads, size))) for part in (q, k))
         g = -mixer.A_log.float().exp() * F.softplus(step.float() + mixer.dt_bias.float())
         beta = mask_padding(self.strength(mixer, strength.float()), attention_mask)
         g = mask_padding(g, attention_mask)
@@ -219,10 +218,6 @@ class OlmoDeltaAdapter(GatedDeltaAdapter):
 
 def _value_size(mixer: Any) -> int:
     return mixer.num_v_heads * mixer.head_v_dim
-
-
-def _unit(keys: Tensor) -> Tensor:
-    return keys * torch.rsqrt(keys.square().sum(-1, keepdim=True) + EPS)
 
 
 _STOCK = "transformers.models."

@@ -176,11 +176,11 @@ class CompreSSMMamba2Adapter(_Mamba2Adapter):
         read_in, read_out = torch.stack(ins), torch.stack(outs)
         if not (read_in.isfinite().all() and read_out.isfinite().all()):
             raise ReductionError("the reduced parameters are NaN or infinite")
-        return MixerReduction(_basis_changes(mixer, read_in, read_out), residual=sum(residuals) / len(residuals))
+        return MixerReduction(basis_changes(mixer, read_in, read_out), residual=sum(residuals) / len(residuals))
 
     def keep(self, mixer: Any, kept: Sequence[Sequence[int]]) -> dict[str, ParameterChange]:
         rows = torch.eye(self.state_size(mixer), dtype=torch.float64)[torch.tensor([list(chosen) for chosen in kept])]
-        return _basis_changes(mixer, rows, rows)
+        return basis_changes(mixer, rows, rows)
 
     def refitted(self, mixer: Any) -> dict[str, slice]:
         return dict.fromkeys(("read_in", "read_out"), slice(None))
@@ -216,8 +216,13 @@ def _conv_states(mixer: Any) -> int:
     return (mixer.conv1d.weight.shape[0] - _channels(mixer)) // (2 * mixer.n_groups)
 
 
-def _basis_changes(mixer: Any, read_in: Tensor, read_out: Tensor) -> dict[str, ParameterChange]:
-    """Parameters with L B and R C in place of the present B and C; L and R float64 (G, r, N)."""
+def basis_changes(mixer: Any, read_in: Tensor, read_out: Tensor) -> dict[str, ParameterChange]:
+    """Changes of read_in and read_out to L read_in and R read_out, or to L and R where there are none yet.
+
+    Args:
+        mixer: has `read_in` and `read_out`, each (G, N, ...) or None.
+        read_in, read_out: L and R, float64 (G, r, N).
+    """
     if mixer.read_in is None:
         # Nothing on record tells the gradient of a matrix that was not there.
         return {"read_in": ParameterChange(read_in, ()), "read_out": ParameterChange(read_out, ())}

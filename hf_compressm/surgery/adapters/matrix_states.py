@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...reduction import average_overlap, empirical_singular_values
+from ...reduction import average_overlap, empirical_singular_values, low_rank_basis
 from ...reduction.key_channels import select_key_channels
 from .base import ReductionError
 from .selective import StateChoice, real_tokens
@@ -127,3 +127,22 @@ def choose_channels(Q: Tensor, K: Tensor, choice: StateChoice) -> list[int]:
     if choice.selection == "smallest":
         return sorted(select_key_channels(Q, K, len(Q))[-choice.order :])
     return choice.random_indices(len(Q))
+
+
+def choose_basis(Q: Tensor, K: Tensor, P: Tensor, choice: StateChoice) -> tuple[Tensor, Tensor]:
+    """Read-in L and read-out R of one key head, float64 (r, K), from the basis that balances P and Q.
+
+    Args:
+        Q, K, P: float64 (K, K), second moments of queries, keys and states.
+        choice: of 1 <= r <= K new channels.
+
+    Raises:
+        ValueError: on an unknown selection, or random without a generator.
+    """
+    if choice.selection == "largest":
+        return low_rank_basis(P, Q, choice.order)
+    L, R = low_rank_basis(P, Q, len(P))
+    if choice.selection == "smallest":
+        return L[-choice.order :], R[-choice.order :]
+    kept = choose_channels(Q, K, choice)
+    return L[kept], R[kept]

@@ -20,10 +20,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ...reduction import low_rank_basis, output_residual
+from ...reduction import output_residual
 from ..changes import ParameterChange, Term
 from .base import MixerReduction, ReductionError, register_adapter
-from .matrix_states import MatrixMeasurement, MatrixStatistics, choose_channels, second_moment
+from .matrix_states import MatrixMeasurement, MatrixStatistics, choose_basis, second_moment
 from .selective import CalibratedAdapter, StateChoice, look_weights, real_tokens
 
 
@@ -66,12 +66,7 @@ class XLSTMAdapter(CalibratedAdapter):
         """
         pairs, residuals = [], []
         for Q, K, P in zip(measurement.Q, measurement.K, measurement.P, strict=True):
-            L, R = low_rank_basis(P, Q, choice.order if choice.selection == "largest" else len(P))
-            if choice.selection != "largest":
-                kept = range(len(P) - choice.order, len(P))
-                if choice.selection == "random":
-                    kept = choose_channels(Q, K, choice)
-                L, R = L[list(kept)], R[list(kept)]
+            L, R = choose_basis(Q, K, P, choice)
             pairs.append((L, R))
             residuals.append(output_residual(P, Q, L, R))
         if not all(part.isfinite().all() for pair in pairs for part in pair):
