@@ -26,9 +26,10 @@ def own(seed=0, **fields):
     return lively(CompreSSMGatedDeltaNetForCausalLM(config(**fields))).eval()
 
 
-def stock(seed=0, **fields):
-    torch.manual_seed(seed)
-    return lively(Qwen3_5ForCausalLM(Qwen3_5TextConfig(**(FIELDS | fields)))).eval()
+def stock(alive=False, **fields):
+    torch.manual_seed(0)
+    model = Qwen3_5ForCausalLM(Qwen3_5TextConfig(**(FIELDS | fields))).eval()
+    return lively(model) if alive else model
 
 
 @torch.no_grad()

@@ -113,11 +113,13 @@ class CompreSSMGatedDeltaMixer(CachedMixer):
     def recurrence_inputs(
         self, hidden_states: Tensor, cache: Any = None, tokens: RealFirst | None = None
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """Compute what the gated delta rule gets, at full key size, from hidden states (B, L, D); arguments as of `mix`.
+        """Compute the input of the gated delta rule, at full key size, from hidden states (B, L, D).
+
+        The arguments are those of `mix`.
 
         Returns:
-            Queries and keys (B, L, G, K) of length 1, values (B, L, H, V), log decays <= 0 and write strengths in (0, 1),
-            both (B, L, H) and zero at padding.
+            Queries and keys (B, L, G, K) of length 1, values (B, L, H, V), log decays <= 0 and write strengths in
+            (0, 1), both (B, L, H) and zero at padding.
         """
         channels = self.convolve_tokens(self.in_proj_qkv(hidden_states), cache, tokens)
         keys, values = self.num_k_heads * self.head_k_dim, self.num_v_heads * self.head_v_dim
@@ -129,7 +131,10 @@ class CompreSSMGatedDeltaMixer(CachedMixer):
         return q, k, v.unflatten(-1, (self.num_v_heads, -1)), g, beta
 
     def to_state_basis(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Map queries and keys (B, L, G, K) to queries, write keys and erase keys (B, L, G, r), None if as write keys."""
+        """Map queries and keys (B, L, G, K) to queries, write keys and erase keys (B, L, G, r).
+
+        Erase keys are None where they are the write keys.
+        """
         if self.read_in is None or self.read_out is None:
             return q, k, None
         return in_basis(q, self.read_out), in_basis(k, self.read_in), in_basis(k, self.read_out)

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from own_delta_models import FIELDS as DELTA
 
 import hf_compressm as package
 
@@ -19,6 +20,7 @@ FIELDS: dict[str, dict[str, Any]] = {
     "MimoSSM": SIZES | {"dropout": 0.0, "initializer_range": 1.0, "pad_token_id": 0},
 }
 FIELDS["CompreSSMMamba2"] = FIELDS["CompreSSMMamba"] | HEADS
+FIELDS["CompreSSMGatedDeltaNet"] = DELTA | {"vocab_size": V, "hidden_size": 16, "state_sizes": [3, 5]}
 
 CAUSAL = tuple(f"{family}ForCausalLM" for family in FIELDS)
 CLASSIFIERS = (

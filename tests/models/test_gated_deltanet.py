@@ -30,19 +30,22 @@ def close(found, expected, tolerance=1e-6):
 
 
 @pytest.mark.parametrize("fields", [{}, PURE], ids=["hybrid", "pure"])
-def test_at_full_size_it_is_the_stock_model(fields, tmp_path):
-    theirs = stock(**fields)
+@pytest.mark.parametrize("start", ["fresh", "lively"])
+def test_at_full_size_it_is_the_stock_model(fields, start, tmp_path):
+    theirs = stock(start == "lively", **fields)
+    # With large weights, norms of small outputs make the rounding of transformers' float32 a hundred times larger.
+    logit_error, gradient_error = (1e-6, 1e-6) if start == "fresh" else (1e-5, 5e-4)
     ours = from_stock(theirs)
     assert type(ours) is CompreSSMGatedDeltaNetForCausalLM
     # transformers' own cache of linear attention alone cannot be asked for its length.
     losses = [model(IDS, labels=IDS, use_cache=False).loss for model in (theirs, ours)]
     expected = theirs(IDS, use_cache=False).logits
-    assert close(ours(IDS).logits, expected, 5e-6)
+    assert close(ours(IDS).logits, expected, logit_error)
     for loss in losses:
         loss.backward()
     gradients = {name.replace("backbone.", "model."): p.grad for name, p in ours.named_parameters()}
     for name, parameter in theirs.named_parameters():
-        assert close(gradients[name], parameter.grad, 2e-5), name
+        assert close(gradients[name], parameter.grad, gradient_error), name
     back = to_stock(ours)
     assert type(back) is type(theirs) and back.config.to_dict() == theirs.config.to_dict()
     assert torch.equal(back(IDS, use_cache=False).logits, expected)
@@ -54,10 +57,10 @@ def test_at_full_size_it_is_the_stock_model(fields, tmp_path):
 
 
 def test_without_a_head_it_is_converted_too():
-    theirs = lively(Qwen3_5TextModel(stock().config)).eval()
+    theirs = Qwen3_5TextModel(stock().config).eval()
     ours = from_stock(theirs)
     assert type(ours) is CompreSSMGatedDeltaNetModel
-    assert close(ours(IDS).last_hidden_state, theirs(IDS).last_hidden_state, 5e-6)
+    assert close(ours(IDS).last_hidden_state, theirs(IDS).last_hidden_state)
     assert torch.equal(to_stock(ours)(IDS).last_hidden_state, theirs(IDS).last_hidden_state)
 
 
@@ -149,10 +152,10 @@ def test_saving_and_loading_keeps_sizes_ties_and_outputs(fields, tmp_path):
 
 
 def test_a_cache_from_before_a_cut_is_refused():
-    cache = cache_of(own(**PURE)(IDS, use_cache=True))
     for ids in (IDS, IDS[:, :1]):
-        with pytest.raises(ValueError, match="A cache from before a cut does not fit"), torch.no_grad():
-            own(**PURE, state_sizes=3)(ids, past_key_values=copy.deepcopy(cache))
+        with torch.no_grad(), pytest.raises(ValueError, match="A cache from before a cut does not fit"):
+            cache = cache_of(own(**PURE)(IDS, use_cache=True))
+            own(**PURE, state_sizes=3)(ids, past_key_values=cache)
 
 
 def test_gradient_checkpointing_changes_no_gradient():
@@ -190,7 +193,7 @@ def test_new_models_remember():
     model = CompreSSMGatedDeltaNetForCausalLM(config(linear_num_value_heads=64, **PURE))
     mixer = model.backbone.layers[0].linear_attn
     steps = torch.nn.functional.softplus(mixer.dt_bias)
-    assert 0.001 <= steps.min() and steps.max() <= 0.1001 and 0.005 < steps.median() < 0.02
+    assert steps.min() >= 0.000999 and steps.max() <= 0.1001 and 0.005 < steps.median() < 0.02
     assert mixer.A_log.exp().min() >= 0.01 and mixer.A_log.exp().max() <= 16
     assert (-mixer.A_log.exp() * steps).exp().median() > 0.85
 
@@ -205,7 +208,10 @@ def test_softmax_attention_at_an_interval():
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"state_sizes": [3]}, r"state_sizes must be one integer >= 1, or a list of one per layer; got \[3\] for linear"),
+        (
+            {"state_sizes": [3]},
+            r"state_sizes must be one integer >= 1, or a list of one per layer; got \[3\] for linear",
+        ),
         ({"state_sizes": 9}, "state_sizes must not exceed linear_key_head_dim"),
         ({"state_sizes": [0, 3]}, "state_sizes must be one integer >= 1"),
         ({"linear_num_value_heads": 3}, "linear_num_value_heads must be a multiple of linear_num_key_heads"),

@@ -63,7 +63,7 @@ def test_smoothed_losses_are_those_of_the_stock_model(kind, tmp_path):
 
 @CLASSES
 def test_smoothed_losses_beneath_adapters(name, tmp_path):
-    target = "out_proj" if "Mimo" in name else "in_proj"
+    target = "in_proj" if "Mamba" in name else "out_proj"
     model = get_peft_model(Own(name).model(), LoraConfig(target_modules=[target], task_type="CAUSAL_LM"))
     assert first_loss(model, tmp_path, 0.1) == pytest.approx(smoothed(model, 0.1), abs=2e-4)
 
@@ -93,7 +93,7 @@ def test_model_cards_name_the_task(names, task, tmp_path):
 
 
 def test_tables_that_composite_models_read_have_our_types():
-    assert {"compressm_mamba", "compressm_mamba2", "mimo_ssm"} <= set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+    assert {"compressm_gated_deltanet", "compressm_mamba", "compressm_mamba2", "mimo_ssm"} <= set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
 
 
 WITHOUT_THE_PACKAGE = """

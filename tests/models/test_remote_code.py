@@ -8,15 +8,27 @@ import bundle
 import make
 import pytest
 import torch
+from own_delta_models import config as delta_config
 from selective_models import COMMON, IDS, OWN, own
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
 from transformers.dynamic_module_utils import get_class_from_dynamic_module, get_imports
 
-from hf_compressm import CompreSSMMamba2Config, CompreSSMMambaConfig, CompreSSMMambaForCausalLM, MimoSSMConfig
+from hf_compressm import (
+    CompreSSMGatedDeltaNetConfig,
+    CompreSSMMamba2Config,
+    CompreSSMMambaConfig,
+    CompreSSMMambaForCausalLM,
+    MimoSSMConfig,
+)
 from hf_compressm.models.heads import new_model
 from hf_compressm.models.remote_code import modelling_code
 
-CONFIGS = {"mamba": CompreSSMMambaConfig, "mamba2": CompreSSMMamba2Config, "mimo": MimoSSMConfig}
+CONFIGS = {
+    "gated_deltanet": CompreSSMGatedDeltaNetConfig,
+    "mamba": CompreSSMMambaConfig,
+    "mamba2": CompreSSMMamba2Config,
+    "mimo": MimoSSMConfig,
+}
 KINDS = pytest.mark.parametrize("kind", CONFIGS)
 
 
@@ -31,6 +43,8 @@ def modules(tmp_path_factory):
 
 
 def config(kind, **fields):
+    if kind == "gated_deltanet":
+        return delta_config(**({"state_sizes": [3, 8]} | fields))
     if kind == "mimo":
         sizes = {"hidden_size": 16, "num_hidden_layers": 2, "state_sizes": [5, 9], "vocab_size": 50}
         return MimoSSMConfig(**(sizes | fields))

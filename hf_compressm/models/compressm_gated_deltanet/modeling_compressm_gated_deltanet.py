@@ -1,4 +1,4 @@
-"""Gated DeltaNet models with a state size for each linear-attention layer, on the other layers of transformers' Qwen3.5.
+"""Gated DeltaNet models with a state size for each layer; the rest is transformers' Qwen3.5.
 
 Shapes: batch B, length L, hidden size D.
 """

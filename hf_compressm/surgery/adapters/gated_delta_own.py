@@ -70,7 +70,10 @@ class Transitions:
         """
         per_head = self.strength.shape[1] // self.write.shape[1]
         values = slice(head * per_head, (head + 1) * per_head)
-        written, erased = self.write[:, head] @ read_in.to(self.write).T, self.erase[:, head] @ read_out.to(self.erase).T
+        written, erased = (
+            self.write[:, head] @ read_in.to(self.write).T,
+            self.erase[:, head] @ read_out.to(self.erase).T,
+        )
         overlap = (written * erased).sum(-1, keepdim=True)
         return float((self.decay[:, values] * (1 - self.strength[:, values] * overlap)).abs().max())
 
