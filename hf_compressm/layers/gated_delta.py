@@ -141,13 +141,14 @@ class CompreSSMGatedDeltaMixer(CachedMixer):
 
     def _recur(self, inputs: tuple[Tensor, ...], cache: Any, state: Tensor | None) -> Tensor:
         """Run the gated delta rule, and update the cache: (B, L, H, V)."""
-        q, k, erase = self.to_state_basis(*inputs[:2])
-        inputs = (q, k, *inputs[2:])
+        q, k, v, g, beta = inputs
+        q, k, erase = self.to_state_basis(q, k)
         scale = self.head_k_dim**-0.5  # that of the full size, whatever was cut
         if state is not None and is_step(self, q):
-            first = [part[:, 0] for part in inputs]
-            return gated_delta_step(*first, state, erase=None if erase is None else erase[:, 0], scale=scale)[:, None]
-        o, final = gated_delta_scan(*inputs, erase=erase, scale=scale, initial_state=state)
+            q, k, v, g, beta = (part[:, 0] for part in (q, k, v, g, beta))
+            erase = None if erase is None else erase[:, 0]
+            return gated_delta_step(q, k, v, g, beta, state, erase=erase, scale=scale)[:, None]
+        o, final = gated_delta_scan(q, k, v, g, beta, erase=erase, scale=scale, initial_state=state)
         if cache is not None:
             cache.update_recurrent_state(final, self.layer_idx)
         return o

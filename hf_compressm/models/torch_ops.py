@@ -7,8 +7,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import Tensor
-
 from ..ops.causal_conv.naive import naive_causal_conv
 from ..ops.diag_system.naive import naive_diag_system
 from ..ops.gated_delta_scan.naive import naive_gated_delta_scan, naive_gated_delta_step
@@ -32,14 +30,13 @@ def ssd_scan(*tensors: Any, return_final_state: bool = False, **options: Any) ->
     return (y, final) if return_final_state else y
 
 
-def gated_delta_step(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, state: Tensor, **options: Any) -> Tensor:
-    """One token of the gated delta rule: o (B, H, V); the state (B, H, K, V) is updated in place."""
-    wide = [part.to(state.dtype) for part in (q, k, v, g, beta)]
-    if options.get("erase") is not None:
-        options["erase"] = options["erase"].to(state.dtype)
-    o, after = naive_gated_delta_step(*wide, state, **options)
+def gated_delta_step(*tensors: Any, erase: Any = None, scale: float | None = None) -> Any:
+    """One token of the gated delta rule: o (B, H, V); the state (B, H, K, V), last of the tensors, is updated."""
+    state, dtype = tensors[-1], tensors[2].dtype
+    wide = (tensor.to(state.dtype) for tensor in tensors)
+    o, after = naive_gated_delta_step(*wide, erase=None if erase is None else erase.to(state.dtype), scale=scale)
     state.copy_(after)
-    return o.to(v.dtype)
+    return o.to(dtype)
 
 
 class CarriesCode:

@@ -208,6 +208,7 @@ class Bundle:
             else:
                 groups[_group(path)].append(f"import {path}" if path == bound else f"import {path} as {bound}")
         for path, names in sorted(named.items()):
+            names.sort(key=lambda name: (not name.isupper(), not name[0].isupper(), name))  # as ruff orders them
             line = f"from {path} import {', '.join(names)}"
             if len(line) > WIDTH:
                 line = f"from {path} import (\n    " + ",\n    ".join(names) + ",\n)"

@@ -9,7 +9,8 @@ from transformers import Qwen3_5TextConfig
 from ..remote_code import CarriesCode
 from ..selective_config import check_fields, checked_sizes
 
-LINEAR, FULL = "linear_attention", "full_attention"
+LINEAR = "linear_attention"
+FULL = "full_attention"
 
 
 class CompreSSMGatedDeltaNetConfig(CarriesCode, Qwen3_5TextConfig):
