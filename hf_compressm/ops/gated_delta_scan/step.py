@@ -10,7 +10,6 @@ from ..checks import check_devices, check_real
 from .op import check_keys
 
 
-@torch.no_grad()
 def gated_delta_step(
     q: Tensor,
     k: Tensor,
@@ -39,11 +38,11 @@ def gated_delta_step(
     """
     _check(q, k, v, g, beta, state, erase)
     scale = k.shape[2] ** -0.5 if scale is None else float(scale)
-    dtype = state.dtype
-    wide = [tensor.to(dtype) for tensor in (q, k, k if erase is None else erase, v, g.exp(), beta)]
-    wide[4] = wide[4] if g.ndim == 3 else wide[4][..., None]
+    erase = k if erase is None else erase
+    decays = g if g.ndim == 3 else g[..., None]
     if state.is_contiguous() and not torch.compiler.is_compiling() and _on_cpu(state):
-        return kernels(__package__, "cpu").step(scale, state, *wide).to(v.dtype)
+        return kernels(__package__, "cpu").step(scale, state, q, k, erase, v, decays, beta).to(v.dtype)
+    wide = [tensor.detach().to(state.dtype) for tensor in (q, k, erase, v, decays, beta)]
     return _step(scale, state, *wide).to(v.dtype)
 
 
@@ -51,13 +50,11 @@ def _on_cpu(state: Tensor) -> bool:
     return choose_backend("gated_delta_step", None, state.device.type, ("naive", "cpu")) == "cpu"
 
 
-def _step(
-    scale: float, state: Tensor, q: Tensor, k: Tensor, e: Tensor, v: Tensor, decay: Tensor, beta: Tensor
-) -> Tensor:
+def _step(scale: float, state: Tensor, q: Tensor, k: Tensor, e: Tensor, v: Tensor, g: Tensor, beta: Tensor) -> Tensor:
     """As `step` of the CPU, with tensors of any strides."""
     groups = k.shape[1]
     states = state.unflatten(1, (groups, -1))
-    v, decay, beta = (tensor.unflatten(1, (groups, -1)) for tensor in (v, decay, beta[..., None]))
+    v, decay, beta = (tensor.unflatten(1, (groups, -1)) for tensor in (v, g.exp(), beta[..., None]))
     q, k, e = (tensor[:, :, None, :, None] for tensor in (q, k, e))
     states.mul_(decay[..., None])
     states.addcmul_(k, (beta * (v - (states * e).sum(3)))[..., None, :])
