@@ -229,3 +229,22 @@ def test_compatibility_runs_the_own_list():
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert "| **all** | 3 | 0 | 0 |" in done.stdout
+
+
+GATED_DELTA = ("gated_delta.py", "--sizes", "12", "4", "--batches", "1", "--length", "9", "--heads", "2")
+GATED_DELTA += ("--key-heads", "1", "--width", "5", "--repeats", "3", "--threads", "1")
+
+
+def test_gated_delta(script, tmp_path):
+    printed = script(*GATED_DELTA, "--json", tmp_path / "out.json")
+    rows = json.loads((tmp_path / "out.json").read_text())["rows"]
+    assert len(rows) == 2 * 3 * 3 and "ours is slower" in printed
+    for row in rows:
+        assert_ordered(row["times"])
+        assert row["ratio"] > 0 and (row["variant"] != "theirs" or row["ratio"] == 1)
+
+
+def test_gated_delta_times_nothing_that_is_wrong(script, monkeypatch):
+    make_wrong(monkeypatch, "gated_delta_scan.cpu", "forward")
+    with pytest.raises(SystemExit, match="ours: results differ by"):
+        script(*GATED_DELTA)

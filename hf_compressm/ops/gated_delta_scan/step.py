@@ -21,7 +21,10 @@ def gated_delta_step(
     erase: Tensor | None = None,
     scale: float | None = None,
 ) -> Tensor:
-    """One token of `gated_delta_scan`; updates `state` in place.
+    """One token of `gated_delta_scan`; updates `state` in place. Nothing has a gradient.
+
+    By Numba where the state is contiguous and on the CPU, else by PyTorch; the environment variable
+    HF_COMPRESSM_GATED_DELTA_STEP sets "cpu" or "naive".
 
     Args:
         q, k, erase: (B, G, K), the latter None for k. v: (B, H, V). g: (B, H) or (B, H, K). beta: (B, H).
@@ -32,7 +35,7 @@ def gated_delta_step(
         o (B, H, V) in v's dtype. Sums are in the dtype of the state.
 
     Raises:
-        ValueError: if a shape, dtype or device does not fit.
+        ValueError: if a shape, dtype or device does not fit, or the backend that the variable sets cannot run.
 
     Source: Yang, Kautz and Hatamizadeh 2024, arXiv 2412.06464, equation 10.
     """

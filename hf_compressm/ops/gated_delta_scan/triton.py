@@ -33,9 +33,11 @@ OPERANDS = {
     torch.float64: (tl.float64, "ieee"),
 }
 """dtype of what is multiplied, and how: three products of tf32 are as exact as float32."""
-BLOCKS = {torch.float16: (32, 32), torch.bfloat16: (32, 32), torch.float32: (32, 32), torch.float64: (16, 16)}
-"""Most key and value channels of a tile."""
+BLOCKS = {torch.float16: (32, 32), torch.bfloat16: (32, 32), torch.float32: (16, 32), torch.float64: (16, 16)}
+"""Most key and value channels of a tile that leave all kernels without spills."""
 LAUNCH = {"num_warps": 4, "num_stages": 1}
+LAUNCH_BACKWARD = LAUNCH | {"num_warps": 8}
+"""Of the kernel that goes from chunk to chunk in the backward pass, which holds most."""
 
 
 def tiles(channels: int, width: int, dtype: torch.dtype) -> dict[str, Any]:
@@ -120,7 +122,7 @@ def backward(gradients: Gradients, inputs: Inputs) -> tuple[Tensor | None, ...]:
         raw, mixed, inverse = _pairs(made, inputs.scale)
         gated_delta_bwd_kernel[(len(dinitial) * heads * v_blocks,)](
             q, k, e, made.sums, made.beta, raw, mixed, inverse, made.table, made.ranges, written, doutput, costates,
-            dinitial, dx, dbeta, inputs.scale, batch, *made.sizes, PACKED=inputs.cu_seqlens is not None, **options,
+            dinitial, dx, dbeta, inputs.scale, batch, *made.sizes, PACKED=inputs.cu_seqlens is not None, **(options | LAUNCH_BACKWARD),
         )  # fmt: skip
         into_raw, into_mixed = torch.empty_like(raw), torch.empty_like(mixed)
         fitting = {name: value for name, value in options.items() if name != "K_BLOCK"}
@@ -141,7 +143,7 @@ def backward(gradients: Gradients, inputs: Inputs) -> tuple[Tensor | None, ...]:
 
 
 def _decay_gradient(inner: Tensor, flows: Tensor) -> Tensor:
-    """Gradient of g (B, n, H, C): a decay is part of s of later tokens, and of the decays of earlier ones up to the end."""
+    """Gradient of g (B, n, H, C): a decay is in s of later tokens, and in the decays of earlier ones up to the end."""
     starts, ends, whole = flows.unbind(0)
     later = (inner + starts).flip(-1).cumsum(-1).flip(-1)
     return later + F.pad(ends, (1, 0))[..., :-1].cumsum(-1) + whole.sum(-1, keepdim=True)
