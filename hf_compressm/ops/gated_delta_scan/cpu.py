@@ -67,19 +67,22 @@ def kept_shapes(inputs: Inputs) -> tuple[tuple[int, ...], tuple[int, ...]]:
 
 
 def step(scale: float, state: Tensor, q: Tensor, k: Tensor, e: Tensor, v: Tensor, g: Tensor, beta: Tensor) -> Tensor:
-    """Output (B, H, V) of one token; updates `state` (B, H, K, V), which is contiguous.
+    """Output (B, H, V) of one token, in v's dtype; updates `state` (B, H, K, V), which is contiguous.
 
     Args:
-        q, k, e: (B, G, K). v: (B, H, V). g: (B, H, 1 or K), log decays. beta: (B, H).
+        q, k, e: (B, G, K). v: (B, H, V). g: (B, H) or (B, H, K). beta: (B, H).
     """
-    output = state.new_empty(v.shape)
-    arrays = [_array(tensor, state.dtype) for tensor in (q, k, e, v, g, beta)]
-    units, arguments = v.shape[0] * v.shape[1], (*arrays, scale, state.numpy(), output.numpy())
+    queries, keys, values, decays, betas = (_array(tensor, state.dtype) for tensor in (q, k, v, g, beta))
+    erases = keys if e is k else _array(e, state.dtype)
+    decays = decays if decays.ndim == 3 else decays[..., None]
+    output, units = np.empty_like(values), betas.size
+    arguments = (queries, keys, erases, values, decays, betas, scale, state.detach().numpy(), output)
     if state.numel() <= ALONE:
         gated_delta_step_kernel(0, units, *arguments)
     else:
         run_units(gated_delta_step_kernel, units, *arguments)
-    return output
+    found = torch.from_numpy(output)
+    return found if found.dtype == v.dtype else found.to(v.dtype)
 
 
 def _arrays(inputs: Inputs, dtype: torch.dtype) -> tuple:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..backends import choose_backend, kernels
+from ..backends import choose_backend
 from ..checks import check_devices, check_real
 from .op import check_keys
 
@@ -42,11 +42,13 @@ def gated_delta_step(
     _check(q, k, v, g, beta, state, erase)
     scale = k.shape[2] ** -0.5 if scale is None else float(scale)
     erase = k if erase is None else erase
-    decays = g if g.ndim == 3 else g[..., None]
     if state.is_contiguous() and not torch.compiler.is_compiling() and _on_cpu(state):
-        return kernels(__package__, "cpu").step(scale, state, q, k, erase, v, decays, beta).to(v.dtype)
+        from .cpu import step
+
+        return step(scale, state, q, k, erase, v, g, beta)
+    decays = g if g.ndim == 3 else g[..., None]
     wide = [tensor.detach().to(state.dtype) for tensor in (q, k, erase, v, decays, beta)]
-    return _step(scale, state, *wide).to(v.dtype)
+    return _step(scale, state.detach(), *wide).to(v.dtype)
 
 
 def _on_cpu(state: Tensor) -> bool:
@@ -54,7 +56,7 @@ def _on_cpu(state: Tensor) -> bool:
 
 
 def _step(scale: float, state: Tensor, q: Tensor, k: Tensor, e: Tensor, v: Tensor, g: Tensor, beta: Tensor) -> Tensor:
-    """As `step` of the CPU, with tensors of any strides."""
+    """As `step` of the CPU, with tensors of any strides, in the dtype of the state, and g (B, H, 1 or K)."""
     groups = k.shape[1]
     states = state.unflatten(1, (groups, -1))
     v, decay, beta = (tensor.unflatten(1, (groups, -1)) for tensor in (v, g.exp(), beta[..., None]))
@@ -77,6 +79,9 @@ def _check(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, state: Tens
             f"g must be {(batch, heads)} or {(batch, heads, channels)} and beta {(batch, heads)}; got {tuple(g.shape)} "
             f"and {tuple(beta.shape)}"
         )
-    tensors = {"q": q, "k": k, "v": v, "g": g, "beta": beta, "state": state, "erase": erase}
-    check_real(**tensors)
-    check_devices(**tensors)
+    others = [q, k, v, g, beta] if erase is None else [q, k, v, g, beta, erase]
+    # Quick, since a token takes some dozen microseconds.
+    if any(tensor.dtype != state.dtype or tensor.device != state.device for tensor in others):
+        tensors = {"q": q, "k": k, "v": v, "g": g, "beta": beta, "state": state, "erase": erase}
+        check_real(**tensors)
+        check_devices(**tensors)

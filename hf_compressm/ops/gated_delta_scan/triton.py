@@ -122,7 +122,8 @@ def backward(gradients: Gradients, inputs: Inputs) -> tuple[Tensor | None, ...]:
         raw, mixed, inverse = _pairs(made, inputs.scale)
         gated_delta_bwd_kernel[(len(dinitial) * heads * v_blocks,)](
             q, k, e, made.sums, made.beta, raw, mixed, inverse, made.table, made.ranges, written, doutput, costates,
-            dinitial, dx, dbeta, inputs.scale, batch, *made.sizes, PACKED=inputs.cu_seqlens is not None, **(options | LAUNCH_BACKWARD),
+            dinitial, dx, dbeta, inputs.scale, batch, *made.sizes, PACKED=inputs.cu_seqlens is not None,
+            **(options | LAUNCH_BACKWARD),
         )  # fmt: skip
         into_raw, into_mixed = torch.empty_like(raw), torch.empty_like(mixed)
         fitting = {name: value for name, value in options.items() if name != "K_BLOCK"}
