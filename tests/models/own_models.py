@@ -20,7 +20,7 @@ FIELDS: dict[str, dict[str, Any]] = {
     "MimoSSM": SIZES | {"dropout": 0.0, "initializer_range": 1.0, "pad_token_id": 0},
 }
 FIELDS["CompreSSMMamba2"] = FIELDS["CompreSSMMamba"] | HEADS
-FIELDS["CompreSSMGatedDeltaNet"] = DELTA | {"vocab_size": V, "hidden_size": 16, "state_sizes": [3, 5]}
+FIELDS["CompreSSMGatedDeltaNet"] = DELTA | SIZES | {"layer_types": None, "full_attention_interval": 0}
 
 CAUSAL = tuple(f"{family}ForCausalLM" for family in FIELDS)
 CLASSIFIERS = (

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import GenerationMixin, PreTrainedModel
+from transformers import DynamicCache, GenerationMixin, PreTrainedModel
 from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.masking_utils import create_causal_mask
@@ -35,6 +35,21 @@ from ..known_by_name import KnownModel
 from ..loading import SizesFromConfig
 from ..pooling import padding_of_steps
 from .configuration_compressm_gated_deltanet import FULL, LINEAR, CompreSSMGatedDeltaNetConfig
+
+
+class CountingCache(DynamicCache):
+    """A cache for models without softmax attention that counts tokens, as `generate` needs to continue from it."""
+
+    seen_tokens = 0
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Return the number of tokens that the model has read."""
+        return self.seen_tokens
+
+    def reset(self) -> None:
+        """Forget all tokens."""
+        super().reset()
+        self.seen_tokens = 0
 
 
 class CompreSSMGatedDeltaNetBlock(Qwen3_5DecoderLayer):
@@ -137,14 +152,20 @@ class CompreSSMGatedDeltaNetModel(KnownModel, CompreSSMGatedDeltaNetPreTrainedMo
         if not isinstance(attention_mask, dict):
             position_ids = self._positions(position_ids, attention_mask, inputs_embeds, cache)
             attention_mask = self._masks(attention_mask, inputs_embeds, cache, position_ids)
-        return self.stock_forward(
+        use_cache = self.config.use_cache and not self.training if use_cache is None else use_cache
+        if use_cache and cache is None and FULL not in self.config.layer_types:
+            cache = CountingCache(config=self.config)
+        output = self.stock_forward(
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            use_cache=self.config.use_cache and not self.training if use_cache is None else use_cache,
+            use_cache=use_cache,
             cache=cache,
             **kwargs,
         )
+        if isinstance(cache, CountingCache):
+            cache.seen_tokens += inputs_embeds.shape[1]
+        return output
 
     def _embedded(self, input_ids: Tensor | None) -> Tensor:
         if self.config.num_channels is not None:
@@ -189,8 +210,8 @@ class CompreSSMGatedDeltaNetForCausalLM(
         return self.backbone
 
     def _supports_default_dynamic_cache(self) -> bool:  # type: ignore[override]
-        # `generate` asks a cache that it made for its number of tokens, which one without attention does not know. So
-        # the model's first forward makes that.
+        # `generate` asks its cache for a number of tokens, which one without attention does not know. So the first
+        # forward makes one that counts.
         return FULL in self.config.layer_types
 
 
