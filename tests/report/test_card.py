@@ -67,7 +67,14 @@ def test_code_in_a_card_compiles_and_names_the_model(finished_run):
 
 
 @pytest.mark.parametrize(
-    ("model_type", "ways"), [("compressm_mamba", 3), ("compressm_mamba2", 2), ("mimo_ssm", 2), ("mamba", 1)]
+    ("model_type", "ways"),
+    [
+        ("compressm_gated_deltanet", 2),
+        ("compressm_mamba", 3),
+        ("compressm_mamba2", 2),
+        ("mimo_ssm", 2),
+        ("mamba", 1),
+    ],
 )
 def test_the_ways_to_load_depend_on_the_architecture(tmp_path, model_type, ways):
     text = str(render_card(read_run(described(tmp_path / "run", model_type))))
