@@ -11,7 +11,7 @@ from test_gated_delta_scan import compare, inputs
 
 from hf_compressm.ops.gated_delta_scan import gated_delta_scan, naive_gated_delta_scan
 
-SIZES = [(1, 1, 1, 1, 12, 5), (2, 63, 2, 4, 33, 18), (1, 65, 1, 3, 12, 5), (1, 35, 2, 2, 48, 33)]
+SIZES = [(1, 1, 1, 1, 12, 5), (2, 35, 1, 2, 33, 18), (1, 65, 1, 3, 12, 5), (1, 33, 2, 2, 48, 33)]
 TOLERANCE = {torch.float64: 1e-11, torch.float32: 2e-5, torch.bfloat16: 5e-2, torch.float16: 5e-3}
 """Of the largest entry. Half precision: what is multiplied is rounded to it, as the inputs are."""
 
