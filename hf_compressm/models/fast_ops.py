@@ -29,6 +29,7 @@ from ..layers.mamba import time_steps
 from ..layers.mixer import convolve, mask_padding, recurrent_state, scan_or_step
 from ..ops.selective_scan import selective_scan, selective_state_update
 from ..ops.ssd_scan import ssd_scan, ssd_state_update
+from .fast_delta import delta_forward, missing_functions
 from .selective_config import has_parameters
 
 LENT = "_hf_compressm_lent"
@@ -37,7 +38,7 @@ _OR_STOCK = ", or call use_fast_ops(model, enable=False)"
 
 
 def use_fast_ops(model: nn.Module, enable: bool = True) -> list[str]:
-    """Let every stock Mamba and Mamba-2 mixer of a model run by this package's ops, or by transformers' code again.
+    """Let a model's stock Mamba, Mamba-2 and delta-rule mixers run by this package's ops, or by transformers' code.
 
     Weights, state dict and config stay as they are. Outputs change by rounding, and in two cases in which
     transformers' PyTorch code ignores part of its input: several tokens after cached ones continue from the cached
@@ -51,7 +52,8 @@ def use_fast_ops(model: nn.Module, enable: bool = True) -> list[str]:
 
     Args:
         model: any model with such mixers: Mamba, FalconMamba, Jamba, Mamba-2, Bamba, Zamba2, Nemotron-H, Falcon-H1,
-            GraniteMoeHybrid. This package's own models run by its ops already.
+            GraniteMoeHybrid, Qwen3-Next, Qwen3.5, Qwen4-exp, OLMo-Hybrid. This package's own models run by its ops
+            already.
         enable: False goes back to transformers' own code.
 
     Returns:
@@ -93,7 +95,9 @@ def uncalled_layers(mixer: nn.Module) -> list[str]:
 
     The list is empty for a mixer that runs by this package's ops, or is this package's own.
     """
-    return _FORWARDS[_path(type(mixer))][0] if _path(type(mixer)) in _FORWARDS else []
+    path = _path(mixer_class(mixer))
+    used, scan = _FORWARDS.get(path, ([], None))
+    return used if type(mixer) is mixer_class(mixer) or scan is None else []
 
 
 def has_stock_mixers(model: nn.Module) -> bool:
@@ -135,20 +139,36 @@ def _fast_class(path: str) -> type:
     return type(name, (stock,), members | {"__module__": __name__})
 
 
-def _forward(scan: Callable, used: list[str], stock: type) -> Callable:
+def _forward(scan: Callable | None, used: list[str], stock: type) -> Callable:
     """Build a mixer's forward around its scan.
 
     Args:
         scan: takes the mixer, hidden states (B, L, H) that are zero at padding, the mask, the cache and the cached
-            state, and returns the input of the output projection.
+            state, and returns the input of the output projection. None for a gated delta rule.
         used: names of layers whose weights it uses without calling them; accelerate may have offloaded these.
         stock: the transformers class, whose forward runs if the mixer is only switched on for a limited time and the
             ops cannot do what is asked.
     """
 
+    fast = delta_forward(used, stock) if scan is None else _scan_forward(scan, used)
+    known = HARMLESS_KEYWORDS.union(inspect.signature(fast).parameters)
+
+    @functools.wraps(fast)
+    def forward(self: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        asked = scan is not None and unknown_keywords(kwargs, known)
+        if getattr(self, LENT, False) and (asked or transformed()):
+            return stock.forward(self, hidden_states, *args, **kwargs)  # type: ignore[attr-defined]
+        return fast(self, hidden_states, *args, **kwargs)
+
+    return forward
+
+
+def _scan_forward(scan: Callable, used: list[str]) -> Callable:
+    """Build the forward around a scan; arguments as in `_forward`."""
+
     # Weights of children that are used without calling them must be brought in where accelerate offloads them.
     @accelerate.force_accelerate_hooks(used)
-    def fast(
+    def by_scan(
         self: Any,
         hidden_states: Tensor,
         cache: Any = None,
@@ -162,15 +182,7 @@ def _forward(scan: Callable, used: list[str], stock: type) -> Callable:
         y = scan(self, mask_padding(hidden_states, attention_mask), attention_mask, cache, state)
         return self.out_proj(y.to(hidden_states.dtype))
 
-    known = HARMLESS_KEYWORDS.union(inspect.signature(fast).parameters)
-
-    @functools.wraps(fast)
-    def forward(self: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        if getattr(self, LENT, False) and (unknown_keywords(kwargs, known) or transformed()):
-            return stock.forward(self, hidden_states, *args, **kwargs)  # type: ignore[attr-defined]
-        return fast(self, hidden_states, *args, **kwargs)
-
-    return forward
+    return by_scan
 
 
 def _reduce(self: Any, protocol: Any) -> tuple:
@@ -198,15 +210,18 @@ def require(mixer: nn.Module) -> None:
     """
     from transformers import cache_utils
 
-    used, _ = _FORWARDS[_path(mixer_class(mixer))]
+    used, scan = _FORWARDS[_path(mixer_class(mixer))]
     common = ("layer_idx", "in_proj", "out_proj", "A_log", "D", "activation", "act")
     special = ("x_proj",) if "dt_proj" in used else ("dt_bias", "norm", "n_groups", "chunk_size", "time_step_limit")
     missing = [f"{type(mixer).__name__}.{name}" for name in (*common, *special, *used) if not hasattr(mixer, name)]
+    if scan is None:
+        missing = missing_functions(mixer_class(mixer))
     methods = ("has_previous_state", "update_conv_state", "update_recurrent_state")
     missing += [f"cache_utils.Cache.{name}" for name in methods if not hasattr(cache_utils.Cache, name)]
     if not hasattr(accelerate, "force_accelerate_hooks"):
         missing.append("integrations.accelerate.force_accelerate_hooks")
-    missing += [f"knowledge of {name}" for name in sorted(unknown_parameters(mixer_class(mixer)))]
+    if scan is not None:  # a delta rule's forward is transformers' own
+        missing += [f"knowledge of {name}" for name in sorted(unknown_parameters(mixer_class(mixer)))]
     if missing:
         import transformers
 
@@ -260,7 +275,8 @@ def _mamba2_scan(mixer: Any, hidden: Tensor, attention_mask: Tensor | None, cach
 
 _MAMBA = (["conv1d", "dt_proj"], _mamba_scan)
 _MAMBA2 = (["conv1d"], _mamba2_scan)
-_FORWARDS: dict[str, tuple[list[str], Callable]] = {
+_DELTA = (["conv1d"], None)
+_FORWARDS: dict[str, tuple[list[str], Callable | None]] = {
     f"transformers.models.{path}": kind
     for path, kind in {
         "mamba.modeling_mamba.MambaMixer": _MAMBA,
@@ -272,5 +288,10 @@ _FORWARDS: dict[str, tuple[list[str], Callable]] = {
         "nemotron_h.modeling_nemotron_h.NemotronHMamba2Mixer": _MAMBA2,
         "falcon_h1.modeling_falcon_h1.FalconH1Mixer": _MAMBA2,
         "granitemoehybrid.modeling_granitemoehybrid.GraniteMoeHybridMambaLayer": _MAMBA2,
+        "qwen3_next.modeling_qwen3_next.Qwen3NextGatedDeltaNet": _DELTA,
+        "qwen3_5.modeling_qwen3_5.Qwen3_5GatedDeltaNet": _DELTA,
+        "qwen3_5_moe.modeling_qwen3_5_moe.Qwen3_5MoeGatedDeltaNet": _DELTA,
+        "qwen4_exp.modeling_qwen4_exp.Qwen4ExpTextGatedDeltaNet": _DELTA,
+        "olmo_hybrid.modeling_olmo_hybrid.OlmoHybridGatedDeltaNet": _DELTA,
     }.items()
 }

@@ -1,0 +1,88 @@
+"""Run stock gated delta-rule mixers by this package's recurrence: transformers' forward with two functions exchanged.
+
+Shapes: batch B, length L, G key heads of size K, H value heads of size V.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import sys
+from collections.abc import Callable
+from types import FunctionType
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.integrations import accelerate
+
+from ..ops.gated_delta_scan import gated_delta_scan, gated_delta_step
+
+EPS = 1e-6
+"""Added to the squared length of a key or query before it is divided by its length, as transformers does."""
+
+
+def delta_rule(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    g: Tensor,
+    beta: Tensor,
+    initial_state: Tensor | None = None,
+    output_final_state: bool = False,
+    use_qk_l2norm_in_kernel: bool = False,
+    cu_seqlens: Tensor | None = None,
+    **ignored: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """Compute the gated delta rule with the signature of transformers' functions, which ignore other keywords too.
+
+    Args:
+        query, key: (B, L, G, K).
+        value: (B, L, H, V).
+        g, beta: (B, L, H), log decay <= 0 and write strength.
+        initial_state: (B, H, K, V), or None for zero. It is updated in place by a single token without gradients.
+        output_final_state: whether the state is wanted.
+        use_qk_l2norm_in_kernel: whether queries and keys are divided by their lengths here.
+        cu_seqlens: where packed sequences begin and end, as in `gated_delta_scan`.
+
+    Returns:
+        (B, L, H, V) in value's dtype, and (B, H, K, V) or None.
+
+    Source: Yang, Kautz and Hatamizadeh 2024, arXiv 2412.06464.
+    """
+    if use_qk_l2norm_in_kernel:
+        query, key = (x * torch.rsqrt(x.square().sum(-1, keepdim=True) + EPS) for x in (query.float(), key.float()))
+    tensors = (query, key, value, g, beta)
+    if initial_state is not None and value.shape[1] == 1 and not torch.is_grad_enabled():
+        q, k, v, decay, strength = (part[:, 0] for part in tensors)
+        output = gated_delta_step(q, k, v, decay, strength, initial_state)[:, None]
+        return output.to(value.dtype), initial_state if output_final_state else None
+    output, state = gated_delta_scan(*tensors, initial_state=initial_state, cu_seqlens=cu_seqlens)
+    return output, state if output_final_state else None
+
+
+FUNCTIONS = {"torch_chunk_gated_delta_rule": delta_rule, "torch_recurrent_gated_delta_rule": delta_rule}
+"""Functions in a modeling module of transformers, and what takes their place."""
+
+
+def missing_functions(stock: type) -> list[str]:
+    """Name what a stock mixer's module lacks of the functions that are exchanged."""
+    module = sys.modules[stock.__module__]
+    return [f"{stock.__module__}.{name}" for name in FUNCTIONS if not hasattr(module, name)]
+
+
+def delta_forward(used: list[str], stock: type) -> Callable:
+    """Build a stock mixer's forward with this package's recurrence in place of transformers'.
+
+    Args:
+        used: names of layers whose weights it uses without calling them; accelerate may have offloaded these.
+        stock: the transformers class.
+    """
+    original: Any = inspect.unwrap(stock.forward)  # type: ignore[attr-defined]
+    exchanged = FunctionType(
+        original.__code__, {**original.__globals__, **FUNCTIONS}, original.__name__, original.__defaults__,
+        original.__closure__,
+    )  # fmt: skip
+    exchanged.__kwdefaults__ = original.__kwdefaults__
+    functools.update_wrapper(exchanged, original)
+    return accelerate.force_accelerate_hooks(used)(exchanged)
