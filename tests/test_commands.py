@@ -47,6 +47,7 @@ RUN = {
     "scripts/benchmarks/fast_ops.py": "--families mamba2 --quick --repeats 1 --budget 0.1 --threads 1",
     "scripts/benchmarks/gated_delta.py": "--sizes 4 --batches 1 --length 9 --heads 2 --key-heads 1 --width 5 "
     "--repeats 1 --threads 1",
+    "scripts/benchmarks/key_channels.py": "--seeds 0",
     "scripts/benchmarks/reduction.py": "--systems 4 --repeats 1",
     "scripts/benchmarks/moments.py": "--seeds 1 --before 3 --after 2",
     "scripts/benchmarks/selection.py": f"--seeds 0 --orders 2 --refit-steps 1 --batches 1 -- {MAMBA}",
