@@ -94,9 +94,9 @@ def test_a_single_process_needs_no_wrapper():
     assert find_ddp(None, small_model()) is None
 
 
-def test_the_recompile_limit_only_rises(monkeypatch):
-    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 8)
-    raise_recompile_limit(12)
-    assert torch._dynamo.config.recompile_limit == 20
-    raise_recompile_limit(1)
-    assert torch._dynamo.config.recompile_limit == 20
+def test_the_recompile_limit_only_rises():
+    with torch._dynamo.config.patch(recompile_limit=8):
+        raise_recompile_limit(12)
+        assert torch._dynamo.config.recompile_limit == 20
+        raise_recompile_limit(1)
+        assert torch._dynamo.config.recompile_limit == 20
