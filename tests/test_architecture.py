@@ -82,3 +82,43 @@ def test_the_table_of_contributing_is_the_one_that_is_tested():
 def test_scripts_are_thin():
     for path in (ROOT / "scripts").glob("*.py"):
         assert len(path.read_text().splitlines()) <= 150, path.name
+
+
+LONGEST, MOST_ARGUMENTS = 45, 8
+MORE_ARGUMENTS = {
+    "cli.compress": "a command of the shell, whose groups of options are arguments",
+    "data.listops.listops": "a task, whose options users name in run files",
+    "models.fast_delta.delta_rule": "the signature is that of transformers' functions",
+    "models.mimo_ssm.configuration_mimo_ssm.MimoSSMConfig.__init__": "the fields of a config",
+    "models.mimo_ssm.modeling_mimo_ssm.MimoSSMModel.forward": "the signature is that of transformers' models",
+    "models.mimo_ssm.modeling_mimo_ssm.MimoSSMForCausalLM.forward": "the signature is that of transformers' models",
+    "models.selective.SelectiveModel.forward": "the signature is that of transformers' models",
+    "surgery.plan.compress": "public, for hand-written loops",
+}
+"""Functions outside of `ops` with more arguments than others may have, and why."""
+
+
+def functions(node: ast.AST, name: str):
+    """(dotted name, node) of all functions in a module or class, nested ones with their own."""
+    for inner in ast.iter_child_nodes(node):
+        if isinstance(inner, ast.ClassDef | ast.FunctionDef):
+            own = f"{name}.{inner.name}"
+            if isinstance(inner, ast.FunctionDef):
+                yield own, inner
+            yield from functions(inner, own)
+
+
+def test_functions_are_short_and_take_few_arguments():
+    found = set()
+    for path in sorted(PACKAGE.rglob("*.py")):
+        module = ".".join(path.relative_to(PACKAGE).with_suffix("").parts)
+        for name, node in functions(ast.parse(path.read_text()), module):
+            kernel = node.name.endswith("_kernel")
+            body = node.body[1:] if ast.get_docstring(node) and len(node.body) > 1 else node.body
+            lines = (body[-1].end_lineno or 0) - body[0].lineno + 1
+            assert lines <= LONGEST or kernel, f"{name} has {lines} lines"
+            arguments = [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]
+            count = len([argument for argument in arguments if argument.arg not in ("self", "cls")])
+            if count > MOST_ARGUMENTS and not module.startswith("ops."):
+                found.add(name)
+    assert found == set(MORE_ARGUMENTS)
