@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..threads import run_units
 from .chunks import most_chunks
-from .cpu_kernels import CHUNK, gated_delta_bwd_kernel, gated_delta_fwd_kernel
+from .cpu_kernels import CHUNK, gated_delta_scan_bwd_kernel, gated_delta_scan_fwd_kernel
 from .cpu_step_kernels import gated_delta_step_kernel
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ def forward(inputs: Inputs) -> tuple[Tensor, ...]:
     states, final = new(shape, dtype=dtype), torch.empty(initial.shape, dtype=dtype)
     arguments = (*_arrays(inputs, dtype), _array(initial, dtype), _bounds(inputs))
     found = (tensor.numpy() for tensor in (output, written, states, final))
-    run_units(gated_delta_fwd_kernel, batch * heads, *arguments, *found)
+    run_units(gated_delta_scan_fwd_kernel, batch * heads, *arguments, *found)
     return output.to(inputs.v.dtype), final, written, states
 
 
@@ -52,7 +52,7 @@ def backward(gradients: Gradients, inputs: Inputs) -> tuple[Tensor | None, ...]:
     kept = (written.numpy(), states.numpy(), _array(doutput, dtype), costates.numpy())
     found = (tensor.numpy() for tensor in (dq, dk, de, dv, dg, dbeta))
     arguments = (*_arrays(inputs, dtype), _bounds(inputs), *kept, *found)
-    run_units(gated_delta_bwd_kernel, batch * groups, *arguments)
+    run_units(gated_delta_scan_bwd_kernel, batch * groups, *arguments)
     if inputs.erase is None:
         return dq, dk.add_(de), dv, dg, dbeta, None, costates
     return dq, dk, dv, dg, dbeta, de, costates

@@ -153,7 +153,7 @@ def _apart(columns):
 
 
 @njit(nogil=True, fastmath=FAST, cache=True)
-def gated_delta_fwd_kernel(
+def gated_delta_scan_fwd_kernel(
     begin, stop, q, k, e, v, g, beta, scale, initial, bounds, output, written, states, final
 ):  # fmt: skip
     """Heads `begin` to `stop` of all B H.
@@ -234,7 +234,7 @@ def _gather(target, flows, rows, factors, factor, tile):
 
 
 @njit(nogil=True, fastmath=FAST, cache=True)
-def gated_delta_bwd_kernel(
+def gated_delta_scan_bwd_kernel(
     begin, stop, q, k, e, v, g, beta, scale, bounds, written, states, doutput, costates, dq, dk, de, dv, dg, dbeta
 ):  # fmt: skip
     """Key heads `begin` to `stop` of all B G; shapes as in the forward kernel, gradients as what they belong to.

@@ -14,12 +14,12 @@ from torch.nn import functional as F
 
 from .chunks import Layout, chunk_layout, most_chunks
 from .triton_kernels import (
-    gated_delta_bwd_kernel,
-    gated_delta_bwd_keys_kernel,
-    gated_delta_bwd_pairs_kernel,
-    gated_delta_fwd_kernel,
-    gated_delta_output_kernel,
-    gated_delta_pairs_kernel,
+    gated_delta_scan_bwd_kernel,
+    gated_delta_scan_bwd_keys_kernel,
+    gated_delta_scan_bwd_pairs_kernel,
+    gated_delta_scan_fwd_kernel,
+    gated_delta_scan_output_kernel,
+    gated_delta_scan_pairs_kernel,
 )
 
 if TYPE_CHECKING:
@@ -90,11 +90,11 @@ def forward(inputs: Inputs) -> tuple[Tensor, ...]:
     q, k, e, v = made.tensors
     with _on(v):
         _, mixed, inverse = _pairs(made, inputs.scale)
-        gated_delta_fwd_kernel[(final.shape[0] * final.shape[1] * blocks,)](
+        gated_delta_scan_fwd_kernel[(final.shape[0] * final.shape[1] * blocks,)](
             k, e, v, made.sums, made.beta, inverse, made.table, made.ranges, written, states, final, *made.sizes,
             PACKED=inputs.cu_seqlens is not None, **made.constants, **LAUNCH,
         )  # fmt: skip
-        gated_delta_output_kernel[made.programs(blocks)](
+        gated_delta_scan_output_kernel[made.programs(blocks)](
             q, made.sums, made.beta, mixed, made.table, written, states, output, inputs.scale, *made.sizes,
             **made.constants, **LAUNCH,
         )  # fmt: skip
@@ -120,18 +120,18 @@ def backward(gradients: Gradients, inputs: Inputs) -> tuple[Tensor | None, ...]:
     q, k, e, _ = made.tensors
     with _on(inputs.v):
         raw, mixed, inverse = _pairs(made, inputs.scale)
-        gated_delta_bwd_kernel[(len(dinitial) * heads * v_blocks,)](
+        gated_delta_scan_bwd_kernel[(len(dinitial) * heads * v_blocks,)](
             q, k, e, made.sums, made.beta, raw, mixed, inverse, made.table, made.ranges, written, doutput, costates,
             dinitial, dx, dbeta, inputs.scale, batch, *made.sizes, PACKED=inputs.cu_seqlens is not None,
             **(options | LAUNCH_BACKWARD),
         )  # fmt: skip
         into_raw, into_mixed = torch.empty_like(raw), torch.empty_like(mixed)
         fitting = {name: value for name, value in options.items() if name != "K_BLOCK"}
-        gated_delta_bwd_pairs_kernel[made.programs()](
+        gated_delta_scan_bwd_pairs_kernel[made.programs()](
             made.sums, made.beta, raw, mixed, made.table, written, doutput, dx, into_raw, into_mixed, inner,
             inputs.scale, length, heads, width, chunks, **fitting,
         )  # fmt: skip
-        gated_delta_bwd_keys_kernel[made.programs(k_blocks)](
+        gated_delta_scan_bwd_keys_kernel[made.programs(k_blocks)](
             q, k, e, made.sums, made.beta, into_raw, into_mixed, made.table, written, doutput, dx, states, costates,
             dq, dk, de, flows, inputs.scale, batch, *made.sizes, **options,
         )  # fmt: skip
@@ -170,7 +170,7 @@ def _pairs(made: _Prepared, scale: float) -> tuple[Tensor, Tensor, Tensor]:
     raw, mixed, inverse = (made.sums.new_empty(*made.sums.shape, CHUNK) for _ in range(3))
     length, heads, channels, _, per_group, chunks = made.sizes
     fitting = {name: value for name, value in made.constants.items() if name != "V_BLOCK"}
-    gated_delta_pairs_kernel[made.programs()](
+    gated_delta_scan_pairs_kernel[made.programs()](
         *made.tensors[:3], made.sums, made.beta, made.table, raw, mixed, inverse, scale, length, heads, channels,
         per_group, chunks, **fitting, **LAUNCH,
     )  # fmt: skip

@@ -32,7 +32,7 @@ def _put(pointer, rows, columns, row_stride, row_mask, column_mask, value):
 
 
 @triton.jit(do_not_specialize=["length", "chunks"])
-def gated_delta_pairs_kernel(
+def gated_delta_scan_pairs_kernel(
     q, k, e, sums, beta, table, raw, mixed, inverse,
     scale, length, heads, channels, per_group, chunks,
     C: tl.constexpr, K_BLOCK: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr,
@@ -69,7 +69,7 @@ def gated_delta_pairs_kernel(
 
 
 @triton.jit(do_not_specialize=["length", "chunks"])
-def gated_delta_fwd_kernel(
+def gated_delta_scan_fwd_kernel(
     k, e, v, sums, beta, inverse, table, ranges, written, states, final,
     length, heads, channels, width, per_group, chunks,
     PACKED: tl.constexpr, C: tl.constexpr, K_BLOCK: tl.constexpr, V_BLOCK: tl.constexpr,
@@ -118,7 +118,7 @@ def gated_delta_fwd_kernel(
 
 
 @triton.jit(do_not_specialize=["length", "chunks"])
-def gated_delta_output_kernel(
+def gated_delta_scan_output_kernel(
     q, sums, beta, mixed, table, written, states, output,
     scale, length, heads, channels, width, per_group, chunks,
     C: tl.constexpr, K_BLOCK: tl.constexpr, V_BLOCK: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr,
@@ -147,7 +147,7 @@ def gated_delta_output_kernel(
 
 
 @triton.jit(do_not_specialize=["length", "chunks"])
-def gated_delta_bwd_kernel(
+def gated_delta_scan_bwd_kernel(
     q, k, e, sums, beta, raw, mixed, inverse, table, ranges, written, doutput, costates, dinitial, dx, dbeta,
     scale, batch, length, heads, channels, width, per_group, chunks,
     PACKED: tl.constexpr, C: tl.constexpr, K_BLOCK: tl.constexpr, V_BLOCK: tl.constexpr,
@@ -208,7 +208,7 @@ def gated_delta_bwd_kernel(
 
 
 @triton.jit(do_not_specialize=["length", "chunks"])
-def gated_delta_bwd_pairs_kernel(
+def gated_delta_scan_bwd_pairs_kernel(
     sums, beta, raw, mixed, table, written, doutput, dx, into_raw, into_mixed, flow,
     scale, length, heads, width, chunks,
     C: tl.constexpr, V_BLOCK: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr,
@@ -241,7 +241,7 @@ def gated_delta_bwd_pairs_kernel(
 
 
 @triton.jit(do_not_specialize=["length", "chunks"])
-def gated_delta_bwd_keys_kernel(
+def gated_delta_scan_bwd_keys_kernel(
     q, k, e, sums, beta, into_raw, into_mixed, table, written, doutput, dx, states, costates, dq, dk, de, flows,
     scale, batch, length, heads, channels, width, per_group, chunks,
     C: tl.constexpr, K_BLOCK: tl.constexpr, V_BLOCK: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr,
