@@ -96,7 +96,7 @@ def test_kernels_compile_without_spills(cc, name):
     types |= {"table": "*i64", "ranges": "*i64", "scale": "fp32"}
     options = launches.tiles(128, 128, dtype) | {"PACKED": True}
     for which in KERNELS:
-        kernel = getattr(launches, f"gated_delta_{which}_kernel")
+        kernel = getattr(launches, f"gated_delta_scan_{which}_kernel")
         constants = {key: value for key, value in options.items() if key in kernel.arg_names}
         signature = {key: types.get(key, "i32") for key in kernel.arg_names if key not in constants}
         launch = launches.LAUNCH_BACKWARD if which == "bwd" else launches.LAUNCH
