@@ -20,8 +20,8 @@ from ..surgery import Policy, check_parameters, compress, history, state_sizes, 
 from ..surgery.policies import check_target, describe_policy
 from ..surgery.refit import STEPS
 from .arguments import DataSource
-from .checks import check_saved_model, check_source
 from .data_source import draw_calibration, evaluate, load_data
+from .early_checks import check_saved_model, check_source
 
 __getattr__ = old_names(__name__)
 

@@ -21,7 +21,7 @@ from ..progress import with_progress
 from ..surgery import needs_calibration
 from ..training.calibration import calibration_batches
 from .arguments import DataSource
-from .checks import check_source
+from .early_checks import check_source
 
 __getattr__ = old_names(__name__)
 

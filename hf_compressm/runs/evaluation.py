@@ -17,8 +17,8 @@ from ..moved import old_names
 from ..report import describe_environment
 from ..surgery import state_sizes
 from .arguments import DataSource, as_mapping
-from .checks import check_saved_model, check_source, import_peft, read_adapter
 from .data_source import evaluate, load_data
+from .early_checks import check_saved_model, check_source, import_peft, read_adapter
 from .run_file import parse_options
 
 __getattr__ = old_names(__name__)

@@ -32,8 +32,8 @@ from ..surgery.policies import choose_policy
 from ..surgery.refit import STEPS
 from ..training.distributed import TrainingTeam, processes
 from .arguments import DataSource
-from .checks import check_lora, check_saved_model, check_source
 from .data_source import draw_calibration, evaluate, load_data
+from .early_checks import check_lora, check_saved_model, check_source
 from .healing import heal
 from .run_file import parse_options
 

@@ -11,7 +11,7 @@ from transformers import Trainer, default_data_collator, set_seed
 from ..data import Task
 from ..models.fast_ops import has_stock_mixers
 from ..surgery import find_mixers
-from .checks import import_peft
+from .early_checks import import_peft
 from .pretraining import CACHES
 
 if TYPE_CHECKING:

@@ -11,8 +11,8 @@ from ..reduction import energy_orders, numerical_rank
 from ..report.text_tables import aligned_table
 from ..surgery import measure_model
 from .arguments import DataSource
-from .checks import check_saved_model, check_source
 from .data_source import draw_calibration, load_data
+from .early_checks import check_saved_model, check_source
 
 
 @dataclass(frozen=True)

@@ -37,7 +37,7 @@ from ..training import (
     verify_sealed,
 )
 from ..training.distributed import decided_by_rank_0
-from .checks import check_new_model, check_policy, check_task_options, make_config
+from .early_checks import check_new_model, check_policy, check_task_options, make_config
 from .run_file import Run, parse_run
 
 __all__ = ["Run", "RunResult", "build_model", "build_trainer", "check_run", "parse_run", "run_pretraining", "summary"]
