@@ -16,10 +16,8 @@ import torch
 from torch import Tensor
 from transformers.integrations import accelerate
 
+from ..layers.gated_delta import unit_vectors
 from ..ops.gated_delta_scan import gated_delta_scan, gated_delta_step
-
-EPS = 1e-6
-"""Added to the squared length of a key or query before it is divided by its length, as transformers does."""
 
 
 def delta_rule(
@@ -31,10 +29,11 @@ def delta_rule(
     initial_state: Tensor | None = None,
     output_final_state: bool = False,
     use_qk_l2norm_in_kernel: bool = False,
-    cu_seqlens: Tensor | None = None,
     **ignored: Any,
 ) -> tuple[Tensor, Tensor | None]:
     """Compute the gated delta rule with the signature of transformers' functions, which ignore other keywords too.
+
+    What separates packed sequences does not come here: the mixer's forward has refused it.
 
     Args:
         query, key: (B, L, G, K).
@@ -43,7 +42,6 @@ def delta_rule(
         initial_state: (B, H, K, V), or None for zero. It is updated in place by a single token without gradients.
         output_final_state: whether the state is wanted.
         use_qk_l2norm_in_kernel: whether queries and keys are divided by their lengths here.
-        cu_seqlens: where packed sequences begin and end, as in `gated_delta_scan`.
 
     Returns:
         (B, L, H, V) in value's dtype, and (B, H, K, V) or None.
@@ -51,13 +49,13 @@ def delta_rule(
     Source: Yang, Kautz and Hatamizadeh 2024, arXiv 2412.06464.
     """
     if use_qk_l2norm_in_kernel:
-        query, key = (x * torch.rsqrt(x.square().sum(-1, keepdim=True) + EPS) for x in (query.float(), key.float()))
+        query, key = unit_vectors(query), unit_vectors(key)
     tensors = (query, key, value, g, beta)
     if initial_state is not None and value.shape[1] == 1 and not torch.is_grad_enabled():
         q, k, v, decay, strength = (part[:, 0] for part in tensors)
         output = gated_delta_step(q, k, v, decay, strength, initial_state)[:, None]
         return output.to(value.dtype), initial_state if output_final_state else None
-    output, state = gated_delta_scan(*tensors, initial_state=initial_state, cu_seqlens=cu_seqlens)
+    output, state = gated_delta_scan(*tensors, initial_state=initial_state)
     return output, state if output_final_state else None
 
 

@@ -149,15 +149,15 @@ def _forward(scan: Callable | None, used: list[str], stock: type) -> Callable:
         stock: the transformers class, whose forward runs if the mixer is only switched on for a limited time and the
             ops cannot do what is asked.
     """
-
     fast = delta_forward(used, stock) if scan is None else _scan_forward(scan, used)
     known = HARMLESS_KEYWORDS.union(inspect.signature(fast).parameters)
 
     @functools.wraps(fast)
     def forward(self: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        asked = scan is not None and unknown_keywords(kwargs, known)
+        asked = unknown_keywords(kwargs, known)
         if getattr(self, LENT, False) and (asked or transformed()):
             return stock.forward(self, hidden_states, *args, **kwargs)  # type: ignore[attr-defined]
+        check_keywords(self, {name: kwargs[name] for name in asked}, _OR_STOCK)
         return fast(self, hidden_states, *args, **kwargs)
 
     return forward
@@ -176,7 +176,6 @@ def _scan_forward(scan: Callable, used: list[str]) -> Callable:
         cache_params: Any = None,
         **kwargs: Any,
     ) -> Tensor:
-        check_keywords(self, kwargs, _OR_STOCK)
         cache = one_cache(self, cache=cache, cache_params=cache_params)
         state = recurrent_state(cache, self.layer_idx)
         y = scan(self, mask_padding(hidden_states, attention_mask), attention_mask, cache, state)

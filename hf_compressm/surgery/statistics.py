@@ -188,9 +188,11 @@ def _recording(sites: list[MixerSite], recordings: dict[str, Recording] | None) 
 
 def _inputs_of(mixer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, Tensor | None]:
     """Hidden states, which mixers take first, and attention mask that a mixer is called with."""
+    hidden_states = args[0] if args else kwargs.get("hidden_states")
+    if hidden_states is not None and len(args) < 2:
+        return hidden_states, kwargs.get("attention_mask")
     given = inspect.signature(mixer.forward).bind(*args, **kwargs).arguments
-    mask = given.get("attention_mask", given.get("kwargs", {}).get("attention_mask"))
-    return next(iter(given.values())), mask
+    return next(iter(given.values())), given.get("attention_mask")
 
 
 @contextmanager

@@ -8,6 +8,7 @@ from delta_models import CONFIGS, make
 from peft import LoraConfig, get_peft_model
 
 from hf_compressm import compress, state_sizes, use_fast_ops
+from hf_compressm.models.automatic import by_fast_ops
 from hf_compressm.models.fast_ops import mixer_class, uncalled_layers
 from hf_compressm.surgery import find_mixers
 
@@ -69,6 +70,19 @@ def test_a_cut_model_runs_by_it():
     for model in (stock, fast):
         compress(model, {"input_ids": IDS}, target=8, refit_steps=0, fast_ops=False)
     assert state_sizes(fast) == [8, 8] and close(fast(IDS).logits, stock(IDS).logits)
+
+
+def test_packed_sequences_are_refused_or_left_to_the_stock_forward():
+    stock, fast = pair("qwen3_5")
+    mixer = find_mixers(fast)[0].mixer
+    hidden, ends = torch.randn(1, 12, 32), torch.tensor([0, 5, 12])
+    with pytest.raises(ValueError, match="sequences packed into one are not kept apart"):
+        mixer(hidden, cu_seq_lens_q=ends)
+    with by_fast_ops(stock):
+        lent = find_mixers(stock)[0].mixer
+        assert type(lent) is not mixer_class(lent)
+        with pytest.raises(ValueError, match="flash-linear-attention"):  # transformers' own refusal
+            lent(hidden, cu_seq_lens_q=ends)
 
 
 def test_an_adapter_on_the_convolution_is_as_without_it():

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from transformers.activations import ACT2FN
 
 from ...layers.gated_delta import unit_vectors
 from ...layers.mixer import mask_padding
@@ -112,7 +113,8 @@ class GatedDeltaAdapter(CalibratedAdapter):
         """Input of the mixer's recurrence for hidden states (B, L, D); nothing is written at padding."""
         hidden_states = mask_padding(hidden_states, attention_mask)
         channels, step, strength = self.projected(mixer, hidden_states)
-        convolved = F.silu(mixer.conv1d(channels.mT)[..., : channels.shape[1]].mT).float()
+        convolved = mixer.conv1d(channels.mT)[..., : channels.shape[1]].mT
+        convolved = ACT2FN[mixer.activation](convolved).float()
         size, heads = self.state_size(mixer), mixer.num_k_heads
         q, k, v = convolved.split([heads * size, heads * size, _value_size(mixer)], dim=-1)
         q, k = (unit_vectors(part.unflatten(-1, (heads, size))) for part in (q, k))
