@@ -229,7 +229,7 @@ def test_compatibility_runs_the_own_list():
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert (
-        "| CompreSSMGatedDeltaNet, own list | 1 | 0 | 0 |" in done.stdout and "| **all** | 4 | 0 | 0 |" in done.stdout
+        "| CompreSSMGatedDeltaNet, own list | 1 | 0 | 0 |" in done.stdout and "| **all** | 5 | 0 | 0 |" in done.stdout
     )
 
 

@@ -18,6 +18,12 @@ from .compressm_mamba2 import (
     CompreSSMMamba2ForSequenceClassification,
     CompreSSMMamba2Model,
 )
+from .compressm_minimax import (
+    CompreSSMMiniMaxConfig,
+    CompreSSMMiniMaxForCausalLM,
+    CompreSSMMiniMaxForSequenceClassification,
+    CompreSSMMiniMaxModel,
+)
 from .convert import from_stock, to_stock
 from .fast_ops import use_fast_ops
 from .heads import register
@@ -42,6 +48,12 @@ register(
     CompreSSMGatedDeltaNetForSequenceClassification,
 )
 register(
+    CompreSSMMiniMaxConfig,
+    CompreSSMMiniMaxModel,
+    CompreSSMMiniMaxForCausalLM,
+    CompreSSMMiniMaxForSequenceClassification,
+)
+register(
     MimoSSMConfig,
     MimoSSMModel,
     MimoSSMForCausalLM,
@@ -62,6 +74,10 @@ __all__ = [
     "CompreSSMMambaForCausalLM",
     "CompreSSMMambaForSequenceClassification",
     "CompreSSMMambaModel",
+    "CompreSSMMiniMaxConfig",
+    "CompreSSMMiniMaxForCausalLM",
+    "CompreSSMMiniMaxForSequenceClassification",
+    "CompreSSMMiniMaxModel",
     "MimoSSMCache",
     "MimoSSMConfig",
     "MimoSSMForCausalLM",

@@ -1,4 +1,4 @@
-"""Convert transformers' Mamba, Mamba-2 and Qwen3.5 to this package's models and back, with no change of outputs."""
+"""Convert transformers' Mamba, Mamba-2, Qwen3.5 and MiniMax to this package's models and back; outputs stay equal."""
 
 from __future__ import annotations
 
@@ -17,6 +17,9 @@ from transformers import (
     MambaConfig,
     MambaForCausalLM,
     MambaModel,
+    MiniMaxConfig,
+    MiniMaxForCausalLM,
+    MiniMaxModel,
     PreTrainedModel,
     Qwen3_5ForCausalLM,
     Qwen3_5TextConfig,
@@ -31,6 +34,7 @@ from .compressm_gated_deltanet import (
 )
 from .compressm_mamba import CompreSSMMambaConfig, CompreSSMMambaForCausalLM, CompreSSMMambaModel
 from .compressm_mamba2 import CompreSSMMamba2Config, CompreSSMMamba2ForCausalLM, CompreSSMMamba2Model
+from .compressm_minimax import CompreSSMMiniMaxConfig, CompreSSMMiniMaxForCausalLM, CompreSSMMiniMaxModel
 
 Tensors = dict[str, Tensor]
 
@@ -41,27 +45,34 @@ _PAIRS: dict[type, tuple[type, type]] = {
     Mamba2Model: (CompreSSMMamba2Model, CompreSSMMamba2Config),
     Qwen3_5ForCausalLM: (CompreSSMGatedDeltaNetForCausalLM, CompreSSMGatedDeltaNetConfig),
     Qwen3_5TextModel: (CompreSSMGatedDeltaNetModel, CompreSSMGatedDeltaNetConfig),
+    MiniMaxForCausalLM: (CompreSSMMiniMaxForCausalLM, CompreSSMMiniMaxConfig),
+    MiniMaxModel: (CompreSSMMiniMaxModel, CompreSSMMiniMaxConfig),
 }
-_CONFIGS = (MambaConfig, Mamba2Config, Qwen3_5TextConfig)
+_CONFIGS = (MambaConfig, Mamba2Config, Qwen3_5TextConfig, MiniMaxConfig)
+_MATRICES = (Qwen3_5TextConfig, MiniMaxConfig)
+"""Those with a matrix as state, beside which softmax attention may stand."""
 _STOCK = {
     own: (stock, next(config for config in _CONFIGS if issubclass(own_config, config)))
     for stock, (own, own_config) in _PAIRS.items()
 }
 OWN_FIELDS = ("state_sizes", "num_channels", "pooling", "compression_history")
-OWN_DELTA_FIELDS = (*OWN_FIELDS, "full_attention_interval", "time_step_min", "time_step_max", "time_step_floor")
+OWN_MATRIX_FIELDS = (*OWN_FIELDS, "full_attention_interval", "time_step_min", "time_step_max", "time_step_floor")
+DECAYS = ("slope_rate", "query_decay", "key_decay", "diagonal_decay")
+"""What stock lightning attention saves besides its weights; it follows from the config."""
 DROPPED = ("model_type", "architectures", "transformers_version", "auto_map")
 
 
 def from_stock(model: PreTrainedModel | str | os.PathLike[str], **kwargs: Any) -> PreTrainedModel:
-    """Build this package's model with the weights of a stock Mamba, Mamba-2 or Qwen3.5, and the same outputs.
+    """Build this package's model with the weights of a stock Mamba, Mamba-2, Qwen3.5 or MiniMax, with equal outputs.
 
-    All fields of the config and the settings of generation are copied. Outputs differ in two cases, in which
+    All fields of the config and the settings of generation are copied. Outputs differ in three cases, in which
     transformers' PyTorch code is wrong: a single token after cached ones has its time step clamped to
-    `time_step_limit`, as all others have; and padding changes neither the cache nor, with `use_bias`, the convolution.
+    `time_step_limit`, as all others have; padding changes neither the cache nor, with `use_bias`, the convolution; and
+    beam search of a MiniMax takes the states of lightning attention along with their beams.
 
     Args:
-        model: `MambaForCausalLM`, `MambaModel`, `Mamba2ForCausalLM`, `Mamba2Model`, `Qwen3_5ForCausalLM` or
-            `Qwen3_5TextModel`, or the folder or hub name of one.
+        model: `MambaForCausalLM`, `MambaModel`, `Mamba2ForCausalLM`, `Mamba2Model`, `Qwen3_5ForCausalLM`,
+            `Qwen3_5TextModel`, `MiniMaxForCausalLM` or `MiniMaxModel`, or the folder or hub name of one.
         **kwargs: for `from_pretrained`, if a name is given.
 
     Returns:
@@ -71,7 +82,7 @@ def from_stock(model: PreTrainedModel | str | os.PathLike[str], **kwargs: Any) -
         TypeError: if the model is of another class; compress hybrids and other families as they are.
         ValueError: if the named model has another architecture; if the config has other layer types, or an activation
             with parameters; if the model is quantized; if a Mamba-2 has several groups and transformers is older than
-            5.23, which normalises them in another way.
+            5.23, which normalises them in another way; if a MiniMax has other decays than its config says.
     """
     stock: Any = _load(model, kwargs) if isinstance(model, str | os.PathLike) else model
     if type(stock) not in _PAIRS:
@@ -79,23 +90,25 @@ def from_stock(model: PreTrainedModel | str | os.PathLike[str], **kwargs: Any) -
             f"{type(stock).__name__} has no counterpart with a state size per layer; supported are "
             f"{', '.join(cls.__name__ for cls in _PAIRS)}. Other classes are compressed as they are, all layers alike."
         )
-    delta = isinstance(stock.config, Qwen3_5TextConfig)
-    if not delta and (others := sorted(set(stock.config.layer_types) - {"linear_attention"})):
+    matrices = isinstance(stock.config, _MATRICES)
+    if not matrices and (others := sorted(set(stock.config.layer_types) - {"linear_attention"})):
         raise ValueError(f"the model has layers of types {', '.join(others)}; only pure Mamba models can be converted")
     _refuse_quantized(stock)
     _require_equal_norms(stock.config)
     own_class, config_class = _PAIRS[type(stock)]
-    tensors = _renamed(stock.state_dict(), "model.", "backbone.") if delta else stock.state_dict()
+    tensors = _renamed(stock.state_dict(), "model.", "backbone.") if matrices else stock.state_dict()
+    _require_known_decays(stock)
+    tensors = {name: value for name, value in tensors.items() if name.rpartition(".")[2] not in DECAYS}
     return _rebuilt(stock, own_class, config_class, _fields(stock.config), tensors)
 
 
 def to_stock(model: PreTrainedModel, state_size: int | None = None) -> PreTrainedModel:
-    """Build a plain transformers Mamba, Mamba-2 or Qwen3.5 with the same outputs, which any tool loads.
+    """Build a plain transformers Mamba, Mamba-2, Qwen3.5 or MiniMax with the same outputs, which any tool loads.
 
     Layers of a Mamba or Mamba-2 with fewer states than others get further states with zero input and zero output.
 
     Args:
-        model: this package's Mamba, Mamba-2 or Gated DeltaNet, as `ForCausalLM` or without a head.
+        model: this package's Mamba, Mamba-2, Gated DeltaNet or MiniMax, as `ForCausalLM` or without a head.
         state_size: number of states of all layers of the result, at least that of the largest layer, which is the
             default. Multiples of 16 suit GPU kernels.
 
@@ -104,10 +117,11 @@ def to_stock(model: PreTrainedModel, state_size: int | None = None) -> PreTraine
 
     Raises:
         TypeError: if the model is of another class; a classifier's head has no stock class.
-        ValueError: if `state_size` is too small, or given for a Gated DeltaNet as another one than it has; if the model
-            reads continuous values or is quantized; if a layer of a Mamba-2 has a read-in and read-out that mix states,
-            or needs further states that its activation would make nonzero; if a Mamba-2 has several groups and
-            transformers is older than 5.23; if a layer of a Gated DeltaNet has a read-in and read-out at all.
+        ValueError: if `state_size` is too small, or given for a Gated DeltaNet or MiniMax as another one than it has;
+            if the model reads continuous values or is quantized; if a layer of a Mamba-2 has a read-in and
+            read-out that mix states, or needs further states that its activation would make nonzero; if a Mamba-2 has
+            several groups and transformers is older than 5.23; if a layer of a Gated DeltaNet or MiniMax has a read-in
+            and read-out at all.
     """
     if type(model) not in _STOCK:
         raise TypeError(
@@ -120,9 +134,9 @@ def to_stock(model: PreTrainedModel, state_size: int | None = None) -> PreTraine
     _refuse_quantized(model)
     _require_equal_norms(config)
     stock_class, config_class = _STOCK[type(model)]
-    if issubclass(config_class, Qwen3_5TextConfig):
+    if issubclass(config_class, _MATRICES):
         _refuse_other_basis(model, state_size)
-        fields = {name: value for name, value in _fields(config).items() if name not in OWN_DELTA_FIELDS}
+        fields = {name: value for name, value in _fields(config).items() if name not in OWN_MATRIX_FIELDS}
         return _rebuilt(model, stock_class, config_class, fields, _renamed(model.state_dict(), "backbone.", "model."))
     largest = max(config.state_sizes)
     state_size = largest if state_size is None else state_size
@@ -135,17 +149,36 @@ def to_stock(model: PreTrainedModel, state_size: int | None = None) -> PreTraine
 
 
 def _refuse_other_basis(model: Any, state_size: int | None) -> None:
-    """Raise ValueError if a layer of a Gated DeltaNet was cut, or the states are to be of another size."""
+    """Raise ValueError if a layer with matrices as states was cut, or the states are to be of another size."""
+    stock, remedy = (
+        ("MiniMax", "")
+        if isinstance(model.config, MiniMaxConfig)
+        else ("Qwen3.5", ", or compress the stock Qwen3_5ForCausalLM itself")
+    )
+    size = None
     for name, mixer in model.named_modules():
-        if name.endswith(".linear_attn") and mixer.read_in is not None:
-            raise ValueError(
-                f"{name} has keys and queries in a basis of their own behind the norm, read_in and read_out, where a "
-                "stock Qwen3.5 has no such matrices, so it cannot be written as one without loss. Save this package's "
-                "class instead, or compress the stock Qwen3_5ForCausalLM itself."
-            )
-    size = model.config.linear_key_head_dim
+        if hasattr(mixer, "head_k_dim"):
+            size = mixer.head_k_dim
+            if mixer.read_in is not None:
+                raise ValueError(
+                    f"{name} has keys and queries in a basis of their own, read_in and read_out, where a stock {stock} "
+                    f"has no such matrices, so it cannot be written as one without loss. Save this package's class "
+                    f"instead{remedy}."
+                )
     if state_size not in (None, size):
         raise ValueError(f"state_size must be {size}, the size of the model's keys, or None; got {state_size}")
+
+
+def _require_known_decays(stock: Any) -> None:
+    """Raise ValueError if stock lightning attention was loaded with other decays than those of its class."""
+    for name, mixer in stock.named_modules():
+        if hasattr(mixer, "slope_rate"):
+            found, expected = mixer.slope_rate, mixer.get_slope_rate().to(mixer.slope_rate)
+            if not torch.allclose(found, expected, rtol=8 * torch.finfo(found.dtype).eps, atol=0):
+                raise ValueError(
+                    f"{name} has a slope_rate of its own, where this package's class takes the decays that follow from "
+                    "num_attention_heads, num_hidden_layers and the layer's place; the model cannot be converted"
+                )
 
 
 def _renamed(tensors: Mapping[str, Tensor], old: str, new: str) -> Tensors:
@@ -193,7 +226,9 @@ def _rebuilt(model: Any, cls: Any, config_class: Any, fields: dict[str, Any], te
     rebuilt = cls(config_class(**fields)).to(next(model.parameters()).device)
     for name, parameter in rebuilt.named_parameters():
         parameter.data = parameter.data.to(tensors[name].dtype)
-    rebuilt.load_state_dict(tensors)
+    buffers = {name for name, _ in rebuilt.named_buffers()}
+    fixed = {name: value for name, value in rebuilt.state_dict().items() if name in buffers}
+    rebuilt.load_state_dict({**fixed, **tensors})
     rebuilt.tie_weights()
     if getattr(model, "generation_config", None) is not None:
         rebuilt.generation_config = copy.deepcopy(model.generation_config)

@@ -35,7 +35,7 @@ class SizesFromConfig:
         missing = info["missing_keys"]
         for name in sorted(missing):
             # If the whole layer is missing, transformers warns and draws all of it.
-            if name.endswith(matrices) and f"{name.rpartition('.')[0]}.A_log" not in missing:
+            if name.endswith(matrices) and f"{name.rpartition('.')[0]}.out_proj.weight" not in missing:
                 wrong.append(f"{name} is missing")
         wrong += [f"{name} has no place" for name in sorted(info["unexpected_keys"]) if name.endswith(matrices)]
         if wrong and not ignore_mismatched_sizes:

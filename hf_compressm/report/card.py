@@ -21,7 +21,7 @@ CARD_NAME = "README.md"
 PLOT_NAME = "singular_values.svg"
 HUB_METRICS = ("accuracy", "perplexity")
 """Metrics that the hub knows by the same name."""
-OWN_TYPES = ("mimo_ssm", "compressm_gated_deltanet", "compressm_mamba", "compressm_mamba2")
+OWN_TYPES = ("mimo_ssm", "compressm_gated_deltanet", "compressm_mamba", "compressm_mamba2", "compressm_minimax")
 STOCK_FORM = ("compressm_mamba",)
 """Those of them that can always be converted to a model of transformers itself."""
 

@@ -30,7 +30,7 @@ from hf_compressm.report.text_tables import markdown_table
 HERE = Path(__file__).resolve().parent
 OWN = HERE.parents[1] / "tests/models"
 OWN_LIST = ("test_generation.py", "test_pipelines.py")
-FAMILIES = ("CompreSSMMamba", "CompreSSMMamba2", "CompreSSMGatedDeltaNet", "MimoSSM")
+FAMILIES = ("CompreSSMMamba", "CompreSSMMamba2", "CompreSSMGatedDeltaNet", "CompreSSMMiniMax", "MimoSSM")
 OF_CHANNELS = {
     "test_inputs_embeds": "looks for input_ids; these models read input_values",
     "test_inputs_embeds_matches_input_ids": "looks for input_ids; these models read input_values",

@@ -22,6 +22,7 @@ NAMES = {
     "compressm_gated_deltanet": "CompreSSMGatedDeltaNet",
     "compressm_mamba": "CompreSSMMamba",
     "compressm_mamba2": "CompreSSMMamba2",
+    "compressm_minimax": "CompreSSMMiniMax",
     "mimo_ssm": "MimoSSM",
 }
 OPS = ("causal_conv", "diag_system", "gated_delta_scan", "selective_scan", "ssd_scan")

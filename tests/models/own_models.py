@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from own_delta_models import FIELDS as DELTA
+from own_minimax_models import FIELDS as MINIMAX
 
 import hf_compressm as package
 
@@ -21,6 +22,7 @@ FIELDS: dict[str, dict[str, Any]] = {
 }
 FIELDS["CompreSSMMamba2"] = FIELDS["CompreSSMMamba"] | HEADS
 FIELDS["CompreSSMGatedDeltaNet"] = DELTA | SIZES | {"layer_types": None, "full_attention_interval": 0}
+FIELDS["CompreSSMMiniMax"] = MINIMAX | SIZES | {"layer_types": None, "full_attention_interval": 0}
 
 CAUSAL = tuple(f"{family}ForCausalLM" for family in FIELDS)
 CLASSIFIERS = (

@@ -9,6 +9,7 @@ import make
 import pytest
 import torch
 from own_delta_models import config as delta_config
+from own_minimax_models import config as minimax_config
 from selective_models import COMMON, IDS, OWN, own
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
 from transformers.dynamic_module_utils import get_class_from_dynamic_module, get_imports
@@ -18,6 +19,7 @@ from hf_compressm import (
     CompreSSMMamba2Config,
     CompreSSMMambaConfig,
     CompreSSMMambaForCausalLM,
+    CompreSSMMiniMaxConfig,
     MimoSSMConfig,
 )
 from hf_compressm.models.heads import new_model
@@ -28,6 +30,7 @@ CONFIGS = {
     "mamba": CompreSSMMambaConfig,
     "mamba2": CompreSSMMamba2Config,
     "mimo": MimoSSMConfig,
+    "minimax": CompreSSMMiniMaxConfig,
 }
 KINDS = pytest.mark.parametrize("kind", CONFIGS)
 
@@ -43,8 +46,8 @@ def modules(tmp_path_factory):
 
 
 def config(kind, **fields):
-    if kind == "gated_deltanet":
-        return delta_config(**({"state_sizes": [3, 8]} | fields))
+    if kind in (makers := {"gated_deltanet": delta_config, "minimax": minimax_config}):
+        return makers[kind](**({"state_sizes": [3, 8]} | fields))
     if kind == "mimo":
         sizes = {"hidden_size": 16, "num_hidden_layers": 2, "state_sizes": [5, 9], "vocab_size": 50}
         return MimoSSMConfig(**(sizes | fields))

@@ -70,6 +70,7 @@ def test_code_in_a_card_compiles_and_names_the_model(finished_run):
     ("model_type", "ways"),
     [
         ("compressm_gated_deltanet", 2),
+        ("compressm_minimax", 2),
         ("compressm_mamba", 3),
         ("compressm_mamba2", 2),
         ("mimo_ssm", 2),

@@ -119,7 +119,8 @@ def test_sizes_stay_uniform_and_uneven_ones_are_refused():
                               intermediate_size=32, lru_width=32), "one state per channel"),
         (RwkvConfig(vocab_size=8, hidden_size=32, num_hidden_layers=2, context_length=8), "one state per channel"),
         (MiniMaxConfig(vocab_size=8, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, head_dim=16,
-                       num_key_value_heads=1, intermediate_size=16, num_local_experts=2), "for softmax attention"),
+                       num_key_value_heads=1, intermediate_size=16, num_local_experts=2),
+         "for softmax attention.*CompreSSMMiniMaxForCausalLM.*from_stock"),
         (KimiLinearConfig(vocab_size=8, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, head_dim=16,
                           linear_num_heads=2, linear_head_dim=16, pad_token_id=0, layer_types=["linear_attention"],
                           intermediate_size=16), "one number for the size of keys and values"),
@@ -144,7 +145,7 @@ def test_a_size_that_the_installed_convolution_kernel_cannot_run_is_refused(monk
     assert state_sizes(model) == [4, 4]
 
 
-RECURRENT = re.compile(r"recurrent_state|ssm_state|mlstm_backend|rwkv_linear|rg_lru")
+RECURRENT = re.compile(r"recurrent_state|ssm_state|linear_cache|mlstm_backend|rwkv_linear|rg_lru")
 """What the forward of a layer with a recurrent state speaks of in transformers."""
 
 

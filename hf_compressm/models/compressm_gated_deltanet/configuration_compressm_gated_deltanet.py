@@ -6,11 +6,9 @@ from typing import Any
 
 from transformers import Qwen3_5TextConfig
 
+from ..hybrid_config import FULL, LINEAR, check_layers, check_multiple, check_sizes, types_at_interval
 from ..remote_code import CarriesCode
 from ..selective_config import check_fields, checked_sizes
-
-LINEAR = "linear_attention"
-FULL = "full_attention"
 
 
 class CompreSSMGatedDeltaNetConfig(CarriesCode, Qwen3_5TextConfig):
@@ -50,49 +48,15 @@ class CompreSSMGatedDeltaNetConfig(CarriesCode, Qwen3_5TextConfig):
     def __post_init__(self, **kwargs: Any) -> None:
         check_fields(self)
         if self.layer_types is None:
-            self.layer_types = _types_at_interval(self.num_hidden_layers, self.full_attention_interval)
-        _check_layers(self)
+            self.layer_types = types_at_interval(self.num_hidden_layers, self.full_attention_interval)
+        check_layers(self)
+        check_multiple(self, "linear_num_value_heads", "linear_num_key_heads")
+        if FULL in self.layer_types:
+            check_multiple(self, "num_attention_heads", "num_key_value_heads")
         linear = self.layer_types.count(LINEAR)
         self.state_sizes = checked_sizes(self.state_sizes, self.linear_key_head_dim, linear, "linear-attention layers")
-        if max(self.state_sizes) > self.linear_key_head_dim:
-            raise ValueError(
-                f"state_sizes must not exceed linear_key_head_dim, which keys and queries have; got {self.state_sizes} "
-                f"for linear_key_head_dim={self.linear_key_head_dim}"
-            )
+        check_sizes(self, "linear_key_head_dim")
         super().__post_init__(**kwargs)
-
-
-def _types_at_interval(layers: int, interval: int) -> list[str]:
-    """Types of so many layers, softmax attention last among every `interval` of them.
-
-    Raises:
-        ValueError: if the interval is negative.
-    """
-    if interval < 0:
-        raise ValueError(f"full_attention_interval must be >= 0, with 0 for no softmax attention; got {interval}")
-    return [FULL if interval and (layer + 1) % interval == 0 else LINEAR for layer in range(layers)]
-
-
-def _check_layers(config: Any) -> None:
-    """Check the types of layers and the numbers of heads.
-
-    Raises:
-        ValueError: if they do not fit.
-    """
-    types = config.layer_types
-    if len(types) != config.num_hidden_layers or not {*types} <= {LINEAR, FULL} or LINEAR not in types:
-        raise ValueError(
-            f"layer_types must name {LINEAR} or {FULL} for each of num_hidden_layers={config.num_hidden_layers} "
-            f"layers, the former at least once; got {types} (full_attention_interval={config.full_attention_interval})"
-        )
-    pairs = [("linear_num_value_heads", "linear_num_key_heads")]
-    if FULL in types:
-        pairs.append(("num_attention_heads", "num_key_value_heads"))
-    for many, few in pairs:
-        if getattr(config, few) < 1 or getattr(config, many) < 1 or getattr(config, many) % getattr(config, few):
-            raise ValueError(
-                f"{many} must be a multiple of {few}, both >= 1; got {getattr(config, many)} and {getattr(config, few)}"
-            )
 
 
 __all__ = ["CompreSSMGatedDeltaNetConfig"]

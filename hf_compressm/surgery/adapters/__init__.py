@@ -7,6 +7,7 @@ Source: each module names its own.
 
 from . import gated_delta as _gated_delta  # noqa: F401
 from . import gated_delta_own as _gated_delta_own  # noqa: F401
+from . import lightning as _lightning  # noqa: F401
 from . import lru as _lru  # noqa: F401
 from . import mamba as _mamba  # noqa: F401
 from . import mamba2 as _mamba2  # noqa: F401

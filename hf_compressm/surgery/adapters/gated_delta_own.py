@@ -13,7 +13,7 @@ Source: the recurrence: Yang et al., arXiv 2412.06464; the balancing basis: `red
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,13 +23,11 @@ from transformers.utils import logging
 
 from ...layers.padding import RealFirst
 from ...ops.gated_delta_scan import delta_state_gramian
-from ...reduction import output_residual
 from ...reduction.key_channels import leading_rotation
-from ..changes import ParameterChange, Term
-from .base import MixerReduction, ReductionError, register_adapter
-from .mamba2 import basis_changes
-from .matrix_states import MatrixMeasurement, MatrixStatistics, choose_basis, second_moment
-from .selective import CalibratedAdapter, StateChoice, look_weights, real_tokens
+from .base import register_adapter
+from .matrix_states import MatrixMeasurement, MatrixStatistics, second_moment
+from .own_basis import OwnBasisAdapter, Pairs
+from .selective import StateChoice, look_weights, real_tokens
 
 logger = logging.get_logger(__name__)
 
@@ -130,57 +128,22 @@ class DeltaMeasurement(MatrixMeasurement):
         return cls(means.Q, means.K, means.P, Transitions.joined(samples) if samples else None)
 
 
-class CompreSSMGatedDeltaAdapter(CalibratedAdapter):
+class CompreSSMGatedDeltaAdapter(OwnBasisAdapter):
     """This package's Gated DeltaNet mixer, whose states may be of another size in each layer."""
 
     mixer_class = "hf_compressm.layers.gated_delta.CompreSSMGatedDeltaMixer"
     measurement_class = DeltaMeasurement
     dynamics = ("A_log", "dt_bias")
-    read_out = "out_proj"
-
-    def state_size(self, mixer: Any) -> int:
-        return mixer.state_size
-
-    def parameter_shapes(self, mixer: Any, order: int) -> dict[str, torch.Size]:
-        shapes = {"out_proj.weight": mixer.get_submodule("out_proj").weight.shape}
-        if order < mixer.head_k_dim:
-            shapes |= dict.fromkeys(("read_in", "read_out"), torch.Size([mixer.num_k_heads, order, mixer.head_k_dim]))
-        return shapes
-
-    def order_of(self, mixer: Any, shapes: Mapping[str, torch.Size]) -> int | None:
-        if len(shapes.get("read_in", ())) == 3:
-            return shapes["read_in"][1]
-        return mixer.head_k_dim if "conv1d.weight" in shapes else None
 
     def statistics(self, mixer: Any) -> DeltaStatistics:
         return DeltaStatistics()
 
-    def reduce_to(self, mixer: Any, measurement: DeltaMeasurement, choice: StateChoice) -> MixerReduction:
-        """Change the basis of each key head's states, and keep the best r of the new rows.
-
-        Raises:
-            ReductionError: if a new parameter is NaN or infinite.
-        """
+    def pairs(self, measurement: DeltaMeasurement, choice: StateChoice) -> Pairs:
         moments = list(zip(measurement.Q, measurement.K, measurement.P, strict=True))
-        pairs = [choose_basis(Q, K, P, choice) for Q, K, P in moments]
-        pairs = _stable(pairs, moments, measurement.transitions)
-        residuals = [output_residual(P, Q, *pair) for (Q, _, P), pair in zip(moments, pairs, strict=True)]
-        read_in, read_out = (torch.stack(parts) for parts in zip(*pairs, strict=True))
-        if not (read_in.isfinite().all() and read_out.isfinite().all()):
-            raise ReductionError("the reduced parameters are NaN or infinite")
-        return MixerReduction(_changes(mixer, read_in, read_out), residual=sum(residuals) / len(residuals))
-
-    def keep(self, mixer: Any, kept: Sequence[Sequence[int]]) -> dict[str, ParameterChange]:
-        rows = torch.eye(mixer.state_size, dtype=torch.float64)[torch.tensor([list(chosen) for chosen in kept])]
-        return _changes(mixer, rows, rows)
-
-    def refitted(self, mixer: Any) -> dict[str, slice]:
-        return dict.fromkeys(("read_in", "read_out"), slice(None))
+        return _stable(super().pairs(measurement, choice), moments, measurement.transitions)
 
 
-def _stable(
-    pairs: list[tuple[Tensor, Tensor]], moments: list[tuple[Tensor, Tensor, Tensor]], transitions: Transitions | None
-) -> list[tuple[Tensor, Tensor]]:
+def _stable(pairs: Pairs, moments: list[tuple[Tensor, Tensor, Tensor]], transitions: Transitions | None) -> Pairs:
     """L and R of each key head, with a rotation in place of those that let a state grow on the sample."""
 
     def rate(head: int, pair: tuple[Tensor, Tensor]) -> float:
@@ -199,12 +162,6 @@ def _stable(
         f"largest eigenvalue of a transition with the former: {max(rates):.4f}"
     )
     return found
-
-
-def _changes(mixer: Any, read_in: Tensor, read_out: Tensor) -> dict[str, ParameterChange]:
-    same = Term("out_proj.weight")
-    weight = mixer.get_parameter("out_proj.weight").detach().cpu()
-    return basis_changes(mixer, read_in, read_out) | {"out_proj.weight": ParameterChange(weight, (same,), rows=same)}
 
 
 register_adapter(CompreSSMGatedDeltaAdapter())

@@ -28,7 +28,8 @@ _REASONS = {
     "glm5_next.modeling_glm5_next.Glm5NextTextLinearAttention": _KIMI,
     "minimax.modeling_minimax.MiniMaxLightningAttention": (
         "its config holds one head size for this layer and for softmax attention, so keys cannot become smaller by "
-        "themselves in this class."
+        "themselves in this class. CompreSSMMiniMaxForCausalLM has a state size for each layer: "
+        "hf_compressm.from_stock(model) makes one with equal outputs."
     ),
 }
 for _class, _reason in _REASONS.items():
