@@ -13,7 +13,8 @@ FIELDS = {
     # All experts for every token, so that rounding cannot choose another one.
     **{"head_dim": KEYS, "intermediate_size": 16, "num_local_experts": 2, "num_experts_per_tok": 2, "block_size": 4},
     **{"layer_types": ["linear_attention", "full_attention", "linear_attention"]},
-    **{"pad_token_id": 0, "bos_token_id": None, "eos_token_id": None},
+    # That of transformers' default does not run in float64.
+    **{"experts_implementation": "eager", "pad_token_id": 0, "bos_token_id": None, "eos_token_id": None},
 }
 
 

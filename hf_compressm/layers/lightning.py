@@ -77,7 +77,21 @@ class CompreSSMLightningMixer(CachedMixer):
         past_key_values: Any = None,
         **kwargs: Any,
     ) -> tuple[Tensor, None]:
-        """Mix a sequence as `CachedMixer` does; further names of its arguments and the tuple are those of attention."""
+        """Mix a sequence as `CachedMixer` does; further names of its arguments and the tuple are those of attention.
+
+        Args:
+            hidden_states: (B, L, D).
+            cache, past_key_values: transformers' `DynamicCache`, under one of the two names that its versions use.
+            attention_mask: (B, L), zero at padding; of a longer one the last L columns count.
+            **kwargs: keywords that models pass to all their layers and that mean nothing here.
+
+        Returns:
+            (B, L, D), and None in place of attention weights.
+
+        Raises:
+            TypeError: for other keywords, or two caches.
+            ValueError: if the cache has no place for a state, or one of another size; for packed sequences.
+        """
         cache = one_cache(self, cache=cache, past_key_values=past_key_values)
         if cache is not None and len(cache.layers) <= self.layer_idx:
             raise ValueError(

@@ -223,7 +223,9 @@ def _rebuilt(model: Any, cls: Any, config_class: Any, fields: dict[str, Any], te
     """Build a model of another class with copies of the tensors, each in its own dtype, and tie its tied weights."""
     if issubclass(config_class, Mamba2Config):
         fields = fields | {"time_step_limit": tuple(model.config.time_step_limit)}
-    rebuilt = cls(config_class(**fields)).to(next(model.parameters()).device)
+    config = config_class(**fields)
+    config._experts_implementation = model.config._experts_implementation
+    rebuilt = cls(config).to(next(model.parameters()).device)
     for name, parameter in rebuilt.named_parameters():
         parameter.data = parameter.data.to(tensors[name].dtype)
     buffers = {name for name, _ in rebuilt.named_buffers()}

@@ -60,7 +60,8 @@ def travelled(model, folder, auto):
     reference = json.loads((folder / "config.json").read_text())["auto_map"][auto.__name__]
     cls = get_class_from_dynamic_module(reference, folder)
     assert cls.__module__.startswith("transformers_modules.") and cls.__name__ == type(model).__name__
-    return cls.from_pretrained(folder, dtype=model.dtype).train(model.training)
+    experts = model.config._experts_implementation
+    return cls.from_pretrained(folder, dtype=model.dtype, experts_implementation=experts).train(model.training)
 
 
 def as_double(model):
