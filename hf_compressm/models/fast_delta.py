@@ -16,7 +16,9 @@ import torch
 from torch import Tensor
 from transformers.integrations import accelerate
 
+from ..compatibility import cache_keyword
 from ..layers.gated_delta import unit_vectors
+from ..layers.mixer import recurrent_state
 from ..ops.gated_delta_scan import gated_delta_scan, gated_delta_step
 
 
@@ -82,5 +84,26 @@ def delta_forward(used: list[str], stock: type) -> Callable:
         original.__closure__,
     )  # fmt: skip
     exchanged.__kwdefaults__ = original.__kwdefaults__
-    functools.update_wrapper(exchanged, original)
-    return accelerate.force_accelerate_hooks(used)(exchanged)
+    keyword = cache_keyword(original)
+    position = list(inspect.signature(original).parameters).index(keyword) - 2  # behind self and hidden_states
+
+    @functools.wraps(original)
+    def checked(self: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        check_cache(self, args[position] if len(args) > position else kwargs.get(keyword))
+        return exchanged(self, hidden_states, *args, **kwargs)
+
+    return accelerate.force_accelerate_hooks(used)(checked)
+
+
+def check_cache(mixer: Any, cache: Any) -> None:
+    """Check that a cache is not from before a cut.
+
+    Raises:
+        ValueError: if its states (B, H, K, V) have another number of key channels than the mixer.
+    """
+    state = recurrent_state(cache, mixer.layer_idx)
+    if state is not None and state.shape[-2] != mixer.head_k_dim:
+        raise ValueError(
+            f"the cached states of {type(mixer).__name__} have {state.shape[-2]} key channels, and the layer has "
+            f"{mixer.head_k_dim}. A cache from before a cut does not fit the model after it; begin with a new one."
+        )

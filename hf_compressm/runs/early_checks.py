@@ -17,7 +17,7 @@ from ..data.text_files import text_files
 from ..files import check_name
 from ..models.saved import load_config
 from ..surgery import Policy
-from ..surgery.adapters.base import size_fields
+from ..surgery.adapters.base import sizes_in_config
 from ..surgery.policies import check_target
 from .arguments import DataSource, did_you_mean
 
@@ -138,10 +138,8 @@ def check_policy(config: Any, policy: Policy | None, minimum: int = 1) -> None:
     Raises:
         ValueError: as `check_target`.
     """
-    text = config.get_text_config()
-    sizes = next((getattr(text, name) for name in size_fields() if hasattr(text, name)), None)
-    if sizes:
-        check_target(policy, sizes if isinstance(sizes, (list, tuple)) else [sizes], minimum)
+    if sizes := sizes_in_config(config.get_text_config()):
+        check_target(policy, sizes, minimum)
 
 
 def check_lora(settings: Mapping[str, Any]) -> None:

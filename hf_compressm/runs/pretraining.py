@@ -25,6 +25,7 @@ from ..data import Task, load_task
 from ..files import check_folder, write_json
 from ..models.automatic import switch_on
 from ..models.heads import new_model
+from ..models.initial_values import check_time_steps, set_time_steps
 from ..moved import old_names
 from ..report import describe_environment, keep_card, write_report
 from ..report.text_tables import aligned_table
@@ -84,7 +85,7 @@ def build_model(run: Run, task: Task) -> PreTrainedModel:
     """Build a freshly initialised model for the task, seeded by the run.
 
     Raises:
-        ValueError: on an unknown architecture or config field.
+        ValueError: on an unknown architecture or config field, or `time_steps` that no layer has.
     """
     kind = run.arguments.model_type
     check_new_model(kind, run.model)
@@ -96,6 +97,8 @@ def build_model(run: Run, task: Task) -> PreTrainedModel:
         model = new_model(task.problem, config)
     except Exception as error:  # each architecture has ways of its own to fail on values that it does not check
         raise ValueError(f"no {kind} can be built with model = {run.model}: {error}") from error
+    if run.arguments.time_steps is not None:
+        set_time_steps(model, run.arguments.time_steps)
     switch_on(model, run.compression.fast_ops)
     return model
 
@@ -141,6 +144,7 @@ def check_run(run: Run) -> None:
         OSError: if a folder that is given does not exist, or the output folder cannot be written.
     """
     arguments = run.arguments
+    check_time_steps(arguments.time_steps)
     check_task_options(arguments.task or "", arguments.data_dir, run.task_options)
     config = check_new_model(arguments.model_type, run.model)
     if arguments.compress:
@@ -238,6 +242,7 @@ def _describe(
         "training": {
             **{key: getattr(training, key) for key in REPORTED},
             "ssm_learning_rate": run.arguments.ssm_learning_rate,
+            "time_steps": run.arguments.time_steps,
             "optimizer": str(getattr(training.optim, "value", training.optim)),
             "scheduler": str(getattr(training.lr_scheduler_type, "value", training.lr_scheduler_type)),
         },

@@ -42,6 +42,13 @@ class RunArguments:
         default=None,
         metadata={"help": "Fields of the model's config as JSON; they override those of the file."},
     )
+    time_steps: list[float] | None = field(
+        default=None,
+        metadata={
+            "help": "Smallest and largest initial time step of recurrent layers with a dt_bias, such as 0.001 0.1, for "
+            "stock classes whose config has none. Default: as the class begins."
+        },
+    )
     ssm_learning_rate: float | None = field(
         default=None,
         metadata={"help": "Learning rate of state-space parameters, without weight decay. Default: no own group."},

@@ -132,13 +132,15 @@ def with_ties(model: nn.Module, constraints: SizeConstraints) -> SizeConstraints
     """The constraints, with the multiple that the mixers prefer, and those of configs with one size for several mixers.
 
     Raises:
-        ValueError: if uniform=False contradicts a config, or a list in a config is of another length than there are
-            mixers.
+        ValueError: if uniform=False contradicts a config, a list in a config is of another length than there are
+            mixers, or kernels or caches could not run the multiples that are asked for.
     """
     sites = find_mixers(model)
     if constraints.multiple_of is None:
         preferred = math.lcm(*(site.adapter.size_multiple(site.mixer) for site in sites))
         constraints = dataclasses.replace(constraints, multiple_of=preferred)
+    for site in sites:
+        site.adapter.check_multiple(site.mixer, constraints.multiple_of or 1)
     index = {site.name: position for position, site in enumerate(sites)}
     for owner in find_owners(model, sites):
         numbers, entries = ([[index[name] for name in group] for group in groups] for groups in owner.ties())

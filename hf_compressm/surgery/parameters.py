@@ -59,9 +59,9 @@ def check_parameters(model: nn.Module, optimizer: Any = None) -> None:
 
     Raises:
         ValueError: if a parameter of a mixer is shared with another module or, when there is an optimizer, is frozen
-            (unless PEFT trains the model, which freezes on purpose) or missing from it; if an adapter of PEFT around a
-            parameter cannot follow a cut; if a parameter is offloaded, quantised or of a class of its own. The message
-            names the parameter.
+            (unless PEFT trains the model, which freezes on purpose; see also `MixerSite.frozen_read_out`) or missing
+            from it; if an adapter of PEFT around a parameter cannot follow a cut; if a parameter is offloaded,
+            quantised or of a class of its own. The message names the parameter.
         TypeError: if the optimizer's state cannot be carried.
     """
     owners: dict[int, list[str]] = {}
@@ -80,7 +80,8 @@ def check_parameters(model: nn.Module, optimizer: Any = None) -> None:
                     f"{path} is shared by {', '.join(names)}; a shared state-space parameter cannot be cut. "
                     "Give each layer its own parameter."
                 )
-            if held is not None and not parameter.requires_grad and not adapted:
+            left_alone = adapted or name == site.frozen_read_out
+            if held is not None and not parameter.requires_grad and not left_alone:
                 raise ValueError(
                     f"{path} is frozen (requires_grad=False), and training a cut of it would change what was meant "
                     "to stay. Unfreeze it, or compress the model before or after training."

@@ -78,7 +78,7 @@ def refit(
     it is in float32 whatever the mixer's dtype: Adam's second moments vanish in float16.
 
     Args:
-        site: the mixer before the cut; it is left alone.
+        site: the mixer before the cut; it is left alone. What is its `frozen_read_out` keeps its value.
         reduction: its parameters after the cut.
         recording: inputs and outputs of the mixer before the cut.
         steps: optimizer steps, >= 1.
@@ -97,22 +97,24 @@ def refit(
     reduced = MixerSite(site.name, mixer, site.adapter)
     values = {name: change.value.clone() for name, change in reduction.changes.items()}
     replace_parameters([reduced], {site.name: values})
-    rows = site.adapter.refitted(mixer)
+    frozen = site.frozen_read_out
+    read_out = None if frozen else site.adapter.read_out
+    rows = {name: part for name, part in site.adapter.refitted(mixer).items() if name != frozen}
     fitted = {name: mixer.get_parameter(name).requires_grad_() for name in rows}
     portions = recording.batches()
     with torch.enable_grad(), by_fast_ops(mixer, fast_ops):
         before = _error(mixer, portions)
         if not before.isfinite():
             raise ReductionError("the reduced layer puts out NaN or infinite values on the calibration data")
-        solve_read_out(mixer, site.adapter.read_out, portions)
+        solve_read_out(mixer, read_out, portions)
         _descend(mixer, fitted, rows, portions, steps)
-        solve_read_out(mixer, site.adapter.read_out, portions)
+        solve_read_out(mixer, read_out, portions)
         after = _error(mixer, portions)
     if not after < before:
         return reduction
     changes = dict(reduction.changes)
-    if site.adapter.read_out is not None:
-        name = f"{site.adapter.read_out}.weight"
+    if read_out is not None:
+        name = f"{read_out}.weight"
         changes[name] = replace(changes[name], value=mixer.get_parameter(name).detach().to(changes[name].value))
     for name, parameter in fitted.items():
         value = changes[name].value.clone()

@@ -18,7 +18,7 @@ import time
 
 import torch
 from common import machine_line
-from torch.utils._pytree import tree_leaves
+from plain_generation import bytes_per_sequence
 from torch.utils.data import DataLoader, default_collate
 
 from hf_compressm import compress
@@ -73,19 +73,13 @@ def run_batches(config: str) -> int:
     return parse_run([config, "--output_dir", "outputs/statistics_pass"]).compression.calibration_batches
 
 
-def cache_bytes(model, batch) -> int:
-    """Bytes of convolution and recurrent states that generation keeps for one sequence."""
-    cache = model(input_ids=batch["input_ids"][:1], use_cache=True).cache_params
-    kept = [getattr(layer, name) for layer in cache.layers for name in ("conv_states", "recurrent_states")]
-    return sum(state.numel() * state.element_size() for state in tree_leaves(kept) if isinstance(state, torch.Tensor))
-
-
 @torch.no_grad()
 def cache_before_and_after(config: str) -> tuple[int, int]:
     run, model, batches = prepared(config, run_batches(config))
-    before = cache_bytes(model.eval(), batches[0])
+    prompt = batches[0]["input_ids"][:1]
+    before = bytes_per_sequence(model.eval(), prompt)
     compress(model, batches, policy=run.compression.order_policy(), refit_steps=0)
-    return before, cache_bytes(model, batches[0])
+    return before, bytes_per_sequence(model, prompt)
 
 
 def main() -> None:

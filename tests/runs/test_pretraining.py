@@ -6,6 +6,8 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
+from torch.nn.functional import softplus
 from transformers import AutoModelForSequenceClassification
 from transformers.models.mamba.modeling_mamba import MambaMixer
 
@@ -49,6 +51,28 @@ def test_stock_models_run_by_the_ops_of_this_package(tmp_path, fast):
     model = build_model(run, SimpleNamespace(problem="causal_lm", model_kwargs={"vocab_size": 16, "hidden_size": 8}))
     mixers = [module for module in model.modules() if isinstance(module, MambaMixer)]
     assert [type(mixer) is MambaMixer for mixer in mixers] == [not fast] * 2
+
+
+def test_time_steps_that_a_stock_class_does_not_offer(tmp_path):
+    task = SimpleNamespace(problem="causal_lm", model_kwargs={"vocab_size": 16})
+    run = parse_run([str(CONFIGS[0].with_name("stdlib_qwen3_5.yaml")), "--output_dir", str(tmp_path)])
+    model = build_model(run, task)
+    assert state_sizes(model) == [64] * 3 and model.config.layer_types[3] == "full_attention"
+    steps = torch.cat([softplus(parameter) for name, parameter in model.named_parameters() if "dt_bias" in name])
+    assert len(steps.unique()) == 12 and 0.001 <= steps.min() < 0.01 < steps.max() <= 0.1
+    run.arguments.time_steps = None
+    plain = dict(build_model(run, task).named_parameters())
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter, plain[name]) != ("dt_bias" in name), name
+
+
+def test_time_steps_for_a_model_without_any(tmp_path):
+    task = SimpleNamespace(problem="causal_lm", model_kwargs={"vocab_size": 16})
+    run = parse_run([str(CONFIGS[0].with_name("stdlib_xlstm.yaml")), "--output_dir", str(tmp_path)])
+    assert state_sizes(build_model(run, task)) == [64, 64]
+    run.arguments.time_steps = [0.001, 0.1]
+    with pytest.raises(ValueError, match="no layer of xLSTMForCausalLM has a dt_bias"):
+        build_model(run, task)
 
 
 @pytest.fixture(scope="module")

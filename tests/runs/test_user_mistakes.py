@@ -43,6 +43,12 @@ MISTAKES = {
     "target above": (
         "pretrain", [*PRETRAIN, "--policy", "target", "--target_state_size", "999"], "model has only 256 states",
     ),
+    "target above, xLSTM": (
+        "pretrain",
+        [*PRETRAIN, "--model_type", "xlstm", "--model", '{"hidden_size": 128, "qk_dim_factor": 2.0, "num_heads": 4}',
+         "--policy", "target", "--target_state_size", "64"], "model has only 64 states",
+    ),
+    "time steps": ("pretrain", [*PRETRAIN, "--time_steps", "0.1", "0.001"], "0 < smallest <= largest; got .0.1, 0.001"),
     "tau out of range": ("pretrain", [*PRETRAIN, "--tau", "7"], "tau must lie strictly between 0 and 1"),
     "NaN": ("pretrain", [*PRETRAIN, "--learning_rate", "nan"], "learning_rate must be a finite number"),
     "token": ("pretrain", [*PRETRAIN, "--hub_token", "hf_secret"], "would be saved and pushed"),

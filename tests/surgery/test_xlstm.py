@@ -2,14 +2,15 @@
 
 import pytest
 import torch
+import xlstm_models
 from transformers import AutoModelForCausalLM, xLSTMConfig
 from transformers.models.xlstm import modeling_xlstm
+from xlstm_models import KEYS
 
 from hf_compressm import SizeConstraints, compress, state_sizes
 from hf_compressm.surgery import find_mixers, gather_statistics
 from hf_compressm.surgery.resize import replace_parameters
 
-KEYS = 64
 IDS = torch.randint(2, 64, (3, 40), generator=torch.Generator().manual_seed(1))
 BATCH = {"input_ids": IDS}
 MODES = pytest.mark.parametrize("mode", ["single", "fused"])
@@ -20,15 +21,7 @@ def make(monkeypatch):
     def build(mode="single"):
         if mode == "fused":  # transformers' own initialisation of this mode fails; its checkpoints load
             monkeypatch.setattr(modeling_xlstm.xLSTMPreTrainedModel, "_init_weights", lambda self, module: None)
-        torch.manual_seed(0)
-        config = xLSTMConfig(vocab_size=64, hidden_size=64, num_hidden_layers=2, num_heads=2, qk_dim_factor=2.0,
-                             weight_mode=mode, chunk_size=8, autocast_kernel_dtype="float32", pad_token_id=0,
-                             bos_token_id=1, eos_token_id=None)  # fmt: skip
-        model = AutoModelForCausalLM.from_config(config).eval()
-        generator = torch.Generator().manual_seed(2)
-        for parameter in model.parameters():
-            if parameter.ndim > 1:
-                parameter.data.normal_(std=parameter.shape[1] ** -0.5, generator=generator)
+        model = xlstm_models.make(mode)
         for site in find_mixers(model) if mode == "fused" else ():
             site.mixer.ifgate_preact.bias.data = torch.tensor([-10.0, -10.0, 3.0, 6.0])  # as in the other mode
         return model
@@ -76,8 +69,10 @@ def test_sizes_are_those_that_the_cache_can_hold(make):
     model = make()
     compress(model, BATCH, target=5, refit_steps=0)
     assert state_sizes(model) == [32, 32]
-    compress(model, BATCH, target=5, refit_steps=0, constraints=SizeConstraints(multiple_of=1))
-    assert state_sizes(model) == [5, 5]
+    model = make()
+    with pytest.raises(ValueError, match="multiples of 64 keys of all 2 heads .* Set multiple_of=32, or leave it out"):
+        compress(model, BATCH, target=40, constraints=SizeConstraints(multiple_of=8))
+    assert state_sizes(model) == [KEYS, KEYS]
 
 
 @pytest.mark.parametrize(("hidden", "heads", "order"), [(4096, 8, 24), (1000, 3, 7), (96, 4, 5), (49, 7, 1)])

@@ -1,12 +1,17 @@
 """Started by test_distributed.py under torchrun: checks that need several processes but no Trainer."""
 
+import copy
+
+import delta_models
+import own_delta_models
 import torch
 import torch.distributed as dist
 from selective_models import IDS, OWN, make
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import fp16_compress_hook
 from torch.nn.parallel import DistributedDataParallel
 
-from hf_compressm.surgery import ReductionError, apply_plan, make_plan
+from hf_compressm import Target
+from hf_compressm.surgery import CutSettings, ReductionError, apply_plan, make_plan
 from hf_compressm.training.distributed import (
     TrainingTeam,
     decided_by_rank_0,
@@ -50,8 +55,31 @@ def statistics_are_those_of_all_batches(rank):
     assert torch.allclose(2 * found.states, whole.states)
 
 
-def training_goes_on_equal_after_a_cut(rank, **options):
-    model = make(OWN, "mamba2").train()
+MATRIX_STATES = {
+    "qwen3_5": lambda: delta_models.make("qwen3_5"),
+    "olmo_hybrid": lambda: delta_models.make("olmo_hybrid"),
+    "own": lambda: own_delta_models.own(),
+}
+"""Hybrids with attention: stock ones lose key channels, this package's gets write and erase matrices."""
+
+
+def cuts_of_matrix_states_are_those_of_one_process(rank, make_model):
+    model = make_model()
+    alone, optimizer = copy.deepcopy(model), torch.optim.AdamW(model.parameters(), lr=1e-2)
+    settings = CutSettings(Target(4))
+    plan = make_plan(model, settings=settings, calibration={"input_ids": IDS[rank : rank + 1]}, team=TrainingTeam())
+    expected = make_plan(alone, settings=settings, calibration={"input_ids": IDS})
+    assert plan.cuts and [one.new_size for one in plan.layers] == [one.new_size for one in expected.layers]
+    apply_plan(model, optimizer, plan)
+    apply_plan(alone, None, expected)
+    verify_replicas(model, optimizer)
+    for (name, one), two in zip(model.named_parameters(), alone.parameters(), strict=True):
+        # Sums over ranks are rounded otherwise than one sum; a basis is a function of them.
+        assert torch.allclose(one, two, atol=1e-4), name
+
+
+def training_goes_on_equal_after_a_cut(rank, make_model=lambda: make(OWN, "mamba2"), **options):
+    model = make_model().train()
     ddp = DistributedDataParallel(model, **options)
     ddp.register_comm_hook(None, fp16_compress_hook)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
@@ -87,6 +115,9 @@ def main():
     rank = dist.get_rank()
     for check in (only_rank_0_may_fail, one_bad_rank_stops_all, statistics_are_those_of_all_batches):
         check(rank)
+    for make_model in MATRIX_STATES.values():
+        cuts_of_matrix_states_are_those_of_one_process(rank, make_model)
+        training_goes_on_equal_after_a_cut(rank, make_model)
     for options in ({}, {"find_unused_parameters": True}, {"static_graph": True}):
         training_goes_on_equal_after_a_cut(rank, **options)
     a_difference_is_named(rank)

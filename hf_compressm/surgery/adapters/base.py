@@ -19,7 +19,7 @@ from ...models.fast_ops import mixer_class
 from ...reduction import Selection
 from ..changes import ParameterChange
 from ..peft.lora import changes_with_lora, mixer_without_lora
-from ..peft.tuners import place, with_followers
+from ..peft.tuners import has_tuners, place, with_followers
 
 Mixer = TypeVar("Mixer", bound=nn.Module)
 
@@ -180,6 +180,14 @@ class MixerAdapter(ABC, Generic[Mixer]):
         """State sizes of this mixer are multiples of this, >= 1, where the caller asks for none of their own."""
         return 1
 
+    def check_multiple(self, mixer: Mixer, multiple: int) -> None:
+        """Raise ValueError if a smaller size that is a multiple of this, >= 1, cannot be run by kernels or caches."""
+
+    def read_config(self, config: Any) -> list[int]:
+        """State sizes that a config names, one where it holds one for all layers; empty if it names none."""
+        found = getattr(config, self.size_field, None)
+        return list(found) if isinstance(found, list | tuple) else [found] if found else []
+
     def write_config(self, config: Any, sizes: Sequence[int]) -> None:
         """Write the state sizes of all mixers of this class, in model order, to the config that describes them."""
         setattr(config, self.size_field, sizes[0] if self.uniform else list(sizes))
@@ -197,6 +205,19 @@ class MixerSite:
     def state_size(self) -> int:
         """Present number of states N."""
         return self.adapter.state_size(self.mixer)
+
+    @property
+    def frozen_read_out(self) -> str | None:
+        """Name of the read-out's weight if it alone was meant to stay: it is frozen, beside parameters that are not.
+
+        A cut as such does not change it, and a refit then leaves it too. A mixer that is frozen as a whole is refitted
+        as a whole, and so is one with adapters of PEFT, which freezes on purpose.
+        """
+        if self.adapter.read_out is None or has_tuners(self.mixer):
+            return None
+        weight = self.mixer.get_submodule(self.adapter.read_out).weight
+        alone = any(parameter.requires_grad for parameter in self.mixer.parameters())
+        return f"{self.adapter.read_out}.weight" if alone and not weight.requires_grad else None
 
     def shapes(self, order: int) -> dict[str, torch.Size]:
         """The adapter's `parameter_shapes`, and the shapes of LoRA's parameters around these that change with them."""
@@ -262,10 +283,10 @@ def supported_mixers() -> list[str]:
     return sorted(_ADAPTERS)
 
 
-def size_fields() -> list[str]:
-    """Return the names of config fields that hold state sizes, that of sizes per layer first."""
-    found = {adapter.size_field for adapter in _ADAPTERS.values()}
-    return sorted(found, key=lambda name: (name != MixerAdapter.size_field, name))
+def sizes_in_config(config: Any) -> list[int]:
+    """State sizes that a config names, a list of sizes per layer before a single number; empty if it names none."""
+    adapters = sorted(_ADAPTERS.values(), key=lambda adapter: adapter.size_field != MixerAdapter.size_field)
+    return next(filter(None, (adapter.read_config(config) for adapter in adapters)), [])
 
 
 def refused_mixers() -> dict[str, str]:

@@ -29,6 +29,7 @@ from ...ops.gated_delta_scan import delta_state_gramian
 from ...reduction.key_channels import key_moments, missed_share
 from ..changes import ParameterChange, Term
 from .base import MixerReduction, register_adapter
+from .convolution import check_convolution, convolution_step
 from .matrix_states import MatrixMeasurement, MatrixStatistics, choose_channels, second_moment
 from .selective import CalibratedAdapter, StateChoice, look_weights, real_tokens
 
@@ -139,7 +140,10 @@ class GatedDeltaAdapter(CalibratedAdapter):
 
     def size_multiple(self, mixer: Any) -> int:
         """Kernels for GPUs work on blocks of 16 channels; a layer that has no more may have fewer."""
-        return BLOCK if self.state_size(mixer) > BLOCK else 1
+        return BLOCK if self.state_size(mixer) > BLOCK else self._step(mixer)
+
+    def check_multiple(self, mixer: Any, multiple: int) -> None:
+        check_convolution(self._step(mixer), self.state_size(mixer), multiple)
 
     def keep(self, mixer: Any, kept: Sequence[Sequence[int]]) -> dict[str, ParameterChange]:
         index = {name: self._rows(mixer, name, kept) for name in self._segments(mixer)}
@@ -159,6 +163,12 @@ class GatedDeltaAdapter(CalibratedAdapter):
         for name in self._segments(mixer):
             if name != "conv1d":
                 getattr(mixer, name).out_features = getattr(mixer, name).weight.shape[0]
+
+    def _step(self, mixer: Any) -> int:
+        def rows(size: int) -> list[int]:
+            return [self.parameter_shapes(mixer, size)["conv1d.weight"][0]]
+
+        return convolution_step(rows, self.state_size(mixer))
 
     def _segments(self, mixer: Any) -> dict[str, list[tuple[str, int]]]:
         heads = [(KEY, head) for head in range(mixer.num_k_heads)]

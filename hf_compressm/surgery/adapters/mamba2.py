@@ -11,7 +11,6 @@ layer; `hf_compressm.reduction.interpolative` for the method.
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -24,11 +23,9 @@ from ...layers.plain import innermost
 from ...reduction import low_rank_basis, output_residual
 from ..changes import ParameterChange, Term
 from .base import MixerReduction, ReductionError, register_adapter
+from .convolution import check_convolution, convolution_step
 from .mamba import convolved_tokens, time_of_tokens
 from .selective import SelectiveAdapter, SelectiveMeasurement, Signals, StateChoice
-
-CONV_MULTIPLE = 8
-"""The `causal_conv1d` kernel takes channels-last tensors only where strides are a multiple of this."""
 
 
 class _Mamba2Adapter(SelectiveAdapter):
@@ -78,12 +75,7 @@ class StockMamba2Adapter(_Mamba2Adapter):
         return None
 
     def reduce_to(self, mixer: Any, measurement: SelectiveMeasurement, choice: StateChoice) -> MixerReduction:
-        """Keep a subset of states of each group, with the read-out as it is.
-
-        Raises:
-            ValueError: if the installed convolution kernel cannot run the reduced layer.
-        """
-        self._check_kernel(mixer, choice.order)
+        """Keep a subset of states of each group, with the read-out as it is."""
         kept = [choice.indices(G, W) for G, W in zip(measurement.G, measurement.W, strict=True)]
         residuals = []
         for G, W, states in zip(measurement.G, measurement.W, kept, strict=True):
@@ -91,24 +83,17 @@ class StockMamba2Adapter(_Mamba2Adapter):
             residuals.append(output_residual(G, W, rows, rows))
         return MixerReduction(self.keep(mixer, kept), residual=sum(residuals) / len(residuals))
 
-    def _check_kernel(self, mixer: Any, order: int) -> None:
-        """Raise ValueError if the installed convolution kernel could run the mixer before the cut but not after it."""
-        if importlib.util.find_spec("causal_conv1d") is None:
-            return
+    def size_multiple(self, mixer: Any) -> int:
+        """What the installed convolution kernel needs."""
 
-        def runs(size: int) -> bool:
+        def rows(size: int) -> list[int]:
             shapes = self.parameter_shapes(mixer, size)
-            return not any(shapes[name][0] % CONV_MULTIPLE for name in ("conv1d.weight", "in_proj.weight"))
+            return [shapes[name][0] for name in ("conv1d.weight", "in_proj.weight")]
 
-        size = _conv_states(mixer)
-        if runs(size) and not runs(order):
-            step = next(step for step in range(1, CONV_MULTIPLE + 1) if runs(size - step))
-            raise ValueError(
-                "causal_conv1d is installed and needs the projection's and the convolution's channels to be a multiple "
-                f"of {CONV_MULTIPLE}, which they are not with {order} states in {mixer.n_groups} group(s). Set "
-                f"multiple_of={step}, or convert the model with hf_compressm.from_stock, whose layers keep their "
-                "convolution."
-            )
+        return convolution_step(rows, _conv_states(mixer))
+
+    def check_multiple(self, mixer: Any, multiple: int) -> None:
+        check_convolution(self.size_multiple(mixer), _conv_states(mixer), multiple)
 
     def keep(self, mixer: Any, kept: Sequence[Sequence[int]]) -> dict[str, ParameterChange]:
         channels, size = _channels(mixer), _conv_states(mixer)

@@ -77,6 +77,15 @@ class XLSTMAdapter(CalibratedAdapter):
         """Caches of transformers round the size of all heads' keys together up to 64, and fit no other."""
         return 64 // math.gcd(64, mixer.config.num_heads)
 
+    def check_multiple(self, mixer: Any, multiple: int) -> None:
+        needed = self.size_multiple(mixer)
+        if multiple % needed:
+            raise ValueError(
+                f"caches of transformers' xLSTM hold multiples of 64 keys of all {mixer.config.num_heads} heads "
+                f"together, so the model could not generate at every multiple of {multiple}. Set "
+                f"multiple_of={needed}, or leave it out."
+            )
+
     def keep(self, mixer: Any, kept: Sequence[Sequence[int]]) -> dict[str, ParameterChange]:
         identity = torch.eye(self.state_size(mixer), dtype=torch.float64)
         return self.in_basis(mixer, [(identity[list(channels)], identity[list(channels)]) for channels in kept])
@@ -105,6 +114,10 @@ class XLSTMAdapter(CalibratedAdapter):
         mixer.qk_dim = order * mixer.config.num_heads
         for name in ("q", "k") if _separate(mixer) else ("qkv_opreact",):
             getattr(mixer, name).out_features = len(getattr(mixer, name).weight)
+
+    def read_config(self, config: Any) -> list[int]:
+        keys = int(config.hidden_size * config.qk_dim_factor) if hasattr(config, self.size_field) else 0
+        return [keys // config.num_heads] if keys else []
 
     def write_config(self, config: Any, sizes: Sequence[int]) -> None:
         """The factor from which the layers compute the size of all heads' keys together, int(hidden_size * factor)."""
