@@ -181,7 +181,7 @@ def compress(
 ) -> None:
     """Cut the states of a trained model and save the result.
 
-    How much: one of --tau, --target-state-size and --fraction. Selective models also need --data.
+    How much: one of --tau, --target-state-size and --fraction, or --value-size. Selective models also need --data.
 
     Example: hf-compressm compress outputs/mamba --data stdlib_bytes --target-state-size 16 --output small --evaluate
     """
@@ -200,6 +200,7 @@ def compress(
         evaluate=evaluate,
         overwrite=overwrite,
         fast_ops=options.fast_ops,
+        value_size=sizes.value_size,
         **_given(refit_steps=refit_steps),
     )
     typer.echo(f"{summary(compress_saved_model(job))}\nsaved to {output}")

@@ -1,8 +1,10 @@
 """Small causal language models of every stock family with a gated delta rule, with states that remember something."""
 
+import copy
 import math
 
 import torch
+from peft import LoraConfig, get_peft_model
 from transformers import (
     AutoModelForCausalLM,
     OlmoHybridConfig,
@@ -38,10 +40,12 @@ CONFIGS = {
 """Name -> config."""
 
 
-def make(family: str, seed: int = 0):
+def make(family: str, seed: int = 0, **fields):
     """The model in evaluation mode; time steps between 0.01 and 0.1, so that states outlast some tokens."""
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(CONFIGS[family]()).eval()
+    config = CONFIGS[family]()
+    config.update(fields)
+    model = AutoModelForCausalLM.from_config(config).eval()
     generator = torch.Generator().manual_seed(seed + 2)
     for site in find_mixers(model):
         for parameter in site.mixer.parameters():
@@ -49,4 +53,14 @@ def make(family: str, seed: int = 0):
                 parameter.data.normal_(std=2 * parameter[0].numel() ** -0.5, generator=generator)
         steps = torch.exp(torch.rand(4, generator=generator) * math.log(10) + math.log(0.01))
         site.mixer.dt_bias.data = steps + torch.log(-torch.expm1(-steps))
+    return model
+
+
+def with_lora(base, *targets):
+    """A copy of the model with LoRA around these layers that does something."""
+    model = get_peft_model(copy.deepcopy(base), LoraConfig(r=2, target_modules=list(targets)))
+    generator = torch.Generator().manual_seed(1)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            parameter.data.normal_(std=0.1, generator=generator)
     return model

@@ -191,6 +191,7 @@ def read_run(folder: str | Path) -> RunRecord:
     record = _read(folder / "compression.json") if at_end or not latest else {}
     exported, events = _exported(state, keys.saved_in).get("history") or [], _config_events(config)
     events = record.get("history") or (exported if len(exported) >= len(events) else events)
+    events = [event for event in events if event["event"] in ("cut", "undo")]  # the others are not about states
     if not (state or record or events):
         raise FileNotFoundError(f"{folder} holds no run: there is none of {SOURCES}")
     results = [_read(folder / f"{split}_results.json") for split in ("train", "test")] if at_end or not latest else []

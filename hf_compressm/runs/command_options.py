@@ -151,17 +151,24 @@ class SizeOptions:
     uniform: Annotated[
         bool | None, typer.Option(help="Cut all layers to one common size. Default: only if the class needs it.")
     ] = None
+    value_size: Annotated[
+        int | None,
+        typer.Option(
+            help="Number of value channels per head to keep in layers with a gated delta rule, after the cut of states "
+            "or, without an amount of these, alone. Dearer than states of the same bytes."
+        ),
+    ] = None
 
-    def policy(self) -> Policy:
-        """Return how much to cut.
+    def policy(self) -> Policy | None:
+        """Return how many states to cut; None if only value channels are to be cut.
 
         Raises:
-            ValueError: if not exactly one amount is given, or it is out of its range.
+            ValueError: if more than one amount is given, or none and no value size, or it is out of its range.
         """
         from ..surgery.policies import choose_policy
 
         names = ("--tau", "--target-state-size", "--fraction")
         chosen = choose_policy(self.tau, self.target, self.fraction, names)
-        if chosen is None:
+        if chosen is None and self.value_size is None:
             raise ValueError(f"give exactly one of {names[0]}, {names[1]} and {names[2]}, not none")
         return chosen

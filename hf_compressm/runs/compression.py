@@ -16,7 +16,7 @@ from ..models.saved import is_stock, load_model, load_tokenizer
 from ..moved import old_names
 from ..reduction import SizeConstraints
 from ..report.text_tables import aligned_table
-from ..surgery import Policy, check_parameters, compress, history, state_sizes, with_ties
+from ..surgery import Policy, check_parameters, check_value_size, compress, history, state_sizes, with_ties
 from ..surgery.policies import check_target, describe_policy
 from ..surgery.refit import STEPS
 from .arguments import DataSource
@@ -33,7 +33,7 @@ class CompressionJob:
     Attributes:
         model: folder or hub name of a causal language model or sequence classifier.
         output: folder for the result.
-        policy, constraints, refit_steps: as in `compress`.
+        policy, constraints, refit_steps, value_size: as in `compress`; one of policy and value_size must be given.
         data: needed by models with selective layers, and to evaluate.
         device: as torch names it, or "auto" for a GPU if there is one.
         stock: write a plain transformers model; see `to_stock`.
@@ -44,7 +44,7 @@ class CompressionJob:
 
     model: str
     output: Path
-    policy: Policy
+    policy: Policy | None
     constraints: SizeConstraints = SizeConstraints()
     data: DataSource | None = None
     refit_steps: int = STEPS
@@ -53,6 +53,7 @@ class CompressionJob:
     evaluate: bool = False
     overwrite: bool = False
     fast_ops: bool = True
+    value_size: int | None = None
 
 
 @dataclass(frozen=True)
@@ -61,13 +62,14 @@ class CompressionResult:
 
     Attributes:
         record: of the cut, as `compress` returns it.
-        sizes: state sizes of the saved model.
+        sizes_before, sizes: state sizes of the model, and of the saved one.
         saved_class: name of its class.
         positions: sequence positions that were calibrated on.
         before, after: loss and metrics on held-out data, empty if not evaluated.
     """
 
     record: dict[str, Any]
+    sizes_before: list[int]
     sizes: list[int]
     saved_class: str
     positions: int
@@ -89,7 +91,7 @@ def compress_saved_model(job: CompressionJob) -> CompressionResult:
     tokenizer = load_tokenizer(job.model)
     task = None if job.data is None else load_data(job.data, model, tokenizer)
     batches = draw_calibration(model, job.data, task)
-    before = _losses(job, model, task)
+    before, sizes = _losses(job, model, task), state_sizes(model)
     record = compress(
         model,
         batches,
@@ -97,8 +99,9 @@ def compress_saved_model(job: CompressionJob) -> CompressionResult:
         constraints=job.constraints,
         refit_steps=job.refit_steps,
         fast_ops=job.fast_ops,
+        value_size=job.value_size,
     )
-    if not any(layer["new_size"] < layer["old_size"] for layer in record["layers"]):
+    if not any(layer["new_size"] < layer["old_size"] for part in _parts(record) for layer in part["layers"]):
         raise ValueError(
             f"nothing to cut: no layer would lose {job.constraints.minimum_change:.0%} of its states, which are "
             f"{state_sizes(model)}. Choose a larger tau, or a smaller target, fraction, minimum or multiple."
@@ -108,7 +111,7 @@ def compress_saved_model(job: CompressionJob) -> CompressionResult:
     if job.stock and not is_stock(model):
         model = _as_stock(model)
     positions = 0 if batches is None else sum(_positions(batch) for batch in batches)
-    result = CompressionResult(record, state_sizes(model), type(model).__name__, positions, before, after)
+    result = CompressionResult(record, sizes, state_sizes(model), type(model).__name__, positions, before, after)
     with new_folder(output) as folder:
         model.save_pretrained(folder)
         if tokenizer is not None:
@@ -119,6 +122,8 @@ def compress_saved_model(job: CompressionJob) -> CompressionResult:
 
 def _check(job: CompressionJob) -> Path:
     """Find out before the work what cannot be; gives the full path of the output."""
+    if job.policy is None and job.value_size is None:
+        raise ValueError("there is nothing to do: give a policy or a value_size")
     if job.evaluate and job.data is None:
         raise ValueError("there is nothing to evaluate on: give --data")
     check_source(job.data)
@@ -135,6 +140,8 @@ def _load(job: CompressionJob) -> Any:
     sizes, constraints = state_sizes(model), with_ties(model, job.constraints)
     constraints.apply(sizes, sizes)
     check_target(job.policy, sizes, constraints.minimum)
+    if job.value_size is not None:
+        check_value_size(model, job.value_size, job.constraints)
     return model
 
 
@@ -142,9 +149,10 @@ def _content(
     job: CompressionJob, output: Path, result: CompressionResult, records: list[dict[str, Any]]
 ) -> dict[str, Any]:
     """What `compression.json` holds."""
+    policy = None if job.policy is None else describe_policy(job.policy)
     return {
-        "settings": dataclasses.asdict(job) | {"output": str(output), "policy": describe_policy(job.policy)},
-        "sizes_before": [layer["old_size"] for layer in result.record["layers"]],
+        "settings": dataclasses.asdict(job) | {"output": str(output), "policy": policy},
+        "sizes_before": result.sizes_before,
         "sizes_after": result.sizes,
         "history": records,
         "evaluation": {"before": result.before, "after": result.after} if job.evaluate else None,
@@ -152,22 +160,32 @@ def _content(
 
 
 def summary(result: CompressionResult) -> str:
-    """Return a table for a terminal: per layer the states before and after and what was lost, and the losses."""
-    layers = result.record["layers"]
+    """Return tables for a terminal: per layer the sizes before and after and what was lost; and the losses."""
+    lines = [_table(part) for part in _parts(result.record)]
+    if result.positions:
+        lines.append(f"calibrated on {result.positions} positions")
+    for name, value in result.before.items():
+        lines.append(f"held-out {name.replace('_', ' ')}: {value:.4f} -> {result.after[name]:.4f}")
+    if result.record["event"] == "cut" and result.sizes != [layer["new_size"] for layer in result.record["layers"]]:
+        lines.append(f"written as {result.saved_class}, every layer padded to {result.sizes[0]} states")
+    return "\n".join(lines)
+
+
+def _parts(record: dict[str, Any]) -> list[dict[str, Any]]:
+    """The record of each cut in what `compress` returned."""
+    return [record, record["values"]] if "values" in record else [record]
+
+
+def _table(record: dict[str, Any]) -> str:
+    layers = record["layers"]
     rows = []
     for layer in layers:
         lost = [f"{kind} {layer[kind]:.4g}" for kind in ("residual", "bound") if layer[kind] is not None]
         rows.append([layer["name"], layer["old_size"], layer["new_size"], ", ".join(lost) or "-"])
     before, after = (sum(layer[size] for layer in layers) for size in ("old_size", "new_size"))
     rows.append(["total", before, after, f"{after / before:.1%} kept"])
-    lines = [aligned_table(["layer", "states before", "after", "lost"], rows)]
-    if result.positions:
-        lines.append(f"calibrated on {result.positions} positions")
-    for name, value in result.before.items():
-        lines.append(f"held-out {name.replace('_', ' ')}: {value:.4f} -> {result.after[name]:.4f}")
-    if result.sizes != [layer["new_size"] for layer in layers]:
-        lines.append(f"written as {result.saved_class}, every layer padded to {result.sizes[0]} states")
-    return "\n".join(lines)
+    what = "states" if record["event"] == "cut" else "values"
+    return aligned_table(["layer", f"{what} before", "after", "lost"], rows)
 
 
 def _losses(job: CompressionJob, model: Any, task: Task | None) -> dict[str, float]:

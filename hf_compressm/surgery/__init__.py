@@ -12,8 +12,8 @@ Imports within the package go one way; each line uses only lines above it:
 - `parameters`
 - `history`, `resize`
 - `refit`, `snapshot`
-- `statistics`
-- `team`, `base_model`
+- `statistics`, `layer_plans`
+- `team`, `base_model`, `values`
 - `plan`
 """
 
@@ -38,16 +38,18 @@ from .adapters.selective import Signals, selective_signals
 from .base_model import mixer_state, restore_mixer_state, save_base_model
 from .changes import ParameterChange, Term
 from .history import append_history, history, last_sizes, merged, original_sizes, set_history
+from .layer_plans import CompressionPlan, CutSettings, LayerPlan
 from .optimizer import unwrap_optimizer
 from .owners import Owner, find_owners, with_ties
 from .parameters import check_parameters
 from .peft.tuners import has_tuners
-from .plan import CompressionPlan, CutSettings, LayerPlan, apply_plan, compress, make_plan
+from .plan import apply_plan, compress, make_plan
 from .policies import Energy, Fraction, Policy, Target
 from .resize import check_fixed_tensors, resize_mixers, sizes_in_state_dict
 from .snapshot import Snapshot
 from .statistics import gather_statistics, measure_mixers, measure_model, needs_calibration, undisturbed
 from .team import Team
+from .values import check_value_size
 
 __all__ = [
     "CompreSSMMamba2Adapter",
@@ -76,6 +78,7 @@ __all__ = [
     "apply_plan",
     "check_fixed_tensors",
     "check_parameters",
+    "check_value_size",
     "compress",
     "find_mixers",
     "find_owners",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import wraps
 from typing import Any, TypeVar
 
@@ -54,8 +54,13 @@ def successor(old: nn.Parameter, value: Tensor) -> nn.Parameter:
     return new
 
 
-def check_parameters(model: nn.Module, optimizer: Any = None) -> None:
+def check_parameters(model: nn.Module, optimizer: Any = None, sites: Sequence[MixerSite] | None = None) -> None:
     """Raise if a cut could not replace every reference to a parameter.
+
+    Args:
+        model: the model.
+        optimizer: its optimizer, or None.
+        sites: the mixers with the adapters that cut them; by default those of `find_mixers`.
 
     Raises:
         ValueError: if a parameter of a mixer is shared with another module or, when there is an optimizer, is frozen
@@ -71,7 +76,7 @@ def check_parameters(model: nn.Module, optimizer: Any = None) -> None:
     if optimizer is not None:
         groups = unwrap_optimizer(optimizer).param_groups
         held = {id(parameter) for group in groups for parameter in group["params"]}
-    for site in find_mixers(model):
+    for site in find_mixers(model) if sites is None else sites:
         check_replaceable(model, site, trained=optimizer is not None)
         for name, parameter in site.parameters().items():
             path = f"{site.name}.{name}"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import random
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -42,14 +42,16 @@ def measure_model(
     return measure_mixers(model, gather_statistics(model, calibration, fast_ops=fast_ops))
 
 
-def measure_mixers(model: nn.Module, statistics: Mapping[str, Any]) -> dict[str, Any]:
-    """Measure every mixer, from statistics by mixer name where it needs them.
+def measure_mixers(
+    model: nn.Module, statistics: Mapping[str, Any], sites: Sequence[MixerSite] | None = None
+) -> dict[str, Any]:
+    """Measure every mixer, from statistics by mixer name where it needs them; or what adapters in `sites` measure.
 
     Raises:
         ReductionError: naming the first layer that cannot be measured and why.
     """
     measurements = {}
-    for site in with_progress(find_mixers(model), "measuring", "layer"):
+    for site in with_progress(find_mixers(model) if sites is None else sites, "measuring", "layer"):
         try:
             measurements[site.name] = site.adapter.measure(site.mixer, statistics.get(site.name))
         except ReductionError as error:
@@ -70,6 +72,7 @@ def gather_statistics(
     otherwise: Callable[[Any], Any] | None = None,
     complete: bool = True,
     fast_ops: bool = True,
+    sites: Sequence[MixerSite] | None = None,
 ) -> dict[str, Any]:
     """Pass calibration batches through a model once and let every mixer that asks for it gather statistics.
 
@@ -87,6 +90,7 @@ def gather_statistics(
         otherwise: runs the model on a batch that is not what its forward takes, if given.
         complete: whether there must be as many tokens as states.
         fast_ops: let stock mixers run by this package's ops meanwhile, where that is exact; see `use_fast_ops`.
+        sites: the mixers with the adapters that ask; by default those of `find_mixers`.
 
     Returns:
         Statistics by mixer name, for the mixers that need them.
@@ -97,7 +101,7 @@ def gather_statistics(
         TypeError: a batch that is not a mapping.
         ReductionError: statistics that are not finite.
     """
-    sites = find_mixers(model)
+    sites = find_mixers(model) if sites is None else sites
     gathered = {site.name: found for site in sites if (found := make(site)) is not None}
     if not gathered:
         return {}
@@ -132,7 +136,7 @@ def _read(model: nn.Module, batch: Any, otherwise: Callable[[Any], Any] | None) 
         model(**inputs)
 
 
-def _check(sites: list[MixerSite], gathered: Mapping[str, Statistics], count: int) -> None:
+def _check(sites: Sequence[MixerSite], gathered: Mapping[str, Statistics], count: int) -> None:
     if count == 0:
         raise ValueError("the calibration data is empty: it yielded no batch")
     for site in sites:
@@ -144,7 +148,7 @@ def _check(sites: list[MixerSite], gathered: Mapping[str, Statistics], count: in
 
 
 @contextmanager
-def _observing(sites: list[MixerSite], gathered: Mapping[str, Statistics]) -> Iterator[None]:
+def _observing(sites: Sequence[MixerSite], gathered: Mapping[str, Statistics]) -> Iterator[None]:
     def hook(site: MixerSite):
         def observe(mixer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             try:
@@ -165,7 +169,7 @@ def _observing(sites: list[MixerSite], gathered: Mapping[str, Statistics]) -> It
 
 
 @contextmanager
-def _recording(sites: list[MixerSite], recordings: dict[str, Recording] | None) -> Iterator[None]:
+def _recording(sites: Sequence[MixerSite], recordings: dict[str, Recording] | None) -> Iterator[None]:
     def hook(site: MixerSite, recording: Recording):
         def record(mixer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
             hidden_states, mask = _inputs_of(mixer, args, kwargs)

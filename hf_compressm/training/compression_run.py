@@ -216,7 +216,7 @@ class CompressionRun:
         records = history(model)
         if any(record["event"] == "undo" for record in records):
             return False
-        return not (self.config.trigger == "stability" and records)
+        return not (self.config.trigger == "stability" and any(record["event"] == "cut" for record in records))
 
     def _seed(self, step: int) -> int:
         return self.config.selection_seed * 1_000_003 + step

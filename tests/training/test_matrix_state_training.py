@@ -5,9 +5,8 @@ import copy
 import pytest
 import torch
 from datasets import Dataset
-from delta_models import make
+from delta_models import make, with_lora
 from helpers import arguments
-from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, Trainer
 
 from hf_compressm import CompreSSMCallback, compress, state_sizes
@@ -41,13 +40,7 @@ def test_keys_go_while_it_trains_and_resuming_across_a_cut_is_exact(family, tmp_
 
 
 def test_adapters_follow_a_cut():
-    base = make("qwen3_5")
-    settings = LoraConfig(r=2, target_modules=["in_proj_qkv", "out_proj"])
-    model = get_peft_model(copy.deepcopy(base), settings)
-    generator = torch.Generator().manual_seed(1)
-    for name, parameter in model.named_parameters():
-        if "lora_B" in name:
-            parameter.data.normal_(std=0.1, generator=generator)
+    model = with_lora(make("qwen3_5"), "in_proj_qkv", "out_proj")
     merged = copy.deepcopy(model).merge_and_unload()
     for cut in (model, merged):
         compress(cut, {"input_ids": IDS}, target=8, refit_steps=0)

@@ -85,6 +85,8 @@ class MixerAdapter(ABC, Generic[Mixer]):
         uniform: True where one number in that field is the state size of all layers, False where it is a list.
         read_out: name of the linear layer that makes the mixer's output, which a refit solves for in closed form; its
             weight is among the parameters that a cut replaces. None where a refit leaves it alone.
+        values: adapter of the mixers' value channels, of which `state_size` is the number; see `compress`, value_size.
+            None where values have no size of their own.
         dynamics: names of parameters that want a learning rate of their own and no weight decay; see
             `training.create_optimizer`.
     """
@@ -93,6 +95,7 @@ class MixerAdapter(ABC, Generic[Mixer]):
     size_field: str = "state_sizes"
     uniform: bool = False
     read_out: str | None = None
+    values: MixerAdapter | None = None
     dynamics: tuple[str, ...] = ()
 
     @abstractmethod

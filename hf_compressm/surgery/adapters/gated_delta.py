@@ -24,18 +24,27 @@ from transformers.activations import ACT2FN
 
 from ...layers.gated_delta import unit_vectors
 from ...layers.mixer import mask_padding
-from ...layers.plain import innermost
 from ...ops.gated_delta_scan import delta_state_gramian
 from ...reduction.key_channels import key_moments, missed_share
 from ..changes import ParameterChange, Term
 from .base import MixerReduction, register_adapter
 from .convolution import check_convolution, convolution_step
+from .head_rows import (
+    KEY,
+    VALUE,
+    Segments,
+    fit_sizes,
+    flat_segments,
+    heads_of,
+    picked_rows,
+    row_shapes,
+    size_from_rows,
+    with_convolution,
+    with_kind,
+)
 from .matrix_states import MatrixMeasurement, MatrixStatistics, choose_channels, second_moment
 from .selective import CalibratedAdapter, StateChoice, look_weights, real_tokens
-
-BLOCK = 16
-"""Key sizes are multiples of this unless the caller says otherwise."""
-KEY, OTHER = "key", "other"
+from .value_channels import BLOCK, ValueChannelAdapter
 
 
 @dataclass(frozen=True)
@@ -68,13 +77,15 @@ class GatedDeltaAdapter(CalibratedAdapter):
     size_field = "linear_key_head_dim"
     dynamics = ("A_log", "dt_bias")
     read_out: str = "out_proj"
+    norm = "norm"
 
     def __init__(self, mixer_class: str):
         self.mixer_class = mixer_class
+        self.values = ValueChannelAdapter(self._segments, self.norm, self.read_out, real_first=False)
 
     @abstractmethod
     def segments(self, mixer: Any) -> dict[str, list[tuple[str, int]]]:
-        """How the rows of each projection are divided: (KEY, key head) or (OTHER, number of rows), in their order."""
+        """What the rows of each projection make, in their order: (KEY, key head) or (VALUE, value head)."""
 
     @abstractmethod
     def projected(self, mixer: Any, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -85,26 +96,17 @@ class GatedDeltaAdapter(CalibratedAdapter):
         return raw.sigmoid()
 
     def state_size(self, mixer: Any) -> int:
-        keys = [kind for kind, _ in self._segments(mixer)["conv1d"]].count(KEY)
-        return (mixer.conv1d.weight.shape[0] - _value_size(mixer)) // keys
+        rows = mixer.conv1d.weight.shape[0]
+        return size_from_rows(rows, self._segments(mixer)["conv1d"], KEY, mixer.head_v_dim)
 
     def parameter_shapes(self, mixer: Any, order: int) -> dict[str, torch.Size]:
-        shapes = {}
-        for name, segments in self._segments(mixer).items():
-            rows = sum(order if kind == KEY else number for kind, number in segments)
-            layer = innermost(getattr(mixer, name))
-            if layer.weight is not None:
-                tail = (1, mixer.conv_kernel_size) if name == "conv1d" else (layer.in_features,)
-                shapes[f"{name}.weight"] = torch.Size([rows, *tail])
-            if layer.bias is not None:
-                shapes[f"{name}.bias"] = torch.Size([rows])
+        shapes = row_shapes(mixer, self._keys(mixer), {KEY: order, VALUE: mixer.head_v_dim})
         return shapes | {f"{self.read_out}.weight": mixer.get_submodule(self.read_out).weight.shape}
 
     def order_of(self, mixer: Any, shapes: Mapping[str, torch.Size]) -> int | None:
-        for name, segments in self._segments(mixer).items():
+        for name, parts in self._keys(mixer).items():
             if f"{name}.weight" in shapes:
-                others = sum(number for kind, number in segments if kind == OTHER)
-                return (shapes[f"{name}.weight"][0] - others) // [kind for kind, _ in segments].count(KEY)
+                return size_from_rows(shapes[f"{name}.weight"][0], parts, KEY, mixer.head_v_dim)
         return None
 
     def statistics(self, mixer: Any) -> MatrixStatistics:
@@ -146,12 +148,11 @@ class GatedDeltaAdapter(CalibratedAdapter):
         check_convolution(self._step(mixer), self.state_size(mixer), multiple)
 
     def keep(self, mixer: Any, kept: Sequence[Sequence[int]]) -> dict[str, ParameterChange]:
-        index = {name: self._rows(mixer, name, kept) for name in self._segments(mixer)}
-        changes = {}
-        for name in self.parameter_shapes(mixer, self.state_size(mixer)):
-            picked = Term(name, rows=index.get(name.partition(".")[0]))
-            changes[name] = ParameterChange(picked(mixer.get_parameter(name).detach().cpu()), (picked,), rows=picked)
-        return changes
+        sizes = {KEY: self.state_size(mixer), VALUE: mixer.head_v_dim}
+        same = Term(f"{self.read_out}.weight")
+        weight = mixer.get_parameter(same.source).detach().cpu()
+        changes = picked_rows(mixer, self._keys(mixer), sizes, KEY, kept)
+        return changes | {same.source: ParameterChange(weight, (same,), rows=same)}
 
     def refitted(self, mixer: Any) -> dict[str, slice]:
         return dict.fromkeys(self.parameter_shapes(mixer, self.state_size(mixer)), slice(None))
@@ -159,10 +160,7 @@ class GatedDeltaAdapter(CalibratedAdapter):
     def update_size_attributes(self, mixer: Any, order: int) -> None:
         mixer.head_k_dim, mixer.key_dim = order, order * mixer.num_k_heads
         mixer.conv_dim = mixer.conv1d.weight.shape[0]
-        mixer.conv1d.in_channels = mixer.conv1d.out_channels = mixer.conv1d.groups = mixer.conv_dim
-        for name in self._segments(mixer):
-            if name != "conv1d":
-                getattr(mixer, name).out_features = getattr(mixer, name).weight.shape[0]
+        fit_sizes(mixer, self._keys(mixer))
 
     def _step(self, mixer: Any) -> int:
         def rows(size: int) -> list[int]:
@@ -170,28 +168,18 @@ class GatedDeltaAdapter(CalibratedAdapter):
 
         return convolution_step(rows, self.state_size(mixer))
 
-    def _segments(self, mixer: Any) -> dict[str, list[tuple[str, int]]]:
-        heads = [(KEY, head) for head in range(mixer.num_k_heads)]
-        return self.segments(mixer) | {"conv1d": [*heads, *heads, (OTHER, _value_size(mixer))]}
+    def _segments(self, mixer: Any) -> Segments:
+        return with_convolution(mixer, self.segments(mixer))
 
-    def _rows(self, mixer: Any, name: str, kept: Sequence[Sequence[int]]) -> Tensor:
-        """Indices of a projection's rows that stay: the given channels of each key head, and all that is not a key."""
-        size, start, rows = self.state_size(mixer), 0, []
-        for kind, number in self._segments(mixer)[name]:
-            if kind == KEY:
-                rows += [start + channel for channel in kept[number]]
-            else:
-                rows += range(start, start + number)
-            start += size if kind == KEY else number
-        return torch.tensor(rows)
+    def _keys(self, mixer: Any) -> Segments:
+        return with_kind(self._segments(mixer), KEY)
 
 
 class QwenDeltaAdapter(GatedDeltaAdapter):
     """Qwen3.5 and Qwen4-exp: one projection for q|k|v."""
 
     def segments(self, mixer: Any) -> dict[str, list[tuple[str, int]]]:
-        heads = [(KEY, head) for head in range(mixer.num_k_heads)]
-        return {"in_proj_qkv": [*heads, *heads, (OTHER, _value_size(mixer))]}
+        return flat_segments(mixer)
 
     def projected(self, mixer: Any, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         return tuple(layer(hidden_states) for layer in (mixer.in_proj_qkv, mixer.in_proj_a, mixer.in_proj_b))
@@ -201,9 +189,10 @@ class QwenNextDeltaAdapter(GatedDeltaAdapter):
     """Qwen3-Next: one projection in which q, k, v and the gate of a key head lie side by side."""
 
     def segments(self, mixer: Any) -> dict[str, list[tuple[str, int]]]:
-        width = 2 * _value_size(mixer) // mixer.num_k_heads
-        heads = [[(KEY, head), (KEY, head), (OTHER, width)] for head in range(mixer.num_k_heads)]
-        return {"in_proj_qkvz": sum(heads, [])}
+        heads, values = heads_of(mixer)
+        times = len(values) // len(heads)
+        parts = [[head, head, *values[times * head[1] :][:times] * 2] for head in heads]
+        return {"in_proj_qkvz": sum(parts, [])}
 
     def projected(self, mixer: Any, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         parts = mixer.fix_query_key_value_ordering(mixer.in_proj_qkvz(hidden_states), mixer.in_proj_ba(hidden_states))
@@ -214,11 +203,11 @@ class QwenNextDeltaAdapter(GatedDeltaAdapter):
 class OlmoDeltaAdapter(GatedDeltaAdapter):
     """OLMo-Hybrid: a projection each for q, k and v; write strengths up to 2 where the config allows it."""
 
-    read_out = "o_proj"
+    read_out, norm = "o_proj", "o_norm"
 
     def segments(self, mixer: Any) -> dict[str, list[tuple[str, int]]]:
-        heads = [(KEY, head) for head in range(mixer.num_k_heads)]
-        return {"q_proj": heads, "k_proj": heads}
+        heads, values = heads_of(mixer)
+        return {"q_proj": heads, "k_proj": heads, "v_proj": values, "g_proj": values}
 
     def projected(self, mixer: Any, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         parts = [layer(hidden_states) for layer in (mixer.q_proj, mixer.k_proj, mixer.v_proj)]

@@ -25,9 +25,11 @@ from ...layers.padding import RealFirst
 from ...ops.gated_delta_scan import delta_state_gramian
 from ...reduction.key_channels import leading_rotation
 from .base import register_adapter
+from .head_rows import Segments, flat_segments, with_convolution
 from .matrix_states import MatrixMeasurement, MatrixStatistics, second_moment
 from .own_basis import OwnBasisAdapter, Pairs
 from .selective import StateChoice, look_weights, real_tokens
+from .value_channels import ValueChannelAdapter
 
 logger = logging.get_logger(__name__)
 
@@ -135,12 +137,19 @@ class CompreSSMGatedDeltaAdapter(OwnBasisAdapter):
     measurement_class = DeltaMeasurement
     dynamics = ("A_log", "dt_bias")
 
+    def __init__(self) -> None:
+        self.values = ValueChannelAdapter(_segments, real_first=True)
+
     def statistics(self, mixer: Any) -> DeltaStatistics:
         return DeltaStatistics()
 
     def pairs(self, measurement: DeltaMeasurement, choice: StateChoice) -> Pairs:
         moments = list(zip(measurement.Q, measurement.K, measurement.P, strict=True))
         return _stable(super().pairs(measurement, choice), moments, measurement.transitions)
+
+
+def _segments(mixer: Any) -> Segments:
+    return with_convolution(mixer, flat_segments(mixer))
 
 
 def _stable(pairs: Pairs, moments: list[tuple[Tensor, Tensor, Tensor]], transitions: Transitions | None) -> Pairs:
