@@ -1,6 +1,7 @@
-"""How much the loss rises when key channels of delta-rule layers are removed after training, by several choices.
+"""How much the loss rises when key or value channels of delta-rule layers are removed after training.
 
     python scripts/benchmarks/key_channels.py --seeds 3 --models outputs/key_channels
+    python scripts/benchmarks/key_channels.py --seeds 3 --models outputs/key_channels --values
     python scripts/benchmarks/key_channels.py --seeds 1 --steps 20 --orders 16
 
 For every seed a small Qwen3.5 model with gated delta-rule layers only (hidden size 96, 2 layers, 2 key heads, 4 value
@@ -16,6 +17,10 @@ further training:
     key norms        largest rows of the projection of keys
     P times Q        largest products of the diagonals of the states' and the queries' moments (the kind of GHOST)
     first, random    controls
+
+With --values value channels go in place of key channels, by the rows "pivots" (this package's choice), with and without
+the refit, "energy" (largest mean square of a channel's part of the layer's output), first and random. All of them have
+the read-out that this package makes of what stays.
 """
 
 from __future__ import annotations
@@ -39,8 +44,11 @@ from hf_compressm.reduction.interpolative import pivoted_states
 from hf_compressm.report.text_tables import markdown_table, mean_and_deviation
 from hf_compressm.surgery import find_mixers, measure_model
 from hf_compressm.surgery.resize import replace_parameters, write_sizes
+from hf_compressm.surgery.statistics import gather_statistics
+from hf_compressm.surgery.values import value_sites
 
 KEYS, HEADS = 64, 2
+VALUES = 32
 LENGTH, BATCH = 128, 8
 Batches = list[dict[str, Tensor]]
 
@@ -51,7 +59,7 @@ def new_model(seed: int) -> Any:
         **{"vocab_size": 256, "hidden_size": 96, "intermediate_size": 192, "num_hidden_layers": 2, "head_dim": 24},
         **{"num_attention_heads": 4, "num_key_value_heads": 2, "layer_types": ["linear_attention"] * 2},
         **{"linear_num_key_heads": HEADS, "linear_num_value_heads": 4, "linear_key_head_dim": KEYS},
-        **{"linear_value_head_dim": 32, "tie_word_embeddings": True, "use_cache": False},
+        **{"linear_value_head_dim": VALUES, "tie_word_embeddings": True, "use_cache": False},
     )
     model = Qwen3_5ForCausalLM(config)
     for site in find_mixers(model):
@@ -152,15 +160,49 @@ def choices(
     }
 
 
+def by_compress(
+    model: Any, batches: list[dict[str, Tensor]], test: Tensor, name: str, steps: int, **size: int
+) -> dict[str, float]:
+    """Rise of the test loss by this package's choice, in closed form and refitted."""
+    full, found = loss_of(model, test), {}
+    for row, count in ((name, 0), (f"{name}, refitted", steps)):
+        reduced = copy.deepcopy(model)
+        compress(reduced, batches, constraints=SizeConstraints(multiple_of=1), refit_steps=count, **size)
+        found[row] = loss_of(reduced, test) - full
+    return found
+
+
+def value_rises(
+    model: Any, batches: list[dict[str, Tensor]], test: Tensor, order: int, seed: int, steps: int
+) -> dict[str, float]:
+    """Method -> rise of the test loss in nats a byte, for value channels."""
+    full, found = loss_of(model, test), by_compress(model, batches, test, "pivots", steps, value_size=order)
+    generator = torch.Generator().manual_seed(seed)
+    gathered = gather_statistics(model, batches, sites=value_sites(model))
+    choices = {
+        "energy": lambda Y, W: (Y.diagonal() * W.diagonal()).topk(order).indices,
+        "first": lambda Y, W: torch.arange(order),
+        "random": lambda Y, W: torch.randperm(VALUES, generator=generator)[:order],
+    }
+    for name, choose in choices.items():
+        reduced = copy.deepcopy(model)
+        sites, values = value_sites(reduced), {}
+        for site in sites:
+            measured = site.adapter.measure(site.mixer, gathered[site.name])
+            kept = [sorted(choose(Y, W).tolist()) for Y, W in zip(measured.Y, measured.W, strict=True)]
+            changes = site.adapter.reduce_to_kept(site.mixer, measured, kept).changes
+            values[site.name] = {key: change.value for key, change in changes.items()}
+        replace_parameters(sites, values)
+        write_sizes(reduced, sites)
+        found[name] = loss_of(reduced, test) - full
+    return found
+
+
 def rises(
     model: Any, batches: list[dict[str, Tensor]], test: Tensor, order: int, seed: int, steps: int
 ) -> dict[str, float]:
     """Method -> rise of the test loss in nats a byte."""
-    full, found = loss_of(model, test), {}
-    for name, count in (("subset", 0), ("subset, refitted", steps)):
-        reduced = copy.deepcopy(model)
-        compress(reduced, batches, target=order, constraints=SizeConstraints(multiple_of=1), refit_steps=count)
-        found[name] = loss_of(reduced, test) - full
+    full, found = loss_of(model, test), by_compress(model, batches, test, "subset", steps, target=order)
     for name, choose in choices(model, batches, seed).items():
         reduced = copy.deepcopy(model)
         sites = find_mixers(reduced)
@@ -176,11 +218,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=400, help="training steps of each model")
-    parser.add_argument("--orders", type=int, nargs="+", default=[32, 16, 8])
+    parser.add_argument("--values", action="store_true", help="remove value channels in place of key channels")
+    parser.add_argument("--orders", type=int, nargs="+", help="channels to keep; default: 32 16 8, of values 16 8")
     parser.add_argument("--refit-steps", type=int, default=60)
     parser.add_argument("--models", type=Path, help="folder in which the trained models are kept")
     parser.add_argument("--json", help="file for the results")
     options = parser.parse_args()
+    size, measure = (VALUES, value_rises) if options.values else (KEYS, rises)
+    orders = options.orders or [order for order in (32, 16, 8) if order < size]
     print(", ".join(f"{key} {value}" for key, value in machine().items()))
     rows: dict[str, dict[int, list[float]]] = {}
     losses = []
@@ -192,11 +237,11 @@ def main() -> None:
         losses.append(loss_of(model, test))
         print(f"seed {seed}: test loss {losses[-1]:.4f} at full size", flush=True)
         batches = [{"input_ids": part} for part in data[4000:].split(16)]
-        for order in options.orders:
-            for name, rise in rises(model, batches, test, order, seed, options.refit_steps).items():
+        for order in orders:
+            for name, rise in measure(model, batches, test, order, seed, options.refit_steps).items():
                 rows.setdefault(name, {}).setdefault(order, []).append(rise)
-    header = ["channels kept", *(f"{KEYS} -> {order}" for order in options.orders)]
-    table = [[name, *(mean_and_deviation(row[order], 4) for order in options.orders)] for name, row in rows.items()]
+    header = ["channels kept", *(f"{size} -> {order}" for order in orders)]
+    table = [[name, *(mean_and_deviation(row[order], 4) for order in orders)] for name, row in rows.items()]
     print(markdown_table(header, table))
     if options.json:
         write_json(options.json, {"machine": machine(), "full": losses, "rises": rows})

@@ -102,6 +102,13 @@ def test_a_run_without_cuts(tmp_path):
     assert "No layer was cut." in text_of(page) and "No layer's size changed" in text_of(page)
 
 
+def test_a_cut_of_value_channels_is_none_of_states(tmp_path):
+    values = cut(0, 64, 32) | {"event": "value_cut"}
+    with_values = read_run(write_run(tmp_path / "with", history=[values, cut(10, 16, 8)]))
+    without = read_run(write_run(tmp_path / "without", history=[cut(10, 16, 8)]))
+    assert with_values.events == without.events == [cut(10, 16, 8)]
+
+
 def test_an_undone_cut(tmp_path):
     history = [cut(10, 16, 8), undo(20, 10, 8, 16)]
     log = [{"step": step, "eval_loss": value} for step, value in ((5, 1.0), (10, 1.5), (20, 2.0), (30, 0.9))]

@@ -8,10 +8,11 @@ import pytest
 import torch
 import transformers
 from datasets import Dataset
+from delta_models import make as delta_model
 from helpers import small_model
 from selective_models import OWN, STOCK, make
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from hf_compressm import cli, state_sizes
 from hf_compressm.data.text_files import text_task
@@ -157,6 +158,22 @@ def test_mimo_model_needs_no_data_and_has_a_bound(tmp_path, capsys):
     assert json.loads((folder / "compression.json").read_text())["sizes_after"] == [6, 6]
 
 
+def test_value_channels_go_on_request(text, tmp_path, capsys):
+    delta_model("qwen3_next", vocab_size=256).save_pretrained(tmp_path / "model")
+    options = ["--data", text, "--value-size", "4", *QUICK]
+    folder, printed = compressed(capsys, tmp_path, tmp_path / "model", *options)
+    config, found = AutoConfig.from_pretrained(folder), json.loads((folder / "compression.json").read_text())
+    assert (config.linear_key_head_dim, config.linear_value_head_dim) == (16, 4)
+    assert found["sizes_before"] == found["sizes_after"] == [16, 16] and found["settings"]["policy"] is None
+    assert "values before" in printed and "states before" not in printed
+    assert plain_logits(folder, IDS).isfinite().all()
+    folder, printed = compressed(capsys, tmp_path, tmp_path / "model", *options, "--target", "8", "--overwrite")
+    config, found = AutoConfig.from_pretrained(folder), json.loads((folder / "compression.json").read_text())
+    assert (config.linear_key_head_dim, config.linear_value_head_dim) == (8, 4)
+    assert found["sizes_after"] == [8, 8] and [record["event"] for record in found["history"]] == ["cut", "value_cut"]
+    assert "values before" in printed and "states before" in printed
+
+
 def test_tokenizer_is_used_and_saved(saved, text, tmp_path, capsys):
     tokenizer = word_tokenizer()
     model = saved(vocab_size=len(tokenizer), tokenizer=tokenizer)
@@ -232,6 +249,7 @@ REFUSALS = {
         "is 4, below min_state_size, 6",
     ),
     "uneven": (["--data", "TEXT", "--no-uniform", *TARGET], "uniform=False cannot be met"),
+    "values of states": (["--data", "TEXT", "--value-size", "4"], "value_size is for layers with a gated delta rule"),
     "nothing to cut": (["--data", "TEXT", "--tau", "1e-6", *QUICK], "nothing to cut: no layer would lose 5%"),
     "unknown device": (["--data", "TEXT", "--device", "abacus", *TARGET], "abacus"),
     "absent device": (["--data", "TEXT", "--device", "cuda:99", *TARGET], "there is no device 'cuda:99'"),

@@ -16,11 +16,12 @@ from hf_compressm.training import verify_checkpoint
 IDS = torch.randint(2, 64, (16, 12), generator=torch.Generator().manual_seed(0))
 
 
-def trainer_of(family, folder, **settings):
+def trainer_of(family, folder, model=None, **settings):
     callback = CompreSSMCallback(policy="fraction", keep_fraction=0.5, cut_steps=[3, 5], refit_steps=2)
     data = Dataset.from_dict({"input_ids": IDS.tolist(), "labels": IDS.tolist()}).with_format("torch")
     args = arguments(folder, max_steps=6, per_device_train_batch_size=4, learning_rate=1e-3, **settings)
-    return Trainer(make(family).train(), args, train_dataset=data, callbacks=[callback])
+    model = make(family) if model is None else model
+    return Trainer(model.train(), args, train_dataset=data, callbacks=[callback])
 
 
 @pytest.mark.parametrize("family", ["qwen3_5", "qwen3_next", "olmo_hybrid"])
@@ -37,6 +38,25 @@ def test_keys_go_while_it_trains_and_resuming_across_a_cut_is_exact(family, tmp_
     whole.save_model(tmp_path / "final")
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "final").eval()
     assert torch.equal(loaded(IDS).logits, whole.model.eval()(IDS).logits)
+
+
+def test_a_model_with_fewer_value_channels_trains_is_cut_and_resumes(tmp_path):
+    model = make("qwen3_next")
+    compress(model, {"input_ids": IDS}, value_size=4, refit_steps=0)
+    fresh = copy.deepcopy(model)
+    whole = trainer_of("qwen3_next", tmp_path, model, save_strategy="steps", save_steps=2)
+    whole.train()
+    assert [record["event"] for record in history(whole.model)] == ["value_cut", "cut", "cut"]
+    verify_checkpoint(tmp_path / "checkpoint-4")
+    resumed = trainer_of("qwen3_next", tmp_path, fresh)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
+    assert state_sizes(resumed.model) == [8, 8] and resumed.model.config.linear_value_head_dim == 4
+    assert history(resumed.model) == history(whole.model)
+    for (name, one), two in zip(whole.model.named_parameters(), resumed.model.parameters(), strict=True):
+        assert torch.equal(one, two), name
+    larger = trainer_of("qwen3_next", tmp_path)
+    with pytest.raises(ValueError, match=r"norm.weight has shape \(4,\), this model wants \(8,\)"):
+        larger.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
 
 
 def test_adapters_follow_a_cut():
