@@ -9,7 +9,7 @@ def test_the_gain_is_that_of_the_norm():
     generator = torch.Generator().manual_seed(0)
     # Channels of different size that rise and fall together: then the gain is the same for every token.
     o = torch.randn(500, 1, generator=generator, dtype=torch.float64) * torch.linspace(0.2, 2, 8, dtype=torch.float64)
-    kept = [1, 4, 6]
+    kept = [1, 2, 4]
     full = o / o.square().mean(1, keepdim=True).sqrt()
     fewer = o[:, kept] / o[:, kept].square().mean(1, keepdim=True).sqrt()
     gain = norm_gain(full.square().mean(0), kept)
