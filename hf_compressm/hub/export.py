@@ -100,12 +100,13 @@ def write(model: Any, source: str, folder: Path, to: Form | None = None) -> Expo
             "code to carry. Use --to stock, or turn it into this package's class with from_stock."
         )
     form = to or (Form.STOCK if stock else Form.REMOTE_CODE)
+    sizes = state_sizes(model)
     if form is Form.STOCK and not stock:
         try:
             model = to_stock(model)
         except (TypeError, ValueError) as error:
             raise ValueError(f"{source} cannot be a stock model: {error} Use --to remote-code.") from error
-    sizes = state_sizes(model)
+        sizes = [max(sizes)] * len(sizes)  # stock classes have one for all layers
     for path in _beside(source):
         shutil.copyfile(path, folder / path.name)
     model.save_pretrained(folder)

@@ -6,6 +6,8 @@ import re
 import pytest
 import torch
 from helpers import small_model
+from own_minimax_models import IDS as MINIMAX_IDS
+from own_minimax_models import own as own_minimax
 from safetensors.torch import load_file, save_file
 from selective_models import IDS, STOCK, make, own
 from transformers import AutoModelForCausalLM, BertConfig, BertForMaskedLM
@@ -69,6 +71,14 @@ def test_folders_of_earlier_versions_and_other_heads_gain_the_code(saved, tmp_pa
         assert call(capsys, "export", folder, tmp_path / f"{name}-out", "--to", "remote-code")[0] == 0
         written = json.loads((tmp_path / f"{name}-out/config.json").read_text())["auto_map"]
         assert all((tmp_path / f"{name}-out" / f"{ref.partition('.')[0]}.py").exists() for ref in written.values())
+
+
+def test_a_stock_class_that_cannot_be_cut_is_written_too(saved, tmp_path, capsys):
+    model = own_minimax()
+    code, printed, errors = call(capsys, "export", saved(model), tmp_path / "out", "--to", "stock")
+    assert code == 0 and printed.startswith("MiniMaxForCausalLM, stock, states 8 8\n"), errors
+    found = AutoModelForCausalLM.from_pretrained(tmp_path / "out", experts_implementation="eager")
+    assert torch.allclose(found(MINIMAX_IDS, use_cache=False).logits, model(MINIMAX_IDS).logits, atol=1e-5)
 
 
 def test_stock_models_stay_stock(saved, tmp_path, capsys):
