@@ -250,3 +250,35 @@ def test_gated_delta_times_nothing_that_is_wrong(script, monkeypatch):
     make_wrong(monkeypatch, "gated_delta_scan.cpu", "forward")
     with pytest.raises(SystemExit, match="ours: results differ by"):
         script(*GATED_DELTA)
+
+
+BRIEFLY = [
+    *("--", "--max_steps", "3", "--cut_steps", "2", "--refit_steps", "1", "--per_device_train_batch_size", "4"),
+    *("--task_options", '{"length": 32, "evaluation_bytes": 1120}', "--eval_strategy", "no", "--use_cpu", "true"),
+    *("--disable_tqdm", "true", "--no_report"),
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "before", "after"),
+    # Three delta-rule layers: 4 matrices each with 32 columns, and 4 taps of 2 * 2 key heads and 128 values. Two xLSTM
+    # layers: 4 matrices each with 32 columns and a normaliser, and 4 maxima.
+    [
+        ("qwen3_5", 12 * (4 * 64 * 32 + 4 * (4 * 64 + 128)), 12 * (4 * 16 * 32 + 4 * (4 * 16 + 128))),
+        ("xlstm", 8 * (4 * 64 * 33 + 4), 8 * (4 * 16 * 33 + 4)),
+    ],
+)
+def test_what_is_trained_here_generates_the_same_without_this_package(name, before, after, script, tmp_path):
+    config = FOLDER.parents[1] / f"configs/runs/stdlib_{name}.yaml"
+    printed = script("round_trip.py", "--tokens", "12", config, *BRIEFLY, "--output_dir", tmp_path)
+    row = [cell.strip() for cell in printed.splitlines()[-1].strip("|").split("|")]
+    assert row[0] == config.name and row[2].endswith("-> [16, 16" + (", 16]" if name == "qwen3_5" else "]"))
+    assert row[4:] == [str(before), str(after), "12"]
+
+
+@pytest.mark.slow
+def test_a_model_that_needs_this_package_fails_the_round_trip(script, tmp_path):
+    config = FOLDER.parents[1] / "configs/runs/stdlib_gated_deltanet.yaml"
+    with pytest.raises(SystemExit, match="cannot be used without this package"):
+        script("round_trip.py", config, *BRIEFLY, "--output_dir", tmp_path)

@@ -52,6 +52,8 @@ RUN = {
     "scripts/benchmarks/moments.py": "--seeds 1 --before 3 --after 2",
     "scripts/benchmarks/selection.py": f"--seeds 0 --orders 2 --refit-steps 1 --batches 1 -- {MAMBA}",
     "scripts/benchmarks/hankel_norm.py": "--shapes digits --batch 2 --repeats 1 --threads 1 --device cpu",
+    "scripts/benchmarks/round_trip.py": f"--max_steps 2 --cut_steps 1 --task_options '{BYTES}' --use_cpu true "
+    "--eval_strategy no --disable_tqdm true",
     "scripts/reproduce.py configs/suites/paper.yaml": "--dry-run --tasks smnist --methods full --output out",
     "scripts/benchmarks/healing.py": f"--share 0.001 --methods refitted -- --task_options '{BYTES}' --use_cpu true",
 }

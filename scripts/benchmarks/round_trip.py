@@ -44,7 +44,7 @@ def row_of(config: str, overrides: list[str], prompt_length: int, tokens: int) -
     run = parse_run([config, *overrides])
     folder = str(run.training.output_dir)
     result = run_pretraining(run)
-    prompt = torch.tensor(result.task.test[0]["input_ids"])[None, :prompt_length]
+    prompt = torch.as_tensor(result.task.test[0]["input_ids"])[None, :prompt_length]
     model: Any = result.model.eval()
     found = without_this_package(folder, prompt, tokens)
     before = bytes_per_sequence(build_model(run, result.task).eval(), prompt)

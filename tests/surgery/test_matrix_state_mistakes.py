@@ -4,6 +4,7 @@ import importlib.util
 
 import delta_models
 import own_delta_models
+import own_minimax_models
 import pytest
 import torch
 import xlstm_models
@@ -17,10 +18,11 @@ from hf_compressm.surgery import check_parameters, find_mixers
 IDS = torch.randint(1, 50, (8, 16), generator=torch.Generator().manual_seed(1))
 BATCH = {"input_ids": IDS}
 KINDS = {name: lambda name=name: delta_models.make(name) for name in delta_models.CONFIGS}
-KINDS |= {"own": own_delta_models.own, "xlstm": xlstm_models.make}
-TARGETS = {"own": 4, "xlstm": 32}
+OWN = {"own": own_delta_models.own, "own_minimax": own_minimax_models.own}
+KINDS |= OWN | {"xlstm": xlstm_models.make}
+TARGETS = dict.fromkeys(OWN, 4) | {"xlstm": 32}
 ALL = pytest.mark.parametrize("kind", KINDS)
-SOME = pytest.mark.parametrize("kind", ["qwen3_5", "own", "xlstm"])
+SOME = pytest.mark.parametrize("kind", ["qwen3_5", *OWN, "xlstm"])
 
 
 def cut(kind, model, **options):
@@ -72,7 +74,7 @@ def test_a_cache_from_before_a_cut(kind):
     with torch.no_grad():
         caches = [model(input_ids=ids, use_cache=True)[name] for _ in range(4)]
         cut(kind, model)
-        if kind == "own":
+        if kind in OWN:
             fast, slow = caches, []
         elif kind == "xlstm":
             fast, slow = [], caches
@@ -81,7 +83,7 @@ def test_a_cache_from_before_a_cut(kind):
         for cache, length in zip(slow, (1, 3), strict=False):
             with pytest.raises((RuntimeError, ValueError), match="[Ss]izes? of tensor|has wrong shape"):
                 model(input_ids=ids[:, :length], use_cache=True, **{name: cache})
-        if fast and kind != "own":
+        if fast and kind not in OWN:
             use_fast_ops(model)
         for cache, length in zip(fast, (1, 3), strict=False):
             with pytest.raises(ValueError, match="A cache from before a cut does not fit the model after it"):
@@ -102,7 +104,7 @@ def test_a_frozen_mixer(kind, tmp_path):
     assert sum(state_sizes(model)) <= sum(sizes) / 2
 
 
-@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "own"])  # its cuts leave projections as they are
+@pytest.mark.parametrize("kind", sorted(KINDS.keys() - OWN.keys()))  # its cuts leave projections as they are
 def test_a_frozen_projection(kind, tmp_path):
     model = KINDS[kind]()
     site = find_mixers(model)[0]

@@ -4,6 +4,7 @@ import copy
 
 import delta_models
 import own_delta_models
+import own_minimax_models
 import torch
 import torch.distributed as dist
 from selective_models import IDS, OWN, make
@@ -58,9 +59,10 @@ def statistics_are_those_of_all_batches(rank):
 MATRIX_STATES = {
     "qwen3_5": lambda: delta_models.make("qwen3_5"),
     "olmo_hybrid": lambda: delta_models.make("olmo_hybrid"),
-    "own": lambda: own_delta_models.own(),
+    "own": own_delta_models.own,
+    "own_minimax": own_minimax_models.own,
 }
-"""Hybrids with attention: stock ones lose key channels, this package's gets write and erase matrices."""
+"""Hybrids with attention: stock ones lose key channels, this package's get two matrices."""
 
 
 def cuts_of_matrix_states_are_those_of_one_process(rank, make_model):

@@ -1,6 +1,6 @@
 """State sizes at which an installed kernel can run the convolution in front of the states.
 
-Source: the checks of strides in the package causal_conv1d, version 1.5, csrc/causal_conv1d.cpp.
+Source: the checks of strides that the package causal_conv1d makes of its input, csrc/causal_conv1d.cpp.
 """
 
 from __future__ import annotations
