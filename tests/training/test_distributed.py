@@ -31,6 +31,11 @@ MAMBA = [
     *("--task_options", '{"length": 32}', "--target_state_size", "4", *RUN),
 ]
 
+HYBRID = [
+    *("configs/runs/stdlib_qwen3_5.yaml", "--model", '{"hidden_size": 32, "head_dim": 8, "linear_key_head_dim": 16}'),
+    *("--task_options", '{"length": 32}', "--target_state_size", "4", *RUN),
+]
+
 
 def launch(command, folder, *options):
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
@@ -63,8 +68,8 @@ def alone(tmp_path_factory):
 @pytest.mark.multi_process
 @pytest.mark.parametrize(
     "run, options",
-    [(LRU, []), (LRU, ["--ddp_find_unused_parameters", "false"]), (MAMBA, [])],
-    ids=["lru", "lru-all-used", "mamba2"],
+    [(LRU, []), (LRU, ["--ddp_find_unused_parameters", "false"]), (MAMBA, []), (HYBRID, [])],
+    ids=["lru", "lru-all-used", "mamba2", "hybrid"],
 )
 def test_two_processes_train_as_one_does(run, options, tmp_path, alone):
     launch([*TORCHRUN, "scripts/pretrain.py", *run], tmp_path, "--per_device_train_batch_size", "8", *options)
