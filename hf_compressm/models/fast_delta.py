@@ -99,11 +99,12 @@ def check_cache(mixer: Any, cache: Any) -> None:
     """Check that a cache is not from before a cut.
 
     Raises:
-        ValueError: if its states (B, H, K, V) have another number of key channels than the mixer.
+        ValueError: if its states (B, H, K, V) have another K or V than the mixer.
     """
-    state = recurrent_state(cache, mixer.layer_idx)
-    if state is not None and state.shape[-2] != mixer.head_k_dim:
+    state, sizes = recurrent_state(cache, mixer.layer_idx), (mixer.head_k_dim, mixer.head_v_dim)
+    if state is not None and state.shape[-2:] != sizes:
         raise ValueError(
-            f"the cached states of {type(mixer).__name__} have {state.shape[-2]} key channels, and the layer has "
-            f"{mixer.head_k_dim}. A cache from before a cut does not fit the model after it; begin with a new one."
+            f"the cached states of {type(mixer).__name__} have {state.shape[-2]} key and {state.shape[-1]} value "
+            f"channels, and the layer has {sizes[0]} and {sizes[1]}. A cache from before a cut does not fit the model "
+            "after it; begin with a new one."
         )

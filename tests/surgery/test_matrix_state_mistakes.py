@@ -92,6 +92,17 @@ def test_a_cache_from_before_a_cut(kind):
         model(input_ids=ids[:, :1], use_cache=True, **{name: new})
 
 
+@pytest.mark.parametrize("kind", delta_models.CONFIGS)
+def test_a_cache_from_before_a_cut_of_values(kind):
+    model = KINDS[kind]()
+    use_fast_ops(model)
+    with torch.no_grad():
+        cache = model(input_ids=IDS, use_cache=True).past_key_values
+        compress(model, BATCH, value_size=4, refit_steps=0)
+        with pytest.raises(ValueError, match="have 16 key and 8 value channels, and the layer has 16 and 4. A cache"):
+            model(input_ids=IDS[:, :1], use_cache=True, past_key_values=cache)
+
+
 @ALL
 def test_a_frozen_mixer(kind, tmp_path):
     model = KINDS[kind]()
