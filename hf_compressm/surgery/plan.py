@@ -178,7 +178,8 @@ def compress(  # public, and kept flat: a user gives two or three of these by na
             or out of range, a frozen or shared parameter, one that is offloaded or quantised; calibration batches that
             are missing, empty, too short or of the wrong fields.
         TypeError: an optimizer whose state cannot be carried; a calibration batch that is not a mapping.
-        ReductionError: NaN or infinite weights, or a layer that cannot be reduced. The model is unchanged.
+        ReductionError: NaN or infinite weights, or a layer that cannot be reduced. The model is unchanged; if it comes
+            from the cut of value channels, that of the states before it stays.
     """
     if refit_steps < 0:
         raise ValueError(f"refit_steps must be at least 0; got {refit_steps}")

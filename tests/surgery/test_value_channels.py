@@ -10,7 +10,7 @@ from own_minimax_models import own as minimax
 from selective_models import STOCK
 from selective_models import make as selective
 from torch.nn import functional as F
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, Qwen3_5Config, Qwen3_5ForConditionalGeneration
 from xlstm_models import make as xlstm
 
 from hf_compressm import SizeConstraints, compress, state_sizes
@@ -88,6 +88,20 @@ def test_the_choice_and_the_refit_lower_the_error(family):
         compress(model, BATCH, value_size=4, refit_steps=steps, selection=selection)
         errors[selection, steps] = (model(IDS).logits - full).square().mean().item()
     assert errors["largest", 20] < errors["largest", 0] < errors["smallest", 0]
+
+
+def test_in_a_multimodal_model_the_config_of_the_text_model_changes(tmp_path):
+    text = CONFIGS["qwen3_5"]()
+    vision = {"depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": 32}
+    torch.manual_seed(0)
+    model = Qwen3_5ForConditionalGeneration(Qwen3_5Config(text_config=text.to_dict(), vision_config=vision)).eval()
+    compress(model, BATCH, target=8, value_size=4, refit_steps=0)
+    found = model.config.text_config
+    assert (found.linear_key_head_dim, found.linear_value_head_dim) == (8, 4)
+    assert not hasattr(model.config, "linear_value_head_dim")
+    model.save_pretrained(tmp_path)
+    loaded = Qwen3_5ForConditionalGeneration.from_pretrained(tmp_path).eval()
+    assert torch.equal(loaded(IDS).logits, model(IDS).logits)
 
 
 def test_values_are_cut_after_keys_and_a_generator_of_batches_serves_both():
