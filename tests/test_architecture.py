@@ -88,6 +88,7 @@ LONGEST, MOST_ARGUMENTS = 45, 8
 MORE_ARGUMENTS = {
     "cli.compress": "a command of the shell, whose groups of options are arguments",
     "data.listops.listops": "a task, whose options users name in run files",
+    "data.mqar.mqar": "a task, whose options users name in run files",
     "models.mimo_ssm.configuration_mimo_ssm.MimoSSMConfig.__init__": "the fields of a config",
     "models.mimo_ssm.modeling_mimo_ssm.MimoSSMModel.forward": "the signature is that of transformers' models",
     "models.mimo_ssm.modeling_mimo_ssm.MimoSSMForCausalLM.forward": "the signature is that of transformers' models",

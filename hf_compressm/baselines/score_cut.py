@@ -33,6 +33,7 @@ from ..training.records import CutLoss
 from ..training.reporting import mean_size
 from ..training.run_state import PerRun
 from ..training.trainer_log import log_to_trackers, running_trainer
+from .key_scores import KEY_METHODS
 from .selection import METHODS, check_method, gather_rival_statistics, rival_selection
 
 
@@ -116,7 +117,8 @@ class RivalCutCallback(TrainerCallback):
         method: a score; see `rival_selection`.
         target_state_size: states of every layer after the last cut, >= 1; each cut shrinks a layer by the same factor.
             Layers that have no more are not changed.
-        cut_steps: optimizer steps at which to cut. None: four equidistant ones in the first 10% of training.
+        cut_steps: optimizer steps at which to cut. None: four equidistant ones in the window.
+        window: its start and end, as `window_start` and `window_end` of `CompressionConfig`.
         calibration_batches: training batches on which the states of selective layers are ranked, >= 1.
 
     Raises:
@@ -133,15 +135,19 @@ class RivalCutCallback(TrainerCallback):
         target_state_size: int,
         cut_steps: Sequence[int] | None = None,
         calibration_batches: int = 2,
+        window: tuple[float, float] = (0.0, 0.1),
     ):
-        if method not in METHODS:
-            raise ValueError(f"unknown method {method!r}; allowed are {', '.join(METHODS)}")
+        known = dict.fromkeys(METHODS + KEY_METHODS)  # which of them a layer has is known with the model
+        if method not in known:
+            raise ValueError(f"unknown method {method!r}; allowed are {', '.join(known)}")
         self.method, self.target = method, target_state_size
         self._config = CompressionConfig(
             policy="target",
             target_state_size=target_state_size,
             cut_steps=None if cut_steps is None else list(cut_steps),
             calibration_batches=calibration_batches,
+            window_start=window[0],
+            window_end=window[1],
         )
         self._data: PerRun[TrainingData] = PerRun()
 

@@ -15,8 +15,9 @@ from torch.nn import functional as F
 
 from ..layers.lru import LRU
 from ..reduction import DiagonalSystem
-from ..surgery import ReductionError, Signals, find_mixers, gather_statistics, selective_signals
+from ..surgery import MixerSite, ReductionError, Signals, find_mixers, gather_statistics, selective_signals
 from ..surgery.adapters.selective import real_tokens
+from .key_scores import KeyStatistics, key_methods
 
 METHODS = ("first", "random", "ghost", "mean_lti", "last", "aire", "sparse_ssm")
 LTI_METHODS = ("first", "random", "last", "aire")
@@ -86,7 +87,8 @@ def _sum_by_step(total: Tensor | None, found: Tensor) -> Tensor:
 def check_method(model: nn.Module, method: str) -> None:
     """Raise ValueError unless every mixer of a model can be ranked by a method; the message names the allowed ones."""
     for site in find_mixers(model):
-        _check_method(method, LTI_METHODS if isinstance(site.mixer, LRU) else METHODS)
+        others = LTI_METHODS if isinstance(site.mixer, LRU) else METHODS
+        _check_method(method, key_methods(site.adapter) or others)
 
 
 def _check_method(method: str, allowed: tuple[str, ...]) -> None:
@@ -94,7 +96,10 @@ def _check_method(method: str, allowed: tuple[str, ...]) -> None:
         raise ValueError(f"unknown method {method!r}; allowed for this layer are {', '.join(allowed)}")
 
 
-def gather_rival_statistics(model: nn.Module, batches: Any = None) -> dict[str, RivalStatistics | DiagonalSystem]:
+Rival = RivalStatistics | KeyStatistics | DiagonalSystem
+
+
+def gather_rival_statistics(model: nn.Module, batches: Any = None) -> dict[str, Rival]:
     """Input of the scores for each mixer, by name: statistics over calibration batches, or an `LRU` layer's system.
 
     Args:
@@ -106,12 +111,16 @@ def gather_rival_statistics(model: nn.Module, batches: Any = None) -> dict[str, 
         ReductionError: weights or statistics that are NaN or infinite, or a pole not inside the unit circle.
     """
     sites = find_mixers(model)
-    found: dict[str, RivalStatistics | DiagonalSystem] = {
+    found: dict[str, Rival] = {
         site.name: _system(site.name, site.mixer) for site in sites if isinstance(site.mixer, LRU)
     }
     if len(found) < len(sites):
-        found |= gather_statistics(model, batches, make=lambda site: RivalStatistics())
+        found |= gather_statistics(model, batches, make=_statistics)
     return {site.name: found[site.name] for site in sites}
+
+
+def _statistics(site: MixerSite) -> RivalStatistics | KeyStatistics:
+    return KeyStatistics(site.adapter, site.mixer) if key_methods(site.adapter) else RivalStatistics()
 
 
 def _system(name: str, mixer: LRU) -> DiagonalSystem:
@@ -124,7 +133,7 @@ def _system(name: str, mixer: LRU) -> DiagonalSystem:
 
 
 def rival_selection(
-    method: str, statistics: RivalStatistics | DiagonalSystem, order: int, generator: torch.Generator | None = None
+    method: str, statistics: Rival, order: int, generator: torch.Generator | None = None
 ) -> list[list[int]]:
     """States of each group that a rival method keeps, ascending.
 
@@ -136,22 +145,34 @@ def rival_selection(
     - sparse_ssm: at every time step the r states with the largest sum of A_log^2 h^2 get a vote (SparseSSM, structured,
       arXiv 2506.09613).
 
-    Scores of channels are added up. For `LRU` layers there are first, random, last and aire.
+    Scores of channels are added up. For `LRU` layers there are first, random, last and aire; for key channels of layers
+    with matrix-valued states those of `KeyStatistics.kept`.
 
     Raises:
         ValueError: on an unknown method, or one that the layer does not have; "random" without a generator; an order
             that is not between 1 and the present number of states.
     """
-    _check_method(method, LTI_METHODS if isinstance(statistics, DiagonalSystem) else METHODS)
-    groups, size = (1, statistics.order) if isinstance(statistics, DiagonalSystem) else statistics.B.shape
+
+    def random(states: int) -> list[int]:
+        if generator is None:
+            raise ValueError("method 'random' needs a generator, so that a run can be repeated")
+        return sorted(torch.randperm(states, generator=generator)[:order].tolist())
+
+    if isinstance(statistics, KeyStatistics):
+        allowed, (groups, size) = key_methods(statistics.adapter), statistics.shape
+    elif isinstance(statistics, DiagonalSystem):
+        allowed, (groups, size) = LTI_METHODS, (1, statistics.order)
+    else:
+        allowed, (groups, size) = METHODS, statistics.B.shape
+    _check_method(method, allowed)
     if not 1 <= order <= size:
         raise ValueError(f"the order must lie between 1 and {size}, the present number of states; got {order}")
     if method == "first":
         return [list(range(order))] * groups
     if method == "random":
-        if generator is None:
-            raise ValueError("method 'random' needs a generator, so that a run can be repeated")
-        return [sorted(torch.randperm(size, generator=generator)[:order].tolist()) for _ in range(groups)]
+        return [random(size) for _ in range(groups)]
+    if isinstance(statistics, KeyStatistics):
+        return statistics.kept(method, order)
     if isinstance(statistics, DiagonalSystem):
         scores = _lti_scores(method, statistics)
     else:

@@ -11,17 +11,19 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, TrainerCallback
+from transformers import TrainerCallback
 
 from ..baselines import DistillationCallback, HankelNormCallback, RivalCutCallback, rival_cut
 from ..data import Task, load_task
 from ..models.automatic import switch_on
 from ..models.heads import HEADS
+from ..models.saved import load_config
 from ..report import describe_environment
 from ..runs.pretraining import CACHES, RunResult, build_trainer, run_pretraining
 from ..runs.run_file import Run
 from ..surgery import compress, state_sizes
 from ..surgery import record_keys as keys
+from ..surgery.adapters.base import size_fields
 from ..surgery.refit import STEPS
 from ..training.calibration import Batches, calibration_batches
 from ..training.run_state import PerRun
@@ -145,7 +147,8 @@ def _cut_and_test(job: Job, run: Run, task: Task, model: nn.Module, sizes: list[
     began = time.perf_counter()
     if score == "hankel":
         steps = job.method.arguments.get("refit_steps", STEPS)
-        compress(model, batches, target=fmean(sizes), refit_steps=steps)
+        constraints = run.compression.constraints()
+        compress(model, batches, target=fmean(sizes), constraints=constraints, refit_steps=steps)
     else:
         rival_cut(model, score, round(fmean(sizes)), batches, generator=torch.Generator().manual_seed(job.seed))
     seconds = time.perf_counter() - began
@@ -158,22 +161,20 @@ def _full(job: Job, folder: Path, needed: Needed) -> dict[str, Any]:
 
 
 def _scratch(job: Job, folder: Path, needed: Needed) -> dict[str, Any]:
-    return _train(job, folder, _sizes(job, needed))[1]
+    return _train(job, folder, _sizes(needed))[1]
 
 
-def _sizes(job: Job, needed: Needed) -> dict[str, Any]:
-    """Fields of the model's config for the sizes of another run."""
-    sizes = list(needed["sizes_of"]["sizes"])
-    kind = make_job_run(job, "outputs").arguments.model_type
-    own = hasattr(AutoConfig.for_model(kind), "state_sizes")
-    return {"state_sizes": sizes} if own else {"state_size": sizes[0]}  # a stock model has one size for all layers
+def _sizes(needed: Needed) -> dict[str, Any]:
+    """Fields of the model's config that hold the sizes of another run, as that run's model was saved."""
+    config = load_config(needed["sizes_of"]["folder"])
+    return {name: getattr(config, name) for name in size_fields() if hasattr(config, name)}
 
 
 def _distillation(job: Job, folder: Path, needed: Needed) -> dict[str, Any]:
     settings = {key: job.method.arguments[key] for key in ("alpha", "temperature") if key in job.method.arguments}
     run = make_job_run(job, folder)
     teacher = _load(run, _task(run), needed["teacher"]["folder"])
-    return _train(job, folder, _sizes(job, needed), [DistillationCallback(teacher, **settings)])[1]
+    return _train(job, folder, _sizes(needed), [DistillationCallback(teacher, **settings)])[1]
 
 
 def _hankel_norm(job: Job, folder: Path, needed: Needed) -> dict[str, Any]:
@@ -188,7 +189,9 @@ def _hankel_norm(job: Job, folder: Path, needed: Needed) -> dict[str, Any]:
 
 def _score(job: Job, folder: Path, needed: Needed) -> dict[str, Any]:
     arguments, size = job.method.arguments, fmean(needed["sizes_of"]["sizes"])
-    cut = RivalCutCallback(arguments["score"], round(size), cut_steps=arguments.get("cut_steps"))
+    settings = make_job_run(job, folder).compression
+    window = settings.window_start, settings.window_end
+    cut = RivalCutCallback(arguments["score"], round(size), cut_steps=arguments.get("cut_steps"), window=window)
     return _train(job, folder, callbacks=[cut])[1]
 
 

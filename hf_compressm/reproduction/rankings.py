@@ -31,8 +31,11 @@ from ..reduction import (
     spectral_move,
 )
 from ..reduction.interpolative import RIDGE
+from ..reduction.key_channels import key_moments, select_key_channels
 from ..surgery import CompreSSMMamba2Adapter, MixerAdapter
+from ..surgery.adapters.gated_delta import GatedDeltaAdapter
 from ..surgery.adapters.lru import LRUMeasurement
+from ..surgery.adapters.matrix_states import MatrixMeasurement
 from ..surgery.adapters.selective import SelectiveMeasurement
 
 TAIL = 1e-3
@@ -97,10 +100,15 @@ def rankings(adapter: MixerAdapter, measurement: Any) -> list[Ranking]:
         poles, B, C = balancing.system
         P, Q = controllability_gramian(poles, B), observability_gramian(poles, C)
         return [_ranking(P, Q, balancing.singular_values, balancing.right, balancing.left, balancing.rank)]
+    if isinstance(measurement, MatrixMeasurement):
+        moments = zip(measurement.Q, measurement.K, measurement.P, strict=True)
+        if isinstance(adapter, GatedDeltaAdapter):
+            return [_of_key_channels(Q, K, P) for Q, K, P in moments]
+        return [_of_basis(P, Q) for Q, _, P in moments]
     if not isinstance(measurement, SelectiveMeasurement):
         raise TypeError(
-            f"rankings of {type(measurement).__name__} cannot be compared; known are LRUMeasurement and "
-            "SelectiveMeasurement, which the adapters of this package give"
+            f"rankings of {type(measurement).__name__} cannot be compared; known are LRUMeasurement, "
+            "SelectiveMeasurement and MatrixMeasurement, which the adapters of this package give"
         )
     make = _of_basis if isinstance(adapter, CompreSSMMamba2Adapter) else _of_subset
     return [make(G, W) for G, W in zip(measurement.G, measurement.W, strict=True)]
@@ -116,6 +124,13 @@ def _of_basis(G: Tensor, W: Tensor) -> Ranking:
 def _of_subset(G: Tensor, W: Tensor) -> Ranking:
     chosen = torch.eye(len(G), dtype=G.dtype)[:, select_subset(G, W, len(G))]
     return _ranking(G, W, empirical_singular_values(G, W), chosen, chosen, len(pivoted_states(G, W, len(G))))
+
+
+def _of_key_channels(Q: Tensor, K: Tensor, P: Tensor) -> Ranking:
+    chosen = torch.eye(len(P), dtype=P.dtype)[:, select_key_channels(Q, K, len(P))]
+    powers = torch.linalg.eigvalsh(key_moments(Q, K))
+    rank = int((powers > RIDGE * powers[-1]).sum())
+    return _ranking(P, Q, empirical_singular_values(P, Q), chosen, chosen, rank)
 
 
 def _ranking(P: Tensor, Q: Tensor, spectrum: Tensor, right: Tensor, left: Tensor, ranked: int) -> Ranking:

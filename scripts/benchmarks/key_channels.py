@@ -39,6 +39,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, Qwen3_5ForCausalLM, Qwen3_5TextConfig
 
 from hf_compressm import SizeConstraints, compress
+from hf_compressm.baselines.key_scores import qr_pivots
 from hf_compressm.data import load_task
 from hf_compressm.reduction.interpolative import pivoted_states
 from hf_compressm.report.text_tables import markdown_table, mean_and_deviation
@@ -113,18 +114,6 @@ def raw_moments(model: Any, batches: Batches) -> dict[str, Tensor]:
     return sums
 
 
-def pivots(moment: Tensor, order: int) -> list[int]:
-    """Columns that a QR decomposition with pivoting takes first, from the columns' second moment (K, K)."""
-    residual, chosen = moment.clone(), []
-    for _ in range(order):
-        pivot = int(residual.diagonal().argmax())
-        chosen.append(pivot)
-        column = residual[:, pivot] / residual[pivot, pivot].clamp(min=1e-30).sqrt()
-        residual = residual - torch.outer(column, column)
-        residual[pivot], residual[:, pivot] = 0, 0
-    return chosen
-
-
 def choices(
     model: Any, batches: list[dict[str, Tensor]], seed: int
 ) -> dict[str, Callable[[Any, int], list[list[int]]]]:
@@ -144,9 +133,9 @@ def choices(
         return largest(found.P.diagonal(dim1=1, dim2=2) * found.Q.diagonal(dim1=1, dim2=2), order)
 
     return {
-        "DRRQR": lambda site, order: [pivots(moment, order) for moment in raw[site.name]],
+        "DRRQR": lambda site, order: [qr_pivots(moment, order) for moment in raw[site.name]],
         "DRRQR, normalised": lambda site, order: [
-            pivots(Q + K, order) for Q, K in zip(measured[site.name].Q, measured[site.name].K, strict=True)
+            qr_pivots(Q + K, order) for Q, K in zip(measured[site.name].Q, measured[site.name].K, strict=True)
         ],
         "pivots by P and Q": lambda site, order: [
             pivoted_states(P, Q, order) for P, Q in zip(measured[site.name].P, measured[site.name].Q, strict=True)

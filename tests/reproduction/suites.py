@@ -4,7 +4,7 @@ from pathlib import Path
 
 import yaml
 
-CONFIG = Path(__file__).resolve().parents[2] / "configs" / "runs" / "digits_narrow.yaml"
+RUNS = Path(__file__).resolve().parents[2] / "configs" / "runs"
 
 OPTIONS = {
     "max_steps": 20,
@@ -21,9 +21,13 @@ METHODS = {
 }
 
 
-def write_suite(folder: Path, methods=None, options=None, **rest) -> Path:
+def write_suite(folder: Path, methods=None, options=None, config="digits_narrow", **rest) -> Path:
     """A suite of one task, `narrow`, in `folder/tiny.yaml`."""
-    task = {"config": str(CONFIG), "options": OPTIONS | (options or {}), "methods": methods or METHODS}
+    task = {
+        "config": str(RUNS / f"{config}.yaml"),
+        "options": OPTIONS | (options or {}),
+        "methods": methods or METHODS,
+    }
     path = folder / "tiny.yaml"
     path.write_text(yaml.safe_dump({"seeds": 1, "tasks": {"narrow": task}, **rest}, sort_keys=False))
     return path

@@ -11,6 +11,7 @@ RIVALS = {
     "distilled": {"method": "distillation", "sizes_of": "small", "teacher": "full", "alpha": 0.3, "temperature": 3.0},
     "regularised": {"method": "hankel_norm", "weight": 0.01, "sizes_of": "small"},
     "by LAST": {"method": "score", "score": "last", "sizes_of": "small", "cut_steps": [3]},
+    "by AIRE": {"method": "score", "score": "aire", "sizes_of": "small"},
     "after": {"method": "after_training", "of": "full", "sizes_of": "small"},
     "after by AIRE": {"method": "after_training", "of": "full", "sizes_of": "small", "score": "aire"},
     "ranking": {"method": "rank_stability"},
@@ -30,10 +31,11 @@ def run_all(suite, folder):
 @pytest.mark.slow
 def test_every_kind(tmp_path):
     done = run_all(load_suite(write_suite(tmp_path, METHODS | RIVALS)), tmp_path)
-    for name in ("small", "scratch", "distilled", "regularised", "by LAST", "after", "after by AIRE"):
+    for name in ("small", "scratch", "distilled", "regularised", "by LAST", "by AIRE", "after", "after by AIRE"):
         assert done[name]["sizes"] == [4], name
     assert done["full"]["sizes"] == done["ranking"]["sizes"] == done["regularised"]["before_cut"]["sizes"] == [16]
     assert done["small"]["cuts"][-1]["loss_after"] != done["small"]["cuts"][-1]["loss_before"]
+    assert [cut["step"] for cut in done["by AIRE"]["cuts"]] == [cut["step"] for cut in done["small"]["cuts"]]
     # The recorder measures, and changes nothing.
     assert done["ranking"]["score"] == done["full"]["score"] and done["ranking"]["loss"] == done["full"]["loss"]
     assert done["ranking"]["stability"]
@@ -42,6 +44,19 @@ def test_every_kind(tmp_path):
     assert done["scratch"]["seconds_needed"] == done["scratch"]["seconds"]
     # Same initial weights, same data, other loss.
     assert done["distilled"]["loss"] != done["scratch"]["loss"]
+
+
+@pytest.mark.slow
+def test_stock_layers_with_matrix_valued_states(tmp_path):
+    names = ("by LAST", "by AIRE", "after", "after by AIRE")
+    methods = METHODS | {name: RIVALS[name] for name in names}
+    for name in names:
+        methods[name] = {k: "drrqr" if k == "score" else v for k, v in methods[name].items()}
+    model = {"hidden_size": 32, "linear_key_head_dim": 8, "linear_value_head_dim": 8}
+    options = {"max_steps": 4, "window_start": 0.0, "multiple_of": 1, "model": model}
+    options["task_options"] = {"num_train": 128, "num_validation": 8, "num_test": 8}
+    done = run_all(load_suite(write_suite(tmp_path, methods, options, config="recall_qwen3_5")), tmp_path)
+    assert all(record["sizes"] == [8 if name == "full" else 4] * 2 for name, record in done.items())
 
 
 @pytest.mark.slow

@@ -5,7 +5,9 @@ import json
 import pytest
 import torch
 from datasets import Dataset
+from delta_models import make as stock_delta
 from helpers import arguments, small_data, small_model
+from own_delta_models import own as own_delta
 from random_systems import random_system
 from selective_models import OWN, STOCK, make
 from transformers import Trainer
@@ -24,7 +26,9 @@ from hf_compressm.surgery import CompreSSMMamba2Adapter, MambaAdapter, find_mixe
 from hf_compressm.surgery.adapters.lru import LRUAdapter
 from hf_compressm.surgery.adapters.selective import SelectiveMeasurement
 
-KINDS = pytest.mark.parametrize("kind", ["lru", "own mamba", "own mamba2", "stock mamba", "stock mamba2"])
+KINDS = pytest.mark.parametrize(
+    "kind", ["lru", "own mamba", "own mamba2", "stock mamba", "stock mamba2", "own delta rule", "stock delta rule"]
+)
 SHARES = (0.0, 0.1, 0.5)
 
 
@@ -37,6 +41,8 @@ def tokens(count=32, length=16):
 def trained(kind, folder, recorder=None, others=(), **settings):
     if kind == "lru":
         model, data = small_model(dropout=0.2), small_data()
+    elif kind.endswith("delta rule"):
+        model, data = (own_delta() if kind.startswith("own") else stock_delta("qwen3_5")).train(), tokens()
     else:
         origin, name = kind.split()
         model, data = make({"own": OWN, "stock": STOCK}[origin], name, num_hidden_layers=2).train(), tokens()

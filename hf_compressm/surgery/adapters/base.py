@@ -292,6 +292,11 @@ def sizes_in_config(config: Any) -> list[int]:
     return next(filter(None, (adapter.read_config(config) for adapter in adapters)), [])
 
 
+def size_fields() -> list[str]:
+    """Names of the config fields that hold state sizes, of all supported mixers."""
+    return sorted({adapter.size_field for adapter in _ADAPTERS.values()})
+
+
 def refused_mixers() -> dict[str, str]:
     """Why mixers of classes without an adapter cannot be compressed, by full name of the class."""
     return dict(_REFUSED)

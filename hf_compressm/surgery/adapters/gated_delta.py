@@ -116,15 +116,29 @@ class GatedDeltaAdapter(CalibratedAdapter):
         """Input of the mixer's recurrence for hidden states (B, L, D); nothing is written at padding."""
         hidden_states = mask_padding(hidden_states, attention_mask)
         channels, step, strength = self.projected(mixer, hidden_states)
-        convolved = mixer.conv1d(channels.mT)[..., : channels.shape[1]].mT
-        convolved = ACT2FN[mixer.activation](convolved).float()
-        size, heads = self.state_size(mixer), mixer.num_k_heads
-        q, k, v = convolved.split([heads * size, heads * size, _value_size(mixer)], dim=-1)
-        q, k = (unit_vectors(part.unflatten(-1, (heads, size))) for part in (q, k))
+        q, k, v = self._convolved(mixer, channels)
         g = -mixer.A_log.float().exp() * F.softplus(step.float() + mixer.dt_bias.float())
         beta = mask_padding(self.strength(mixer, strength.float()), attention_mask)
         g = mask_padding(g, attention_mask)
-        return DeltaSignals(q, k, v.unflatten(-1, (mixer.num_v_heads, -1)), g, beta)
+        return DeltaSignals(unit_vectors(q), unit_vectors(k), v, g, beta)
+
+    def queries_and_keys(
+        self, mixer: Any, hidden_states: Tensor, attention_mask: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """Queries and keys (B, L, G, K) before they are normalised, for hidden states (B, L, D); zero at padding."""
+        channels, _, _ = self.projected(mixer, mask_padding(hidden_states, attention_mask))
+        real = real_tokens(attention_mask, hidden_states)[..., None, None]
+        q, k, _ = self._convolved(mixer, channels)
+        return q * real, k * real
+
+    def _convolved(self, mixer: Any, channels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Channels q|k|v (B, L, C) -> q and k (B, L, G, K) and v (B, L, H, V) behind convolution and activation."""
+        convolved = mixer.conv1d(channels.mT)[..., : channels.shape[1]].mT
+        convolved = ACT2FN[mixer.activation](convolved).float()
+        keys = mixer.num_k_heads * self.state_size(mixer)
+        q, k, v = convolved.split([keys, keys, _value_size(mixer)], dim=-1)
+        q, k = (part.unflatten(-1, (mixer.num_k_heads, -1)) for part in (q, k))
+        return q, k, v.unflatten(-1, (mixer.num_v_heads, -1))
 
     def moments(self, mixer: Any, hidden_states: Tensor, attention_mask: Tensor | None) -> Tensor:
         """Sums over tokens of q q^T, k k^T and, estimated by `look_weights`, S S^T: float64 (3, G, K, K)."""
