@@ -12,6 +12,7 @@ further training:
 
     subset           this package's choice, by pivots of the second moments of queries and keys
     subset, refitted  the same with this package's refit on the calibration batches
+    write and erase matrices  this package's class, made of the model by from_stock, in the best basis; and refitted
     DRRQR            rank-revealing QR of queries and keys before their normalisation (arXiv 2602.04852), after training
     DRRQR, normalised  the same behind the normalisation
     key norms        largest rows of the projection of keys
@@ -38,7 +39,8 @@ from common import machine, write_json
 from torch import Tensor
 from transformers import AutoModelForCausalLM, Qwen3_5ForCausalLM, Qwen3_5TextConfig
 
-from hf_compressm import SizeConstraints, compress
+from hf_compressm import SizeConstraints, compress, from_stock
+from hf_compressm.baselines import gather_rival_statistics
 from hf_compressm.baselines.key_scores import qr_pivots
 from hf_compressm.data import load_task
 from hf_compressm.reduction.interpolative import pivoted_states
@@ -93,32 +95,12 @@ def loss_of(model: Any, tokens: Tensor) -> float:
     return statistics.mean(float(model(input_ids=part, labels=part).loss) for part in tokens.split(32))
 
 
-@torch.no_grad()
-def raw_moments(model: Any, batches: Batches) -> dict[str, Tensor]:
-    """Second moments of queries and keys together before their normalisation, by mixer: float64 (heads, K, K)."""
-    sums: dict[str, Tensor] = {}
-    handles = []
-    for site in find_mixers(model):
-
-        def keep(mixer: Any, args: Any, kwargs: Any, name: str = site.name) -> None:
-            channels = mixer.in_proj_qkv(kwargs["hidden_states"] if not args else args[0]).mT
-            convolved = torch.nn.functional.silu(mixer.conv1d(channels)[..., : channels.shape[-1]]).mT
-            both = convolved[..., : 2 * mixer.key_dim].unflatten(-1, (2, HEADS, KEYS)).double().flatten(0, 1)
-            sums[name] = sums.get(name, 0) + torch.einsum("tphm,tphn->hmn", both, both)
-
-        handles.append(site.mixer.register_forward_pre_hook(keep, with_kwargs=True))
-    for batch in batches:
-        model(**batch)
-    for handle in handles:
-        handle.remove()
-    return sums
-
-
 def choices(
     model: Any, batches: list[dict[str, Tensor]], seed: int
 ) -> dict[str, Callable[[Any, int], list[list[int]]]]:
     """Method -> function of a mixer's site and an order that gives the channels of each key head to keep."""
-    measured, raw = measure_model(model, batches), raw_moments(model, batches)
+    measured = measure_model(model, batches)
+    raw = {name: found.raw for name, found in gather_rival_statistics(model, batches).items()}
     generator = torch.Generator().manual_seed(seed)
 
     def largest(scores: Tensor, order: int) -> list[list[int]]:
@@ -192,6 +174,7 @@ def rises(
 ) -> dict[str, float]:
     """Method -> rise of the test loss in nats a byte."""
     full, found = loss_of(model, test), by_compress(model, batches, test, "subset", steps, target=order)
+    found |= by_compress(from_stock(model), batches, test, "write and erase matrices", steps, target=order)
     for name, choose in choices(model, batches, seed).items():
         reduced = copy.deepcopy(model)
         sites = find_mixers(reduced)
