@@ -27,7 +27,7 @@ PACKED_KEYWORDS = ("seq_idx", "cu_seqlens", "cu_seq_lens_q", "cu_seq_lens_k")
 HARMLESS_KEYWORDS = frozenset(
     {
         *("output_hidden_states", "output_attentions", "output_router_logits", "return_dict", "use_cache"),
-        *("num_items_in_batch", "logits_to_keep", "is_causal", "max_length_q", "max_length_k"),
+        *("num_items_in_batch", "shift_labels", "logits_to_keep", "is_causal", "max_length_q", "max_length_k"),
         *("position_ids", "cache_position", "position_embeddings", "token_type_ids", "mm_token_type_ids"),
     }
 )
