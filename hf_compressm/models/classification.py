@@ -94,7 +94,8 @@ class SequenceClassification(KnownClassifier):
             "input_values": input_values,
         }
         inputs = {name: self._as_sequences(name, value) for name, value in given.items() if value is not None}
-        outputs = self.backbone(**inputs, use_cache=False, output_hidden_states=output_hidden_states, return_dict=True)
+        hidden = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
+        outputs = self.backbone(**inputs, use_cache=False, output_hidden_states=hidden, return_dict=True)
         logits = self._logits(pooled(outputs.last_hidden_state, inputs.get("attention_mask"), self.config.pooling))
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         loss = None if labels is None else classification_loss(self, logits, labels, **kwargs)

@@ -37,11 +37,28 @@ OF_CHANNELS = {
     "test_model_get_set_embeddings": "expects nn.Embedding; channels go through nn.Linear",
     "test_load_with_mismatched_shapes": "sets another vocab_size, on which no tensor of these models depends",
 }
+WITHOUT_ATTENTION = "looks for softmax attention, which these models are made without"
+OF_ATTENTION = {
+    "test_tp_plan_matches_params": WITHOUT_ATTENTION,
+    **{
+        f"test_model_rope_scaling_from_config_{kind}": WITHOUT_ATTENTION for kind in ("0_linear", "1_dynamic", "2_yarn")
+    },
+    "test_model_rope_scaling_frequencies": "runs transformers' own rotary embedding, with heads too small for it",
+}
 KNOWN = {(f"{family}OfChannels", test): why for family in FAMILIES for test, why in OF_CHANNELS.items()} | {
     (f"{family}{kind}", "test_bc_cache_name_forward"): "expects a warning; a cache is taken by each of its names"
     for family in FAMILIES[:2]
     for kind in ("", "OfChannels")
 }
+KNOWN |= {
+    (f"{family}{kind}", test): why
+    for family in ("CompreSSMGatedDeltaNet", "CompreSSMMiniMax")
+    for kind in ("", "OfChannels")
+    for test, why in OF_ATTENTION.items()
+}
+KNOWN["CompreSSMGatedDeltaNetOfChannels", "test_model_rope_with_partial_rotation"] = (
+    "gives input_ids; these models read input_values"
+)
 """Tests that fail, by case and name, and why that is right."""
 
 MISSING = {

@@ -41,3 +41,15 @@ def test_further_arguments_by_position(name):
     assert torch.equal(model(None, embeds).last_hidden_state, expected.last_hidden_state)
     found = model(ids, None, None, True, True, False)  # use_cache, output_hidden_states, return_dict
     assert isinstance(found, tuple) and torch.equal(found[0], expected[0]) and len(found[-1]) == 3
+
+
+@pytest.mark.parametrize("name", CLASSIFIERS)
+def test_a_classifier_puts_out_hidden_states_where_its_config_says_so(name):
+    own = Own(name)
+    model, ids = own.model().eval(), own.ids(batch=2)
+    assert model(input_ids=ids).hidden_states is None
+    expected = model(input_ids=ids, output_hidden_states=True).hidden_states
+    model.config.output_hidden_states = True
+    found = model(input_ids=ids).hidden_states
+    assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True)) and len(found) > 1
+    assert model(input_ids=ids, output_hidden_states=False).hidden_states is None
