@@ -152,12 +152,6 @@ def rival_selection(
         ValueError: on an unknown method, or one that the layer does not have; "random" without a generator; an order
             that is not between 1 and the present number of states.
     """
-
-    def random(states: int) -> list[int]:
-        if generator is None:
-            raise ValueError("method 'random' needs a generator, so that a run can be repeated")
-        return sorted(torch.randperm(states, generator=generator)[:order].tolist())
-
     if isinstance(statistics, KeyStatistics):
         allowed, (groups, size) = key_methods(statistics.adapter), statistics.shape
     elif isinstance(statistics, DiagonalSystem):
@@ -170,7 +164,9 @@ def rival_selection(
     if method == "first":
         return [list(range(order))] * groups
     if method == "random":
-        return [random(size) for _ in range(groups)]
+        if generator is None:
+            raise ValueError("method 'random' needs a generator, so that a run can be repeated")
+        return [sorted(torch.randperm(size, generator=generator)[:order].tolist()) for _ in range(groups)]
     if isinstance(statistics, KeyStatistics):
         return statistics.kept(method, order)
     if isinstance(statistics, DiagonalSystem):

@@ -17,13 +17,13 @@ from ..baselines import DistillationCallback, HankelNormCallback, RivalCutCallba
 from ..data import Task, load_task
 from ..models.automatic import switch_on
 from ..models.heads import HEADS
-from ..models.saved import load_config
 from ..report import describe_environment
+from ..runs.early_checks import make_config
 from ..runs.pretraining import CACHES, RunResult, build_trainer, run_pretraining
 from ..runs.run_file import Run
 from ..surgery import compress, state_sizes
 from ..surgery import record_keys as keys
-from ..surgery.adapters.base import size_fields
+from ..surgery.adapters.base import config_adapter
 from ..surgery.refit import STEPS
 from ..training.calibration import Batches, calibration_batches
 from ..training.run_state import PerRun
@@ -161,20 +161,25 @@ def _full(job: Job, folder: Path, needed: Needed) -> dict[str, Any]:
 
 
 def _scratch(job: Job, folder: Path, needed: Needed) -> dict[str, Any]:
-    return _train(job, folder, _sizes(needed))[1]
+    return _train(job, folder, _sizes(job, needed))[1]
 
 
-def _sizes(needed: Needed) -> dict[str, Any]:
-    """Fields of the model's config that hold the sizes of another run, as that run's model was saved."""
-    config = load_config(needed["sizes_of"]["folder"])
-    return {name: getattr(config, name) for name in size_fields() if hasattr(config, name)}
+def _sizes(job: Job, needed: Needed) -> dict[str, Any]:
+    """Field of the model's config for the sizes of another run; a stock class has one size for all layers."""
+    run = make_job_run(job, "outputs")
+    config = make_config(run.arguments.model_type, run.model)
+    adapter = config_adapter(config)
+    if adapter is None:
+        raise ValueError(f"the config of {run.arguments.model_type} names no state sizes that could be set")
+    adapter.write_config(config, needed["sizes_of"]["sizes"])
+    return {adapter.size_field: getattr(config, adapter.size_field)}
 
 
 def _distillation(job: Job, folder: Path, needed: Needed) -> dict[str, Any]:
     settings = {key: job.method.arguments[key] for key in ("alpha", "temperature") if key in job.method.arguments}
     run = make_job_run(job, folder)
     teacher = _load(run, _task(run), needed["teacher"]["folder"])
-    return _train(job, folder, _sizes(needed), [DistillationCallback(teacher, **settings)])[1]
+    return _train(job, folder, _sizes(job, needed), [DistillationCallback(teacher, **settings)])[1]
 
 
 def _hankel_norm(job: Job, folder: Path, needed: Needed) -> dict[str, Any]:

@@ -64,6 +64,14 @@ def test_outputs_and_gradients_are_those_of_the_stock_model(family, mask):
 
 
 @FAMILIES
+def test_labels_that_are_shifted_already_reach_the_loss_as_before(family):
+    shifted = torch.nn.functional.pad(IDS[:, 1:], (0, 1), value=-100)
+    stock, fast = pair(family)
+    expected = stock(input_ids=IDS, labels=IDS, shift_labels=shifted).loss
+    assert close(fast(input_ids=IDS, labels=IDS, shift_labels=shifted).loss, expected)
+
+
+@FAMILIES
 def test_generation_is_that_of_the_stock_model(family):
     model, fast = pair(family)
     for mask in (None, PADDED):

@@ -43,8 +43,8 @@ def test_further_arguments_by_position(name):
     assert isinstance(found, tuple) and torch.equal(found[0], expected[0]) and len(found[-1]) == 3
 
 
-@pytest.mark.parametrize("name", CLASSIFIERS)
-def test_a_classifier_puts_out_hidden_states_where_its_config_says_so(name):
+@pytest.mark.parametrize("name", (*MODELS, *CAUSAL, *CLASSIFIERS))
+def test_hidden_states_come_out_where_the_config_says_so(name):
     own = Own(name)
     model, ids = own.model().eval(), own.ids(batch=2)
     assert model(input_ids=ids).hidden_states is None
@@ -53,3 +53,13 @@ def test_a_classifier_puts_out_hidden_states_where_its_config_says_so(name):
     found = model(input_ids=ids).hidden_states
     assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True)) and len(found) > 1
     assert model(input_ids=ids, output_hidden_states=False).hidden_states is None
+
+
+@pytest.mark.parametrize("name", CAUSAL)
+def test_labels_that_are_shifted_already_reach_the_loss(name):
+    own = Own(name)
+    model, ids = own.model().eval(), own.ids(batch=2)
+    shifted = torch.nn.functional.pad(ids[:, 1:], (0, 1), value=-100)
+    expected = model(input_ids=ids, labels=ids).loss
+    torch.testing.assert_close(model(input_ids=ids, labels=ids, shift_labels=shifted).loss, expected)
+    assert abs(model(input_ids=ids, labels=ids, shift_labels=ids).loss - expected) > 1e-4

@@ -4,7 +4,7 @@ import pytest
 import torch
 from ops import interpreter
 
-from hf_compressm.ops.causal_conv import causal_conv, causal_conv_step, naive_causal_conv, op
+from hf_compressm.ops.causal_conv import causal_conv, causal_conv_step, naive_causal_conv
 
 
 def inputs(batch, length, channels, taps, dtype=torch.float64):
@@ -39,21 +39,6 @@ def test_a_step_is_the_last_one_of_the_sequence(taps, with_bias):
     found = causal_conv_step(half[0][:, -taps:].transpose(1, 2), *half[1:])
     expected = naive_causal_conv(*(t.double() for t in half))[:, -1]
     assert found.dtype == torch.bfloat16 and torch.allclose(found.double(), expected, rtol=2**-8, atol=1e-6)
-
-
-def test_inputs_that_lie_along_time_go_to_pytorch_unless_something_learns(monkeypatch):
-    tensors = inputs(2, 20, 24, 4)
-    expected = naive_causal_conv(**tensors)
-    monkeypatch.setattr(op, "_conv", lambda *args: pytest.fail("by Numba"))
-    tensors["x"] = tensors["x"].mT.contiguous().mT
-    assert torch.allclose(causal_conv(**tensors), expected, atol=1e-12)
-    with pytest.raises(pytest.fail.Exception):
-        causal_conv(**tensors, backend="cpu")
-    tensors["weight"].requires_grad_()
-    with torch.no_grad():
-        assert torch.allclose(causal_conv(**tensors), expected, atol=1e-12)
-    with pytest.raises(pytest.fail.Exception):
-        causal_conv(**tensors)
 
 
 def test_strides_and_half_precision():

@@ -26,8 +26,7 @@ def causal_conv(x: Tensor, weight: Tensor, bias: Tensor | None = None, backend: 
         weight: (C, K).
         bias: (C,), or None.
         backend: "naive", "cpu" (Numba, for K <= 4 and C >= 16) or, where installed, "causal_conv1d". By default "cpu"
-            on the CPU where it can run and is faster, else "naive". The environment variable HF_COMPRESSM_CAUSAL_CONV
-            sets one too.
+            on the CPU where it can run, else "naive". The environment variable HF_COMPRESSM_CAUSAL_CONV sets one too.
 
     Returns:
         y (B, L, C) in x's dtype.
@@ -45,8 +44,7 @@ def causal_conv(x: Tensor, weight: Tensor, bias: Tensor | None = None, backend: 
         raise ValueError(
             f'the backend "cpu" of causal_conv needs K <= 4 and C >= 16; got K = {weight.shape[1]}, C = {len(weight)}'
         )
-    by_numba = x.device.type == "cpu" and fits and not _is_faster_by_torch(x, weight, bias)
-    wanted = forced or (None if by_numba else "naive")
+    wanted = forced or (None if x.device.type == "cpu" and fits else "naive")
     chosen = choose_backend("causal_conv", wanted, x.device.type, AVAILABLE)
     if chosen == "naive":
         return naive_causal_conv(x, weight, bias)
@@ -55,12 +53,6 @@ def causal_conv(x: Tensor, weight: Tensor, bias: Tensor | None = None, backend: 
 
         return causal_conv1d_fn(x.transpose(1, 2), weight, bias, activation="silu").transpose(1, 2)
     return _conv(x, weight, bias)
-
-
-def _is_faster_by_torch(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
-    """Whether neighbours in time are neighbours in memory, as PyTorch wants them, and nothing needs a gradient."""
-    learns = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias))
-    return x.stride(1) == 1 and x.stride(2) != 1 and not learns
 
 
 def _check(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:

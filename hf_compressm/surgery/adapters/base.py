@@ -286,15 +286,16 @@ def supported_mixers() -> list[str]:
     return sorted(_ADAPTERS)
 
 
+def config_adapter(config: Any) -> MixerAdapter | None:
+    """Return the adapter whose field of sizes a config has, that of sizes per layer first; None if it has none."""
+    adapters = sorted(_ADAPTERS.values(), key=lambda adapter: adapter.size_field != MixerAdapter.size_field)
+    return next((adapter for adapter in adapters if adapter.read_config(config)), None)
+
+
 def sizes_in_config(config: Any) -> list[int]:
     """State sizes that a config names, a list of sizes per layer before a single number; empty if it names none."""
-    adapters = sorted(_ADAPTERS.values(), key=lambda adapter: adapter.size_field != MixerAdapter.size_field)
-    return next(filter(None, (adapter.read_config(config) for adapter in adapters)), [])
-
-
-def size_fields() -> list[str]:
-    """Names of the config fields that hold state sizes, of all supported mixers."""
-    return sorted({adapter.size_field for adapter in _ADAPTERS.values()})
+    adapter = config_adapter(config)
+    return [] if adapter is None else adapter.read_config(config)
 
 
 def refused_mixers() -> dict[str, str]:
