@@ -60,6 +60,20 @@ def test_at_full_size_it_is_the_stock_model(fields, tmp_path):
     assert torch.equal(from_stock(tmp_path)(IDS).logits, ours(IDS).logits)
 
 
+def test_a_model_with_grouped_experts_is_converted_whichever_class_is_made_first(tmp_path, monkeypatch):
+    theirs = stock()
+    theirs.save_pretrained(tmp_path)
+    for cls in CompreSSMMiniMaxForCausalLM.__mro__:  # transformers notes there what it has found out of the first
+        if "_can_set_experts_implementation_cached_value" in vars(cls):
+            monkeypatch.delattr(cls, "_can_set_experts_implementation_cached_value")
+    first = CompreSSMMiniMaxForCausalLM(config(experts_implementation=None))
+    ours = from_stock(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    for model in (first, ours, loaded):
+        assert model.config._experts_implementation == "grouped_mm"
+    assert close(ours(IDS).logits, loaded(IDS, use_cache=False).logits)
+
+
 @pytest.mark.parametrize(
     "fields", [{"layer_types": ["full_attention", "linear_attention"] * 2, "num_hidden_layers": 4}]
 )

@@ -51,6 +51,11 @@ class CompreSSMMiniMaxPreTrainedModel(SizesFromConfig, MiniMaxPreTrainedModel):
         # Not that of the stock model, which would build its own blocks first.
         PreTrainedModel.__init__(self, config)
 
+    @classmethod
+    def _can_set_experts_implementation(cls) -> bool:
+        # transformers looks for its experts in the source of the class; here they are in that of the stock block.
+        return True
+
     @torch.no_grad()
     def _init_weights(self, module: Any) -> None:
         super()._init_weights(module)
