@@ -26,9 +26,11 @@ from ..surgery import (
 )
 from ..surgery import record_keys as keys
 from ..surgery.parameters import outside_inference_mode
+from ..surgery.processes import processes
+from ..surgery.team import Team
 from ..training import CompressionConfig
 from ..training.calibration import Batches, TrainingData
-from ..training.distributed import processes, refuse_unsupported
+from ..training.distributed import refuse_unsupported
 from ..training.records import CutLoss
 from ..training.reporting import mean_size
 from ..training.run_state import PerRun
@@ -163,7 +165,7 @@ class RivalCutCallback(TrainerCallback):
                 f"RivalCutCallback is for comparisons in a single process; {processes()} train. Start one process, or "
                 "use CompreSSMCallback."
             )
-        refuse_unsupported(args, model)
+        refuse_unsupported(args, model, sharded=False)
         if state.global_step > 0:
             raise ValueError("RivalCutCallback cannot go on with a run that was interrupted; start it afresh")
         check_method(model, self.method)
@@ -183,7 +185,7 @@ class RivalCutCallback(TrainerCallback):
             return
         batches = data.batches(step) if needs_calibration(model) else None
         trainer = running_trainer()
-        loss = CutLoss(trainer, lambda: data.batches(step) if batches is None else batches)
+        loss = CutLoss(trainer, lambda: data.batches(step) if batches is None else batches, Team())
         loss.measure(keys.LOSS_BEFORE, model)
         generator = torch.Generator().manual_seed(args.seed * 1_000_003 + step)
         rival_cut(model, self.method, orders, batches, kwargs.get("optimizer"), generator, step)

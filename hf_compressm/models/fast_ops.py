@@ -14,6 +14,7 @@ from functools import cache, partial
 from typing import Any
 
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.nn import functional as F
 from transformers.integrations import accelerate
 
@@ -60,8 +61,8 @@ def use_fast_ops(model: nn.Module, enable: bool = True) -> list[str]:
         The names of the mixers within the model.
 
     Raises:
-        ValueError: if the model has no such mixer, one whose `forward` was replaced, or one whose activation has
-            parameters, which transformers' own code does not read.
+        ValueError: if the model has no such mixer, one whose `forward` was replaced or that `fully_shard` was applied
+            to, or one whose activation has parameters, which transformers' own code does not read.
         RuntimeError: if the installed transformers lacks something that the ops need; the message names it.
     """
     found = stock_mixers(model)
@@ -76,6 +77,8 @@ def use_fast_ops(model: nn.Module, enable: bool = True) -> list[str]:
                 f"the forward of {name} has been replaced (by hooks of accelerate, or kernels of the hub); call "
                 "use_fast_ops before that"
             )
+        if isinstance(mixer, FSDPModule):
+            raise ValueError(f"fully_shard was applied to {name} itself; call use_fast_ops before that")
         if enable:
             require(mixer)
             if has_parameters(str(mixer.activation)):
@@ -108,11 +111,12 @@ def has_stock_mixers(model: nn.Module) -> bool:
 def mixer_class(module: nn.Module) -> type[nn.Module]:
     """Return the class of a module, or for a mixer that runs by this package's ops its transformers class.
 
-    For a module with a parametrisation, whose class torch derives from its own, that is the original class.
+    For a module with a parametrisation or one that `fully_shard` was applied to, whose class torch derives from its
+    own, that is the original class.
     """
     cls = type(module)
-    while cls.__module__ in (__name__, "torch.nn.utils.parametrize"):
-        cls = cls.__bases__[0]
+    while FSDPModule in cls.__bases__ or cls.__module__ in (__name__, "torch.nn.utils.parametrize"):
+        cls = cls.__bases__[-1]
     return cls
 
 

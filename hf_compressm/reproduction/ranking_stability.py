@@ -13,8 +13,9 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from ..reduction import energy_orders
 from ..report.text_tables import markdown_table, mean_and_deviation
 from ..surgery import find_mixers, measure_mixers, needs_calibration, state_sizes
+from ..surgery.processes import processes
 from ..training.calibration import Batches, calibration_batches
-from ..training.distributed import gather_together, processes
+from ..training.distributed import TrainingTeam
 from ..training.run_state import PerRun
 from ..training.trainer_log import running_trainer
 from .rankings import MOVES, Ranking, agreement, kept_agreement, match, mean, mean_of, next_step, rankings
@@ -104,7 +105,9 @@ class RankRecorder(TrainerCallback):
                 f"layers went from {study.sizes} to {sizes} states while their ranking was recorded, and rankings can "
                 "only be compared at full size; train without CompreSSMCallback (--no_compress)"
             )
-        measured = measure_mixers(model, gather_together(model, study.batches, trainer=running_trainer()))
+        measured = measure_mixers(
+            model, TrainingTeam(running_trainer()).gather(model, study.batches, None, fast_ops=True)
+        )
         adapters = {site.name: site.adapter for site in find_mixers(model)}
         step, found = state.global_step, {name: rankings(adapters[name], m) for name, m in measured.items()}
         if (before := study.measured.get(step - 1)) is not None:

@@ -29,8 +29,9 @@ from ..surgery import (
     state_sizes,
 )
 from ..surgery.policies import choose_policy
+from ..surgery.processes import processes
 from ..surgery.refit import STEPS
-from ..training.distributed import TrainingTeam, processes
+from ..training.distributed import TrainingTeam
 from .arguments import DataSource
 from .data_source import draw_calibration, evaluate, load_data
 from .early_checks import check_lora, check_saved_model, check_source

@@ -30,6 +30,7 @@ from ..moved import old_names
 from ..report import describe_environment, keep_card, write_report
 from ..report.text_tables import aligned_table
 from ..surgery import history, original_sizes, state_sizes
+from ..surgery.processes import decided_by_rank_0
 from ..training import (
     CompreSSMCallback,
     DurableCheckpoints,
@@ -37,7 +38,6 @@ from ..training import (
     newest_checkpoint,
     verify_sealed,
 )
-from ..training.distributed import decided_by_rank_0
 from .early_checks import check_new_model, check_policy, check_task_options, make_config
 from .run_file import Run, parse_run
 

@@ -5,7 +5,7 @@ Parameters keep their position in their group, so optimizer checkpoints and sche
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import torch
@@ -60,10 +60,19 @@ def _factored(row: str, column: str, full: str, keepdim: bool) -> Carry:
 
 
 def _moments(sources: Mapping[str, State], key: str, like: Tensor) -> dict[str, Tensor]:
+    _check_moments(sources, key)
+    return {name: state[key].to(like.device) for name, state in sources.items()}
+
+
+def _check_moments(sources: Mapping[str, State], key: str) -> None:
     missing = [name for name, state in sources.items() if state.get(key) is None]
     if missing:
         raise ValueError(f"the optimizer has {key} for some parameters of a layer but not for {', '.join(missing)}")
-    return {name: state[key].to(like.device) for name, state in sources.items()}
+
+
+def _check_held(wanted: Collection[nn.Parameter], held: Collection[int]) -> None:
+    if absent := sum(id(parameter) not in held for parameter in wanted):
+        raise ValueError(f"{absent} of {len(wanted)} parameters to be replaced are not in the optimizer")
 
 
 _ADAM = (_first("exp_avg"), _second("exp_avg_sq"), _second("max_exp_avg_sq"))
@@ -77,6 +86,14 @@ _RULES: dict[type[torch.optim.Optimizer], tuple[Carry, ...]] = {
     ),
     torch.optim.Adafactor: (_factored("row_var", "col_var", "variance", keepdim=True),),
 }
+_MOMENTS: dict[type[torch.optim.Optimizer], set[str]] = {
+    torch.optim.Adam: {"exp_avg", "exp_avg_sq", "max_exp_avg_sq"},
+    torch.optim.AdamW: {"exp_avg", "exp_avg_sq", "max_exp_avg_sq"},
+    torch.optim.SGD: {"momentum_buffer"},
+    transformers.optimization.Adafactor: {"exp_avg"},
+    torch.optim.Adafactor: set(),
+}
+"""Keys of moments that a parameter has only if all from which it is computed have them."""
 
 
 def unwrap_optimizer(optimizer: Any) -> torch.optim.Optimizer:
@@ -136,6 +153,29 @@ def carried_state(change: ParameterChange, sources: Mapping[str, State], own: St
     return state
 
 
+def check_carried(
+    changes: Mapping[str, ParameterChange], parameters: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer
+) -> None:
+    """Raise what `carried_state` and `swap_parameters` would raise for a mixer, before anything is changed.
+
+    Args:
+        changes: by parameter name.
+        parameters: the mixer's, by the same names; sharded or not.
+        optimizer: an unwrapped optimizer.
+
+    Raises:
+        ValueError: if the optimizer has a moment for some parameters of the layer only, or lacks a parameter.
+    """
+    states = {name: optimizer.state.get(parameter, {}) for name, parameter in parameters.items()}
+    for name, change in changes.items():
+        for key in _MOMENTS[type(optimizer)] & {
+            key for key, value in states.get(name, {}).items() if value is not None
+        }:
+            _check_moments({term.source: states[term.source] for term in change.gradient}, key)
+    held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    _check_held([p for name, p in parameters.items() if name in changes and p.requires_grad], held)
+
+
 def swap_parameters(
     optimizer: torch.optim.Optimizer,
     replaced: Mapping[nn.Parameter, nn.Parameter],
@@ -151,9 +191,7 @@ def swap_parameters(
     Raises:
         ValueError: if an old parameter is not in the optimizer; nothing is changed then.
     """
-    held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-    if absent := sum(id(old) not in held for old in replaced):
-        raise ValueError(f"{absent} of {len(replaced)} parameters to be replaced are not in the optimizer")
+    _check_held(replaced, {id(parameter) for group in optimizer.param_groups for parameter in group["params"]})
     by_id = {id(old): new for old, new in replaced.items()}
     for group in optimizer.param_groups:
         group["params"] = [by_id.get(id(parameter), parameter) for parameter in group["params"]]

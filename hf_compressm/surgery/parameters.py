@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import wraps
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.nn.utils import parametrize
 
 from .adapters.base import MixerSite, find_mixers
 from .optimizer import unwrap_optimizer
 from .peft.lora import check_adapters
 from .peft.tuners import has_tuners, place
+from .shards import Place, is_sharded, sharded_entries
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -24,6 +26,10 @@ _COMPUTED = {
     "_orig": "pruning computes it from a mask; call torch.nn.utils.prune.remove first",
 }
 """By what is added to a parameter's name where its value is made anew for each call, and kept otherwise."""
+
+
+_OF_TENSORS = {"_is_param"}
+"""Attributes with which torch marks what a tensor is, not what its user has put there."""
 
 
 def outside_inference_mode(function: Function) -> Function:
@@ -45,13 +51,18 @@ def successor(old: nn.Parameter, value: Tensor) -> nn.Parameter:
     Hooks get the new gradient; handles of these hooks still remove them. The value is (new shape).
     """
     new = nn.Parameter(value.to(old, copy=True), requires_grad=old.requires_grad)
-    vars(new).update(vars(old))
+    inherit(new, old)
+    return new
+
+
+def inherit(new: nn.Parameter, old: nn.Parameter) -> None:
+    """Give a parameter (any shape) the attributes and hooks of another, and its gradient's dtype."""
+    vars(new).update({name: value for name, value in vars(old).items() if name not in _OF_TENSORS})
     for hooks in ("_backward_hooks", "_post_accumulate_grad_hooks"):
         if getattr(old, hooks, None):
             setattr(new, hooks, getattr(old, hooks))
     if getattr(old, "grad_dtype", old.dtype) != old.dtype:
         new.grad_dtype = old.grad_dtype
-    return new
 
 
 def check_parameters(model: nn.Module, optimizer: Any = None, sites: Sequence[MixerSite] | None = None) -> None:
@@ -135,11 +146,12 @@ def check_replaceable(model: nn.Module, site: MixerSite, trained: bool) -> None:
             f"rows cannot be removed. {_WHOLE}"
         ) from error
     check_adapters(model, site.name, places)
-    for name, (owner, attribute) in places.items():
-        _check(f"{site.name}.{name}", owner, attribute, trained)
+    entries = sharded_entries(model) if is_sharded(model) else None
+    for name, at in places.items():
+        _check(f"{site.name}.{name}", *at, trained, entries)
 
 
-def _check(path: str, owner: Any, attribute: str, trained: bool) -> None:
+def _check(path: str, owner: Any, attribute: str, trained: bool, entries: Mapping[Place, Any] | None) -> None:
     parameter = owner._parameters.get(attribute)
     if parameter is None:
         if (reason := _origin(owner, attribute)) is not None:
@@ -153,7 +165,9 @@ def _check(path: str, owner: Any, attribute: str, trained: bool) -> None:
             f"{path} is a quantised weight ({parameter.dtype}), a {type(parameter).__name__}: its rows cannot be "
             f"removed or mixed. {_WHOLE} Or leave this layer out of the quantisation."
         )
-    if type(parameter) is not nn.Parameter or type(parameter.data) is not Tensor:
+    if entries is not None or isinstance(parameter, DTensor):
+        _check_shard(path, parameter, (entries or {}).get((owner, attribute)))
+    elif type(parameter) is not nn.Parameter or type(parameter.data) is not Tensor:
         raise ValueError(
             f"{path} is a {type(parameter).__module__}.{type(parameter).__qualname__}, no plain nn.Parameter: what "
             f"quantisation, sharding or a class of its own keep in it would be lost. {_WHOLE}"
@@ -173,6 +187,34 @@ def _check(path: str, owner: Any, attribute: str, trained: bool) -> None:
                 f"{path} has the attribute {name!r}, a tensor with an entry for each of its own, which cannot follow a "
                 "cut. Delete it before the cut, and set it anew afterwards."
             )
+
+
+def _check_shard(path: str, parameter: Tensor, found: Any) -> None:
+    """Raise unless a parameter of a sharded model is one that fully_shard, and nothing else, shards by rows."""
+    if found is None:
+        reason = (
+            "is a DTensor of something other than fully_shard, such as tensor parallelism, whose rows lie on several "
+            "ranks for good"
+            if isinstance(parameter, DTensor)
+            else "is not among the parameters that fully_shard shards (ignored_params), so nothing reduces its gradient"
+        )
+        raise ValueError(f"{path} {reason}. Shard the layers that are cut by fully_shard alone (FSDP2).")
+    entry = found[1]
+    if entry.is_dtensor:
+        raise ValueError(
+            f"{path} is sharded by tensor parallelism and by fully_shard. Leave the layers that are cut out of the "
+            "tensor-parallel plan."
+        )
+    if entry.fsdp_placement.dim != 0:
+        raise ValueError(
+            f"{path} is sharded along dimension {entry.fsdp_placement.dim}, which must stay a multiple of the number "
+            "of shards. Shard it along dimension 0 (no shard_placement_fn for it)."
+        )
+    if entry.offload_to_cpu:
+        raise ValueError(
+            f"{path} is offloaded to the CPU by FSDP (fsdp_offload_params, CPUOffloadPolicy), and cuts of offloaded "
+            "shards are not supported. Train without offloading, or compress before or after training."
+        )
 
 
 def _origin(owner: nn.Module, attribute: str) -> str | None:

@@ -6,22 +6,24 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ..progress import with_progress
 from ..reduction import Selection, SizeConstraints
-from .adapters.base import find_mixers, state_sizes
+from .adapters.base import MixerSite, find_mixers, state_sizes
+from .changes import ParameterChange
 from .gradients import carried_gradients, warn_of_added
 from .history import append_history, original_sizes
 from .layer_plans import CompressionPlan, CutSettings, LayerPlan, reduced
-from .optimizer import State, carried_state, unwrap_optimizer
+from .optimizer import State, carried_state, check_carried, unwrap_optimizer
 from .owners import with_ties, write_sizes
 from .parameters import check_parameters, check_replaceable, outside_inference_mode
 from .policies import Energy, Policy, Target, describe_policy
+from .processes import team_for
 from .refit import STEPS, Recording
 from .resize import replace_parameters
 from .statistics import Batches, measure_mixers
-from .team import Team
+from .team import Look, Team
 from .values import check_value_size, plan_values, value_sites
 
 
@@ -42,7 +44,7 @@ def make_plan(
         calibration: batches of the model's inputs for mixers that are measured on data; see `gather_statistics`.
         attempts_left: number of cuts, this one included, in which the policy's goal is to be reached, >= 1. Each
             shrinks the layers by the same factor.
-        team: processes that plan together; None for one process alone.
+        team: processes that plan together; None for this one alone, or all if they share the model (FSDP2).
 
     Raises:
         ValueError: if the model has no compressible layer, or the policy cannot be met; calibration batches that are
@@ -50,15 +52,15 @@ def make_plan(
         TypeError: a calibration batch that is not a mapping.
         ReductionError: if a layer cannot be measured or reduced; the message names it.
     """
-    team, settings = team or Team(), settings or CutSettings()
+    team, settings = team or team_for(model), settings or CutSettings()
     constraints = with_ties(model, settings.constraints)
     for site in find_mixers(model):
         check_replaceable(model, site, trained=False)
     recordings: dict[str, Recording] = {}
     statistics = team.gather(model, calibration, recordings if settings.refit_steps else None, settings.fast_ops)
 
-    def decide() -> CompressionPlan:
-        measurements = measure_mixers(model, statistics)
+    def decide(look: Look) -> CompressionPlan:
+        measurements = measure_mixers(model, statistics, look=look)
         team.check(measurements)
         spectra = [measurement.spectrum() for measurement in measurements.values()]
         wanted = settings.policy.orders(spectra, original_sizes(model), constraints, attempts_left)
@@ -66,15 +68,19 @@ def make_plan(
         layers = []
         parts = zip(find_mixers(model), measurements.values(), spectra, orders, strict=True)
         for site, measurement, spectrum, order in with_progress(parts, "reducing", "layer", len(orders)):
-            reduction = reduced(site, measurement, order, settings, recordings) if order < site.state_size else None
+            reduction = None
+            if order < site.state_size:
+                reduction = reduced(look(site), measurement, order, settings, recordings)
             layers.append(LayerPlan(site.name, site.state_size, order, spectrum, reduction))
         return CompressionPlan(layers, describe_policy(settings.policy) | {"selection": settings.selection})
 
-    return team.decide(decide)
+    return team.decide(model, decide)
 
 
 @outside_inference_mode
-def apply_plan(model: nn.Module, optimizer: Any, plan: CompressionPlan, step: int | None = None) -> dict[str, Any]:
+def apply_plan(
+    model: nn.Module, optimizer: Any, plan: CompressionPlan, step: int | None = None, team: Team | None = None
+) -> dict[str, Any]:
     """Swap the planned parameters into the model and the optimizer, carry moments and gradients, update the config.
 
     Args:
@@ -82,6 +88,7 @@ def apply_plan(model: nn.Module, optimizer: Any, plan: CompressionPlan, step: in
         optimizer: its optimizer, wrapped or not, or None when there is none.
         plan: result of `make_plan` or `plan_values`.
         step: optimizer steps taken so far, for the history.
+        team: the processes that made the plan together; None for this one alone, or all if they share the model.
 
     Returns:
         The record that was appended to the compression history.
@@ -90,33 +97,38 @@ def apply_plan(model: nn.Module, optimizer: Any, plan: CompressionPlan, step: in
         TypeError: if the optimizer's state cannot be carried.
         ValueError: if the model's sizes are not those of the plan, or the optimizer lacks a parameter.
     """
+    team = team or team_for(model)
     inner = None if optimizer is None else unwrap_optimizer(optimizer)
     sites = find_mixers(model) if plan.event == "cut" else value_sites(model)
     planned = [(layer.name, layer.old_size) for layer in plan.layers]
     if planned != (present := [(site.name, site.state_size) for site in sites]):
         raise ValueError(f"the plan was made for mixers and sizes {planned}, the model has {present}")
-
-    values: dict[str, dict[str, Tensor]] = {}
-    states: dict[str, dict[str, State]] = {}
-    gradients: dict[str, dict[str, Tensor | None]] = {}
-    for site, layer in zip(sites, plan.layers, strict=True):
-        if layer.reduction is None:
-            continue
-        changes = layer.reduction.changes
-        values[site.name] = {name: change.value for name, change in changes.items()}
-        gradients[site.name] = carried_gradients(changes, site.parameters())
-        warn_of_added(site.name, changes, site.mixer.parameters())
-        if inner is not None:
-            old = {name: dict(inner.state.get(p, {})) for name, p in site.parameters().items()}
-            states[site.name] = {
-                name: carried_state(change, old, old.get(name, {}), type(inner)) for name, change in changes.items()
-            }
-    replace_parameters(sites, values, inner, states, gradients)
+    pairs = zip(sites, plan.layers, strict=True)
+    reductions = [(site, layer.reduction.changes) for site, layer in pairs if layer.reduction is not None]
+    if inner is not None:  # all of them before anything is changed
+        for site, changes in reductions:
+            check_carried(changes, site.parameters(), inner)
+    for site, changes in reductions:
+        with team.opened(model, site, inner):
+            _replace(site, changes, inner)
     write_sizes(model, sites)
     record = plan.record(step)
     if plan.cuts:
         append_history(model, record)
     return record
+
+
+def _replace(site: MixerSite, changes: Mapping[str, ParameterChange], optimizer: torch.optim.Optimizer | None) -> None:
+    """Swap a mixer's new parameters in, with the moments and gradients of the old ones."""
+    values = {name: change.value for name, change in changes.items()}
+    gradients = carried_gradients(changes, site.parameters())
+    warn_of_added(site.name, changes, site.mixer.parameters())
+    states: dict[str, State] = {}
+    if optimizer is not None:
+        old = {name: dict(optimizer.state.get(p, {})) for name, p in site.parameters().items()}
+        for name, change in changes.items():
+            states[name] = carried_state(change, old, old.get(name, {}), type(optimizer))
+    replace_parameters([site], {site.name: values}, optimizer, {site.name: states}, {site.name: gradients})
 
 
 @outside_inference_mode

@@ -6,6 +6,7 @@ import inspect
 import random
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -43,9 +44,14 @@ def measure_model(
 
 
 def measure_mixers(
-    model: nn.Module, statistics: Mapping[str, Any], sites: Sequence[MixerSite] | None = None
+    model: nn.Module,
+    statistics: Mapping[str, Any],
+    sites: Sequence[MixerSite] | None = None,
+    look: Callable[[MixerSite], MixerSite] | None = None,
 ) -> dict[str, Any]:
     """Measure every mixer, from statistics by mixer name where it needs them; or what adapters in `sites` measure.
+
+    With `look` each is measured on the site that this gives for its own, such as one whose parameters are gathered.
 
     Raises:
         ReductionError: naming the first layer that cannot be measured and why.
@@ -53,7 +59,8 @@ def measure_mixers(
     measurements = {}
     for site in with_progress(find_mixers(model) if sites is None else sites, "measuring", "layer"):
         try:
-            measurements[site.name] = site.adapter.measure(site.mixer, statistics.get(site.name))
+            mixer = (site if look is None else look(site)).mixer
+            measurements[site.name] = site.adapter.measure(mixer, statistics.get(site.name))
         except ReductionError as error:
             raise ReductionError(f"{site.name}: {error}") from error
     return measurements
@@ -69,7 +76,7 @@ def gather_statistics(
     batches: Batches | None,
     recordings: dict[str, Recording] | None = None,
     make: Callable[[MixerSite], Any] = lambda site: site.adapter.statistics(site.mixer),
-    otherwise: Callable[[Any], Any] | None = None,
+    run: Callable[[nn.Module, Batches], int] | None = None,
     complete: bool = True,
     fast_ops: bool = True,
     sites: Sequence[MixerSite] | None = None,
@@ -87,7 +94,7 @@ def gather_statistics(
             packed sequences apart. May be None if no mixer needs statistics.
         recordings: filled, by mixer name, with inputs and outputs to refit on, if given.
         make: makes the empty statistics of a mixer, or None where none are needed; by default its adapter does.
-        otherwise: runs the model on a batch that is not what its forward takes, if given.
+        run: runs the model on the batches and returns the number of passes; None for `run_all`.
         complete: whether there must be as many tokens as states.
         fast_ops: let stock mixers run by this package's ops meanwhile, where that is exact; see `use_fast_ops`.
         sites: the mixers with the adapters that ask; by default those of `find_mixers`.
@@ -110,30 +117,58 @@ def gather_statistics(
             f"{type(model).__name__} has layers whose states can only be ranked on data: pass calibration batches, "
             "mappings of what its forward takes, such as [{'input_ids': ...}] or a DataLoader"
         )
-    count = 0
     batches = with_progress([batches] if isinstance(batches, Mapping) else batches, "calibrating", "batch")
     with undisturbed(model), by_fast_ops(model, fast_ops), _observing(sites, gathered), _recording(sites, recordings):
-        for batch in batches:
-            _read(model, batch, otherwise)
-            count += 1
+        count = (run or run_all)(model, batches)
     if complete:
         _check(sites, gathered, count)
     return gathered
 
 
-def _read(model: nn.Module, batch: Any, otherwise: Callable[[Any], Any] | None) -> None:
-    try:
-        passes = list(model_inputs(model, batch))
-    except (TypeError, ValueError) as problem:
-        if otherwise is None:
-            raise
+def run_all(model: nn.Module, batches: Batches, otherwise: Callable[[Any], Any] | None = None) -> int:
+    """Run a model on batches, as `passes_of` says, and return the number of passes."""
+    return call_all(passes_of(model, batches, otherwise))
+
+
+def call_all(passes: Iterable[Callable[[], Any]]) -> int:
+    """Call each of the passes, and return their number."""
+    count = 0
+    for one in passes:
+        one()
+        count += 1
+    return count
+
+
+def passes_of(
+    model: nn.Module, batches: Batches, otherwise: Callable[[Any], Any] | None = None
+) -> Iterator[Callable[[], Any]]:
+    """Forward passes of a model over batches, each a function to call.
+
+    Args:
+        model: the model.
+        batches: mappings; see `model_inputs`.
+        otherwise: runs the model on a batch that is not what its forward takes, if given.
+
+    Raises:
+        ValueError, TypeError: a batch that the forward does not take, without `otherwise`, or if that fails too.
+    """
+    for batch in batches:
         try:
-            otherwise(batch)
-        except Exception as error:
-            raise problem from error
-        return
-    for inputs in passes:
-        model(**inputs)
+            inputs = list(model_inputs(model, batch))
+        except (TypeError, ValueError) as problem:
+            if otherwise is None:
+                raise
+            yield partial(_attempt, otherwise, batch, problem)
+            continue
+        for each in inputs:
+            yield partial(model, **each)
+
+
+def _attempt(otherwise: Callable[[Any], Any], batch: Any, problem: Exception) -> None:
+    try:
+        otherwise(batch)
+    except Exception as error:
+        raise problem from error
 
 
 def _check(sites: Sequence[MixerSite], gathered: Mapping[str, Statistics], count: int) -> None:

@@ -4,8 +4,9 @@ from .callback import CompreSSMCallback
 from .checkpoints.durable import DurableCheckpoints, newest_checkpoint, verify_manifest, verify_sealed, write_manifest
 from .checkpoints.verification import verify_checkpoint
 from .config import CompressionConfig
-from .distributed import rebuild_reducer, verify_replicas
+from .ddp import rebuild_reducer
 from .groups import create_optimizer
+from .replicas import verify_replicas
 from .stability import StabilityTracker
 
 __all__ = [

@@ -19,6 +19,7 @@ from torch.utils.data import BatchSampler, DataLoader, IterableDataset, RandomSa
 
 from ..surgery import ReductionError, find_mixers, gather_statistics, needs_calibration
 from ..surgery.batches import model_inputs
+from ..surgery.processes import ProcessTeam
 from .trainer_log import metrics_apart
 
 Batches = list[Mapping[str, Any]]
@@ -202,8 +203,9 @@ class TrainingData:
 
 def check_batch(trainer: Any, model: nn.Module, batch: Any) -> None:
     """Raise the error that a measurement of the model on a batch like this one would raise; states may still be NaN."""
+    team = ProcessTeam(lambda model: as_the_trainer_does(model, trainer))
     with suppress(ReductionError):  # a cut that meets this is passed over, and training goes on
-        gather_statistics(model, [batch], otherwise=as_the_trainer_does(model, trainer), complete=False, fast_ops=False)
+        gather_statistics(model, [batch], run=team.run_batches, complete=False, fast_ops=False)
 
 
 def _check_tokens(model: nn.Module, batches: Batches) -> None:

@@ -13,7 +13,7 @@ from ..surgery import record_keys as keys
 from .checkpoints.resume import attach_resizing, detach_resizing, resize_every_load
 from .compression_run import CompressionRun, Training
 from .config import CompressionConfig
-from .distributed import find_ddp, refuse_unsupported
+from .distributed import find_wrapper, refuse_unsupported
 from .run_state import PerRun
 from .smoothing import refuse_unshifted_labels
 from .switching import switch_back_at_the_end
@@ -56,7 +56,8 @@ class CompreSSMCallback(TrainerCallback, ExportableState):
             a window that holds no step, a target above the present size, a rollback metric without evaluation, another
             Trainer than the given one.
         TypeError: unknown settings; when training starts: an optimizer whose state cannot be carried.
-        NotImplementedError: when training starts with sharded parameters (FSDP, DeepSpeed, tensor parallelism).
+        NotImplementedError: when training starts with parameters that are sharded by other means than FSDP2 (FSDP1,
+            DeepSpeed, tensor parallelism).
         RuntimeError: if ranks differ after a cut.
     """
 
@@ -106,7 +107,7 @@ class CompreSSMCallback(TrainerCallback, ExportableState):
         training = Training(args, state, model, kwargs.get("optimizer"), kwargs.get("train_dataloader"), trainer)
         refuse_unsupported(args, model)
         check_parameters(model, training.optimizer)
-        find_ddp(trainer, model)  # fail now, not at the first cut
+        find_wrapper(trainer, model)  # fail now, not at the first cut
         refuse_unshifted_labels(trainer, model)
         attach_resizing(model)
         exported: dict[str, Any] = state.stateful_callbacks  # type: ignore[assignment]  # a dict once training runs

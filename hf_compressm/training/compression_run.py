@@ -35,6 +35,8 @@ from ..surgery import (
 from ..surgery import record_keys as keys
 from ..surgery.parameters import is_unloaded
 from ..surgery.policies import check_target
+from ..surgery.processes import processes
+from ..surgery.shards import is_sharded
 from .calibration import TrainingData
 from .checkpoints.contents import (
     checkpoint_folder,
@@ -45,7 +47,7 @@ from .checkpoints.contents import (
 )
 from .checkpoints.verification import check_history, pending_work
 from .config import CompressionConfig
-from .distributed import TrainingTeam, find_ddp, processes, rebuild_reducer, verify_replicas
+from .distributed import TrainingTeam, settle
 from .records import CutLoss, keep_spectra
 from .reporting import mean_size, report_attempt, report_undo
 from .rollback import Rollback
@@ -111,7 +113,7 @@ class CompressionRun:
         if self.rollback.due:
             self.timer.close_segment(state.global_step, mean_size(state_sizes(model)))
             record = self.rollback.undo(state.global_step, model, optimizer)
-            self._renew_ddp(model, optimizer, Stopwatch())
+            settle(self._trainer(), model, optimizer, Stopwatch())
             report_undo(self._trainer(), state, record)
         self.timer.begin_step()
 
@@ -204,6 +206,11 @@ class CompressionRun:
             raise ValueError(f"uniform=True needs layers of one common size; the model has {sizes}")
         if config.min_state_size > min(sizes) and not history(model):
             raise ValueError(f"min_state_size is {config.min_state_size}, but a layer has only {min(sizes)} states")
+        if config.rollback and is_sharded(model):
+            raise ValueError(
+                "rollback=True keeps a copy of the model, which is not done for parameters that FSDP2 shards. Set "
+                "rollback=False, or train with DDP."
+            )
         if config.rollback and args.eval_strategy == IntervalStrategy.NO:
             raise ValueError(
                 "rollback=True judges a cut by the next evaluation, but eval_strategy is 'no'. Set eval_strategy to "
@@ -224,6 +231,7 @@ class CompressionRun:
     def _attempt(self, state: TrainerState, model: nn.Module, optimizer: Any) -> None:
         """Measure, and cut if enough states can go."""
         step, config, watch = state.global_step, self.config, Stopwatch()
+        team = TrainingTeam(self._trainer(), watch, lambda measured: self._check_settled(model, measured))
         seed = self._seed(step)
         batches = None
         if needs_calibration(model):
@@ -235,7 +243,7 @@ class CompressionRun:
                 settings=config.cut_settings(torch.Generator().manual_seed(seed)),
                 calibration=batches,
                 attempts_left=1 if self.tracker else sum(attempt >= step for attempt in self._attempts),
-                team=TrainingTeam(self._trainer(), watch, lambda measured: self._check_settled(model, measured)),
+                team=team,
             )
         except NotSettledError:
             return
@@ -246,8 +254,8 @@ class CompressionRun:
             keep_spectra(self._trainer(), {layer.name: layer.singular_values for layer in plan.layers})
             report_attempt(self._trainer(), state, plan, watch, {}, config.min_change)
             return
-        loss = CutLoss(self._trainer(), lambda: self.data.batches(seed) if batches is None else batches)
-        self._cut(state, model, optimizer, plan, watch, loss)
+        loss = CutLoss(self._trainer(), lambda: self.data.batches(seed) if batches is None else batches, team)
+        self._cut(state, model, optimizer, plan, team, loss)
         report_attempt(self._trainer(), state, plan, watch, loss.values, config.min_change)
 
     def _cut(
@@ -256,18 +264,19 @@ class CompressionRun:
         model: nn.Module,
         optimizer: Any,
         plan: CompressionPlan,
-        watch: Stopwatch,
+        team: TrainingTeam,
         loss: CutLoss,
     ) -> None:
         """Apply a plan, with a copy of the model before it if it may be undone, and with the loss before and after."""
+        watch = team.watch
         if self.config.rollback:
             self.rollback.keep(state, model, optimizer)
         self.timer.close_segment(state.global_step, mean_size([layer.old_size for layer in plan.layers]))
         with watch("loss"):
             loss.measure(keys.LOSS_BEFORE, model)
         with watch("surgery"):
-            apply_plan(model, optimizer, plan, state.global_step)
-        self._renew_ddp(model, optimizer, watch)
+            apply_plan(model, optimizer, plan, state.global_step, team)
+        settle(self._trainer(), model, optimizer, watch)
         with watch("loss"):
             loss.measure(keys.LOSS_AFTER, model)
         if self.timer.segments:
@@ -285,15 +294,6 @@ class CompressionRun:
             log_to_trackers(self._trainer(), {keys.RANK_STABILITY: score})
         if self.tracker.streak < self.config.stability_patience:
             raise NotSettledError
-
-    def _renew_ddp(self, model: nn.Module, optimizer: Any, watch: Stopwatch) -> None:
-        """On several processes, make DDP reduce the new parameters, and check that all ranks have the same."""
-        ddp = find_ddp(self._trainer(), model)
-        if ddp is not None:
-            with watch("rebuild"):
-                rebuild_reducer(ddp)
-            with watch("verification"):
-                verify_replicas(model, optimizer)
 
 
 def _resumed_folders(args: TrainingArguments, state: TrainerState) -> list[Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from transformers.utils import logging
 
 from ..surgery import record_keys as keys
 from ..surgery import undisturbed
+from ..surgery.team import Team
 from .calibration import Batches, trainer_loss
 from .trainer_log import keep_in_history
 
@@ -48,10 +50,11 @@ class CutLoss:
     Args:
         trainer: the Trainer; None measures nothing.
         batches: gives what to measure on; nothing is measured if it fails.
+        team: the processes that train together.
     """
 
-    def __init__(self, trainer: Any, batches: Callable[[], Batches]):
-        self.trainer = trainer
+    def __init__(self, trainer: Any, batches: Callable[[], Batches], team: Team):
+        self.trainer, self.team = trainer, team
         self.values: dict[str, float] = {}
         self._batches: Batches = []
         try:
@@ -61,13 +64,18 @@ class CutLoss:
 
     def measure(self, name: str, model: nn.Module) -> None:
         """Add the present loss to `values`, in nats where the loss is a cross-entropy."""
-        if self.trainer is None or not self._batches:
+        if self.trainer is None:
             return
+        losses: list[float] = []
         try:
             with undisturbed(model):
-                losses = [float(trainer_loss(self.trainer, model, batch)) for batch in self._batches]
+                self.team.run(model, (partial(self._add, losses, model, batch) for batch in self._batches))
         except _ERRORS as error:
             logger.warning(f"the loss around this cut was not measured: {error}")
             self._batches = []
             return
-        self.values[name] = sum(losses) / len(losses)
+        if losses:
+            self.values[name] = sum(losses) / len(losses)
+
+    def _add(self, losses: list[float], model: nn.Module, batch: Any) -> None:
+        losses.append(float(trainer_loss(self.trainer, model, batch)))

@@ -10,8 +10,8 @@ from transformers import TrainerState
 from transformers.utils import logging
 
 from ..surgery import Snapshot, append_history, find_mixers, history, set_history, state_sizes
+from ..surgery.processes import decided_by_rank_0
 from .config import CompressionConfig
-from .distributed import decided_by_rank_0
 
 logger = logging.get_logger(__name__)
 

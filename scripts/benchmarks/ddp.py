@@ -46,8 +46,8 @@ def job(argv: list[str]) -> None:
     from hf_compressm.data import load_task
     from hf_compressm.runs.pretraining import build_model, build_trainer, parse_run
     from hf_compressm.surgery import state_sizes
+    from hf_compressm.surgery.processes import processes
     from hf_compressm.training import verify_replicas
-    from hf_compressm.training.distributed import processes
 
     class Compare(TrainerCallback):
         def on_step_end(self, args, state, control, model=None, optimizer=None, **kwargs):

@@ -13,13 +13,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from hf_compressm import Target
 from hf_compressm.surgery import CutSettings, ReductionError, apply_plan, make_plan
-from hf_compressm.training.distributed import (
-    TrainingTeam,
-    decided_by_rank_0,
-    gather_together,
-    rebuild_reducer,
-    verify_replicas,
-)
+from hf_compressm.surgery.processes import ProcessTeam, decided_by_rank_0
+from hf_compressm.training import rebuild_reducer, verify_replicas
 
 
 def expect(error, message, work):
@@ -29,6 +24,10 @@ def expect(error, message, work):
         assert message in str(raised), raised
     else:
         raise AssertionError(f"no {error.__name__}: {message}")
+
+
+def gather(model, ids):
+    return ProcessTeam().gather(model, {"input_ids": ids}, None, fast_ops=True)
 
 
 def only_rank_0_may_fail(rank):
@@ -44,14 +43,14 @@ def one_bad_rank_stops_all(rank):
     with torch.no_grad():
         if rank == 1:
             model.backbone.embeddings.weight[:] = torch.nan
-    expect(ReductionError, "NaN", lambda: gather_together(model, {"input_ids": IDS}))
+    expect(ReductionError, "NaN", lambda: gather(model, IDS))
 
 
 def statistics_are_those_of_all_batches(rank):
     model = make(OWN, "mamba")
-    together = gather_together(model, {"input_ids": IDS[rank : rank + 1]})
+    together = gather(model, IDS[rank : rank + 1])
     name, found = next(iter(together.items()))
-    whole = gather_together(model, {"input_ids": IDS})[name]
+    whole = gather(model, IDS)[name]
     assert found.tokens * dist.get_world_size() == whole.tokens
     assert torch.allclose(2 * found.states, whole.states)
 
@@ -69,7 +68,7 @@ def cuts_of_matrix_states_are_those_of_one_process(rank, make_model):
     model = make_model()
     alone, optimizer = copy.deepcopy(model), torch.optim.AdamW(model.parameters(), lr=1e-2)
     settings = CutSettings(Target(4))
-    plan = make_plan(model, settings=settings, calibration={"input_ids": IDS[rank : rank + 1]}, team=TrainingTeam())
+    plan = make_plan(model, settings=settings, calibration={"input_ids": IDS[rank : rank + 1]}, team=ProcessTeam())
     expected = make_plan(alone, settings=settings, calibration={"input_ids": IDS})
     assert plan.cuts and [one.new_size for one in plan.layers] == [one.new_size for one in expected.layers]
     apply_plan(model, optimizer, plan)
@@ -87,7 +86,7 @@ def training_goes_on_equal_after_a_cut(rank, make_model=lambda: make(OWN, "mamba
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     for step in range(8):
         if step in (3, 5):
-            plan = make_plan(model, calibration={"input_ids": IDS}, team=TrainingTeam())
+            plan = make_plan(model, calibration={"input_ids": IDS}, team=ProcessTeam())
             apply_plan(model, optimizer, plan)
             rebuild_reducer(ddp)
             assert plan.cuts or step == 5

@@ -13,7 +13,7 @@ from transformers import Trainer, TrainerCallback
 from hf_compressm import CompressionConfig, CompreSSMCallback, Target, use_fast_ops
 from hf_compressm.models.automatic import lent_mixers
 from hf_compressm.surgery import CutSettings, make_plan
-from hf_compressm.training.distributed import TrainingTeam
+from hf_compressm.surgery.processes import ProcessTeam
 
 KINDS = pytest.mark.parametrize("kind", ["mamba", "mamba2"])
 CUT = {"policy": "target", "target_state_size": 3, "cut_steps": [2]}
@@ -99,5 +99,5 @@ def test_the_switch_reaches_the_refit_of_a_cut(monkeypatch):
     model = make(STOCK, "mamba2")
     batches = [{"input_ids": torch.arange(48).reshape(2, 24) % model.config.vocab_size}]
     settings = CutSettings(Target(3), refit_steps=1, fast_ops=False)
-    plan = make_plan(model, settings=settings, calibration=batches, team=TrainingTeam())
+    plan = make_plan(model, settings=settings, calibration=batches, team=ProcessTeam())
     assert plan.cuts

@@ -65,8 +65,9 @@ def _tensors(inputs: Inputs) -> tuple[Tensor, ...]:
     """x, dt, A, B, C and D (zero if None) in the precision of the states, contiguous, B and C with padding."""
     A, dtype = inputs.A, inputs.dt.dtype
     B, C = (_states(tensor.to(dtype)) for tensor in (inputs.B, inputs.C))
-    D = torch.zeros_like(A) if inputs.D is None else inputs.D
-    return inputs.x.to(dtype).contiguous(), inputs.dt.contiguous(), A, B, C, D
+    # Copies: these may be parameters, whose storage FSDP frees and fills, which NumPy's view of it would forbid.
+    D = torch.zeros_like(A) if inputs.D is None else inputs.D.clone()
+    return inputs.x.to(dtype).contiguous(), inputs.dt.contiguous(), A.clone(), B, C, D
 
 
 def _states(tensor: Tensor) -> Tensor:

@@ -248,6 +248,8 @@ class MixerSite:
             raise ValueError(f"{self.name}.{error}") from error
 
 
+_CHECKPOINTED = "_checkpoint_wrapped_module."
+"""In the names of modules within one that torch wraps for activation checkpointing, but not in their state dict."""
 _ADAPTERS: dict[str, MixerAdapter] = {}
 _REFUSED: dict[str, str] = {}
 
@@ -310,7 +312,8 @@ def find_mixers(model: nn.Module) -> list[MixerSite]:
         ValueError: if there is none, or one of a class that no adapter serves but for a parent; the message says why,
             and lists what is supported and how to add to it.
     """
-    modules = [(name, module, _full_name(mixer_class(module))) for name, module in model.named_modules()]
+    named = [(name.replace(_CHECKPOINTED, ""), module) for name, module in model.named_modules()]
+    modules = [(name, module, _full_name(mixer_class(module))) for name, module in named]
     sites = [MixerSite(name, module, _ADAPTERS[cls]) for name, module, cls in modules if cls in _ADAPTERS]
     _check_subclasses(model)
     if not sites:

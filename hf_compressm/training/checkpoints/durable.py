@@ -25,7 +25,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import CONFIG_NAME, logging
 
 from ...files import PARTIAL_SUFFIX, new_file, sync
-from ..distributed import processes
+from ...surgery.processes import processes
 from ..run_state import PerRun, is_running
 from ..trainer_log import running_trainer
 from .contents import checkpoint_folder

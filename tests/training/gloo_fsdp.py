@@ -1,0 +1,27 @@
+"""Let Accelerate shard by FSDP2 over CPUs; it grants that to accelerators only. All behind its state is the real path."""
+
+import functools
+import os
+
+from accelerate.state import AcceleratorState
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+
+
+def grant_fsdp():
+    """Patch `AcceleratorState`, in this process, so that a plugin that it was given is used on CPUs too."""
+    original = AcceleratorState.__init__
+
+    @functools.wraps(original)
+    def granted(self, *args, **kwargs):
+        first = not AcceleratorState._shared_state
+        original(self, *args, **kwargs)
+        plugin = kwargs.get("fsdp_plugin")
+        if first and plugin is None and os.environ.get("ACCELERATE_USE_FSDP") == "true":
+            plugin = FullyShardedDataParallelPlugin()
+        if first and plugin is not None and self.distributed_type == DistributedType.MULTI_CPU:
+            self.distributed_type = DistributedType.FSDP
+            if self._mixed_precision != "no":
+                plugin.set_mixed_precision(self._mixed_precision)
+            self.fsdp_plugin = plugin
+
+    AcceleratorState.__init__ = granted
