@@ -97,7 +97,7 @@ def opened(model: nn.Module, site: MixerSite, optimizer: torch.optim.Optimizer |
                 group.fsdp_params.remove(entry)
         for at in present:
             if (near := opened.get(at, sibling)) is not None:
-                _shard(at, *near, optimizer, replaces=at in opened)
+                _shard(at, near, optimizer, replaces=at in opened)
 
 
 def _places(site: MixerSite) -> list[Place]:
@@ -124,9 +124,9 @@ def _to_plain(value: Any) -> Any:
     return value.full_tensor().clone() if isinstance(value, DTensor) else value
 
 
-def _shard(at: Place, group: Any, like: Any, optimizer: torch.optim.Optimizer | None, replaces: bool) -> None:
-    """Give a plain parameter to FSDP, in the group and the manner of another."""
-    owner, name = at
+def _shard(at: Place, near: tuple[Any, Any], optimizer: torch.optim.Optimizer | None, replaces: bool) -> None:
+    """Give a plain parameter to FSDP, in the group and the manner of another, whose place it takes or not."""
+    (owner, name), (group, like) = at, near
     whole: Any = owner._parameters[name]
     kept = nn.Parameter(whole.detach().contiguous(), requires_grad=whole.requires_grad)
     info = type(like._module_info)(owner, name)

@@ -87,8 +87,8 @@ def _refuse_other_shards(model: nn.Module) -> None:
     for path, parameter in model.named_parameters():
         if isinstance(parameter, DTensor) and id(parameter) not in ours:
             raise NotImplementedError(
-                f"{path} is sharded by tensor parallelism (or another DTensor plan). After a cut ranks are compared, and "
-                "ranks of one tensor-parallel group hold different rows, which nothing tells from a fault. Train "
+                f"{path} is sharded by tensor parallelism (or another DTensor plan). After a cut ranks are compared, "
+                "and ranks of one tensor-parallel group hold different rows, which nothing tells from a fault. Train "
                 f"without it. {FSDP2}"
             )
 

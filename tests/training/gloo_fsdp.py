@@ -1,4 +1,4 @@
-"""Let Accelerate shard by FSDP2 over CPUs; it grants that to accelerators only. All behind its state is the real path."""
+"""Let Accelerate shard by FSDP2 over CPUs, which it grants to accelerators only. All behind its state is its own."""
 
 import functools
 import os
