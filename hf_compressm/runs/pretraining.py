@@ -34,10 +34,10 @@ from ..surgery.processes import decided_by_rank_0
 from ..training import (
     CompreSSMCallback,
     DurableCheckpoints,
-    create_optimizer,
     newest_checkpoint,
     verify_sealed,
 )
+from ..training.groups import optimizer_settings
 from .early_checks import check_new_model, check_policy, check_task_options, make_config
 from .run_file import Run, parse_run
 
@@ -117,9 +117,9 @@ def build_trainer(
     Returns:
         The Trainer, and its compression callback if the run compresses.
     """
-    optimizer = None
+    settings = None
     if run.arguments.ssm_learning_rate is not None:
-        optimizer = create_optimizer(model, run.training, run.arguments.ssm_learning_rate)
+        settings = optimizer_settings(model, run.training, run.arguments.ssm_learning_rate)
     callback = CompreSSMCallback(run.compression) if run.arguments.compress else None
     trainer = Trainer(
         model=model,
@@ -131,7 +131,7 @@ def build_trainer(
         compute_metrics=task.compute_metrics,
         preprocess_logits_for_metrics=task.preprocess_logits_for_metrics,
         callbacks=[*([callback] if callback else []), *callbacks, DurableCheckpoints()],
-        optimizers=(optimizer, None),
+        optimizer_cls_and_kwargs=settings,
     )
     return trainer, callback
 

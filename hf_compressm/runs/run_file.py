@@ -121,6 +121,17 @@ def _make_run(groups: tuple[Any, ...], mappings: dict[str, dict[str, Any]]) -> R
 class OptionParser(OneLineParser, HfArgumentParser):
     """A parser whose options are the fields of dataclasses."""
 
+    def __init__(self, groups: Sequence[Any], **options: Any) -> None:
+        super().__init__(groups, **options)
+        for action in self._actions:
+            if action.dest == "fsdp":  # a switch that transformers still types as text, for values of old
+                action.type = _as_switch
+
+
+def _as_switch(word: str) -> bool | str | None:
+    """True or None for a word that switches on or off, and the word itself if it is neither."""
+    return {"true": True, "false": None}.get(word.lower(), word)
+
 
 def parse_options(
     groups: Sequence[Any], argv: Sequence[str], mappings: Sequence[str] = ()

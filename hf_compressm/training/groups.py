@@ -17,7 +17,20 @@ def create_optimizer(model: nn.Module, args: TrainingArguments, ssm_learning_rat
 
     Parameters that set the dynamics of state-space layers (`MixerAdapter.dynamics`) are trained with their own, usually
     smaller, learning rate and without weight decay; all else as the Trainer would do it. Pass the result as
-    `Trainer(optimizers=(opt, None))`.
+    `Trainer(optimizers=(opt, None))`; under FSDP the Trainer refuses that, and takes `optimizer_settings`.
+
+    Args, Raises and Source: as `optimizer_settings`.
+    """
+    cls, settings = optimizer_settings(model, args, ssm_learning_rate)
+    return cls(**settings)
+
+
+def optimizer_settings(
+    model: nn.Module, args: TrainingArguments, ssm_learning_rate: float
+) -> tuple[type[torch.optim.Optimizer], dict[str, Any]]:
+    """Class and keyword arguments of the optimizer of `create_optimizer`.
+
+    Pass the result as `Trainer(optimizer_cls_and_kwargs=...)`, which makes it before it trains, also under FSDP.
 
     Args:
         model: a model with supported mixers.
@@ -44,4 +57,4 @@ def create_optimizer(model: nn.Module, args: TrainingArguments, ssm_learning_rat
             groups[2 if id(parameter) in ssm else 0 if name in decayed else 1]["params"].append(parameter)
     cls, kwargs = Trainer.get_optimizer_cls_and_kwargs(args, model)  # type: ignore[arg-type]
     check_optimizer_class(cls)
-    return cls([group for group in groups if group["params"]], **kwargs)
+    return cls, {"params": [group for group in groups if group["params"]]} | kwargs

@@ -1,7 +1,4 @@
-"""Started under torchrun by test_fsdp_scripts.py: runs a script with FSDP2 granted on CPUs.
-
-    torchrun --nproc_per_node 2 tests/training/fsdp_script.py SCRIPT [ARGUMENT ...]
-"""
+"""Started under torchrun by test_fsdp_scripts.py, with a script and its arguments: runs it with FSDP2 on CPUs."""
 
 import runpy
 import sys

@@ -1,28 +1,6 @@
-"""Let Accelerate shard by FSDP2 over CPUs, which it grants to accelerators only. All behind its state is its own."""
+"""FSDP2 over CPUs for the tests: the patch of Accelerate's state that the benchmarks use. All behind it is real."""
 
-import functools
-import os
+import runpy
+from pathlib import Path
 
-from accelerate.state import AcceleratorState, PartialState
-from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
-
-
-def grant_fsdp():
-    """Patch `AcceleratorState`, in this process, so that a plugin that it was given is used on CPUs too."""
-    original = AcceleratorState.__init__
-
-    @functools.wraps(original)
-    def granted(self, *args, **kwargs):
-        first = not AcceleratorState._shared_state
-        original(self, *args, **kwargs)
-        plugin = kwargs.get("fsdp_plugin")
-        if first and plugin is None and os.environ.get("ACCELERATE_USE_FSDP") == "true":
-            plugin = FullyShardedDataParallelPlugin()
-        if first and plugin is not None and self.distributed_type == DistributedType.MULTI_CPU:
-            # As the original does at its end; else the next state that is made, by the optimizer, turns back.
-            self.distributed_type = PartialState._shared_state["distributed_type"] = DistributedType.FSDP
-            if self._mixed_precision != "no":
-                plugin.set_mixed_precision(self._mixed_precision)
-            self.fsdp_plugin = plugin
-
-    AcceleratorState.__init__ = granted
+grant_fsdp = runpy.run_path(str(Path(__file__).resolve().parents[2] / "scripts/benchmarks/cpu_fsdp.py"))["grant_fsdp"]
