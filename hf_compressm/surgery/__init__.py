@@ -8,12 +8,14 @@ Imports within the package go one way; each line uses only lines above it:
 - `record_keys`, `changes`, `policies`, `batches`
 - `peft/`: LoRA around weights that change
 - `adapters/`: one file for each family of mixers
-- `optimizer`, `gradients`, `owners`
+- `optimizer`, `gradients`, `owners`, `shards`
 - `parameters`
-- `history`, `resize`
+- `history`, `resize`, `sharded`, `lockstep`
 - `refit`, `snapshot`
 - `statistics`, `layer_plans`
-- `team`, `base_model`, `values`
+- `team`, `base_model`
+- `processes`: several of them plan together
+- `values`
 - `plan`
 """
 

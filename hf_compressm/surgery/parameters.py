@@ -15,7 +15,7 @@ from .adapters.base import MixerSite, find_mixers
 from .optimizer import unwrap_optimizer
 from .peft.lora import check_adapters
 from .peft.tuners import has_tuners, place
-from .shards import Place, is_sharded, sharded_entries
+from .shards import Place, is_sharded, reshard, sharded_entries
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -80,6 +80,7 @@ def check_parameters(model: nn.Module, optimizer: Any = None, sites: Sequence[Mi
             quantised or of a class of its own. The message names the parameter.
         TypeError: if the optimizer's state cannot be carried.
     """
+    reshard(model)  # what is gathered is not what the optimizer holds
     owners: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         owners.setdefault(id(parameter), []).append(name)

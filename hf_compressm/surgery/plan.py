@@ -98,7 +98,7 @@ def apply_plan(
         TypeError: if the optimizer's state cannot be carried.
         ValueError: if the model's sizes are not those of the plan, or the optimizer lacks a parameter.
     """
-    reshard(model)  # a forward pass leaves the outermost unit gathered, which is not what the optimizer holds
+    reshard(model)  # what is gathered is not what the optimizer holds
     team = team or team_for(model)
     inner = None if optimizer is None else unwrap_optimizer(optimizer)
     sites = find_mixers(model) if plan.event == "cut" else value_sites(model)
@@ -200,7 +200,6 @@ def compress(  # public, and kept flat: a user gives two or three of these by na
     if target is not None and policy is not None:
         raise ValueError(f"give target or policy, not both; got target={target} and policy={policy}")
     policy = Target(target) if target is not None else policy
-    reshard(model)
     check_parameters(model, optimizer)
     constraints = constraints or SizeConstraints()
     settings = CutSettings(policy or Energy(), constraints, selection, generator, refit_steps, fast_ops)

@@ -36,29 +36,31 @@ def whole_site(site: MixerSite) -> MixerSite:
 
 
 def _whole(module: nn.Module) -> nn.Module:
+    attributes, state = vars(module), None
     cls: Any = type(module)
     if isinstance(module, FSDPModule):
-        cls = cls.__mro__[cls._orig_cls_mro_index]
+        cls, state = cls.__mro__[cls._orig_cls_mro_index], module._get_fsdp_state()
     view: nn.Module = cls.__new__(cls)
-    vars(view).update(vars(module))
+    vars(view).update({name: value for name, value in attributes.items() if not _holds(value, state)})
     view._parameters = {name: None if p is None else _plain(p) for name, p in module._parameters.items()}
     view._modules = {name: None if child is None else _whole(child) for name, child in module._modules.items()}
-    if isinstance(module, FSDPModule):
-        state = module._get_fsdp_state()
+    if state is not None:
         for kind in ("_forward_pre_hooks", "_forward_hooks"):
-            hooks = getattr(module, kind)
-            setattr(view, kind, type(hooks)(item for item in hooks.items() if not _belongs_to(item[1], state)))
+            hooks = attributes[kind]
+            kept = (item for item in hooks.items() if getattr(item[1], "__self__", None) is not state)
+            setattr(view, kind, type(hooks)(kept))
     return view
+
+
+def _holds(value: Any, state: Any) -> bool:
+    """Whether an attribute is torch's record that `fully_shard` was applied; with it the copy could not be copied."""
+    return state is not None and isinstance(value, dict) and any(held is state for held in value.values())
 
 
 def _plain(parameter: nn.Parameter) -> nn.Parameter:
     if not isinstance(parameter, DTensor):
         return parameter
     return nn.Parameter(_to_plain(parameter.detach()), requires_grad=parameter.requires_grad)
-
-
-def _belongs_to(hook: Any, state: Any) -> bool:
-    return getattr(hook, "__self__", None) is state
 
 
 @contextmanager
@@ -79,12 +81,13 @@ def opened(model: nn.Module, site: MixerSite, optimizer: torch.optim.Optimizer |
     reshard(model)
     entries = sharded_entries(model)
     opened = {at: entries[at] for at in _places(site) if at in entries}
-    for (owner, name), (_, entry) in opened.items():
-        if entry.unsharded_accumulated_grad is not None:
+    for (_, name), near in opened.items():
+        if _waits(*near):
             raise ValueError(
                 f"{site.name}: gradients of {name} are accumulated without being reduced "
                 "(set_requires_gradient_sync(False)). Cut after the optimizer step, when they have been reduced."
             )
+    for (owner, name), (_, entry) in opened.items():
         _exchange(owner, name, _gathered(entry.sharded_param), optimizer, _to_plain)
     sibling = _sibling(site, entries)
     try:
@@ -98,6 +101,13 @@ def opened(model: nn.Module, site: MixerSite, optimizer: torch.optim.Optimizer |
         for at in present:
             if (near := opened.get(at, sibling)) is not None:
                 _shard(at, near, optimizer, replaces=at in opened)
+
+
+def _waits(group: Any, entry: Any) -> bool:
+    """Whether a gradient of this rank's batches has not been reduced, or not over all replicas."""
+    gathered = getattr(entry, "_unsharded_param", None)  # made by the first forward pass
+    waiting = (entry.unsharded_accumulated_grad, getattr(gathered, "grad", None), group._partial_reduce_output)
+    return any(gradient is not None for gradient in waiting)
 
 
 def _places(site: MixerSite) -> list[Place]:

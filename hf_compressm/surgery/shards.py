@@ -13,11 +13,20 @@ from torch.distributed.fsdp import FSDPModule
 
 PRIVATE = {
     "FSDPState": ("_fsdp_param_groups",),
-    "FSDPParamGroup": ("fsdp_params", "device", "mp_policy", "offload_policy"),
+    "FSDPParamGroup": (
+        *("fsdp_params", "device", "mp_policy", "offload_policy", "_partial_reduce_output", "_reset_sharded_params"),
+    ),
     "FSDPParam": (
         *("sharded_param", "_module_info", "mesh_info", "post_forward_mesh_info", "fsdp_placement"),
         *("is_dtensor", "offload_to_cpu"),
-        *("unsharded_accumulated_grad", "_post_load_hook_handle", "_param_fqn", "init_dtype_attrs"),
+        *(
+            "unsharded_accumulated_grad",
+            "_unsharded_param",
+            "_post_load_hook_handle",
+            "_param_fqn",
+            "init_dtype_attrs",
+            "reset_sharded_param",
+        ),
     ),
 }
 """What the package uses of torch beyond its public interface, by class."""
@@ -43,7 +52,8 @@ def check_torch(model: nn.Module) -> None:
         found["FSDPParam"] = [entry for group in found["FSDPParamGroup"] for entry in getattr(group, "fsdp_params", [])]
         for kind, names in PRIVATE.items():
             for thing in found[kind][:1]:
-                if missing := [name for name in names if not hasattr(thing, name)]:
+                known = dir(thing) + list(getattr(type(thing), "__annotations__", ()))
+                if missing := [name for name in names if name not in known]:
                     raise RuntimeError(
                         f"torch {torch.__version__} has no {kind}.{', '.join(missing)}, which a cut of sharded "
                         "parameters needs. Install a version of torch that this package is tested with, or train "
@@ -53,16 +63,18 @@ def check_torch(model: nn.Module) -> None:
 
 def sharded_entries(model: nn.Module) -> dict[Place, tuple[Any, Any]]:
     """FSDP's groups and entries (`FSDPParamGroup`, `FSDPParam`) by the places of their parameters."""
-    return {
-        (entry._module_info.module, entry._module_info.param_name): (group, entry)
-        for state in fsdp_states(model)
-        for group in state._fsdp_param_groups
-        for entry in group.fsdp_params
-    }
+    found = {}
+    for state in fsdp_states(model):
+        for group in state._fsdp_param_groups:
+            for entry in group.fsdp_params:
+                if not group._reset_sharded_params:  # before the first forward pass loading may put in others
+                    entry.reset_sharded_param()
+                found[entry._module_info.module, entry._module_info.param_name] = (group, entry)
+    return found
 
 
 def reshard(model: nn.Module) -> None:
-    """Free gathered parameters; an evaluation leaves those of the outermost module gathered."""
+    """Free gathered parameters, if there are any; an evaluation leaves those of the outermost module gathered."""
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()

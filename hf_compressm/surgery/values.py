@@ -13,8 +13,10 @@ from .adapters.base import MixerSite, find_mixers
 from .layer_plans import CompressionPlan, CutSettings, LayerPlan, reduced
 from .parameters import check_parameters, outside_inference_mode
 from .peft.tuners import is_tuner
+from .processes import team_for
 from .refit import Recording
-from .statistics import Batches, gather_statistics, measure_mixers
+from .statistics import Batches, measure_mixers
+from .team import Look, Team
 
 
 def value_sites(model: nn.Module) -> list[MixerSite]:
@@ -77,7 +79,9 @@ def check_value_size(model: nn.Module, size: int, constraints: SizeConstraints, 
 
 
 @outside_inference_mode
-def plan_values(model: nn.Module, size: int, calibration: Batches | None, settings: CutSettings) -> CompressionPlan:
+def plan_values(
+    model: nn.Module, size: int, calibration: Batches | None, settings: CutSettings, team: Team | None = None
+) -> CompressionPlan:
     """Measure the value heads of a model and compute its parameters with fewer value channels, changing nothing.
 
     Args:
@@ -85,19 +89,23 @@ def plan_values(model: nn.Module, size: int, calibration: Batches | None, settin
         size: number of value channels of each value head to keep.
         calibration: batches of the model's inputs; see `gather_statistics`.
         settings: selection, refit and ops; the rest is about states.
+        team: processes that plan together; None for this one alone, or all if they share the model (FSDP2).
 
     Raises:
         ValueError, TypeError: calibration batches that are missing, empty, too short or of the wrong fields.
         ReductionError: if a layer cannot be measured or reduced; the message names it.
     """
-    sites, recordings = value_sites(model), dict[str, Recording]()
-    statistics = gather_statistics(
-        model, calibration, recordings if settings.refit_steps else None, fast_ops=settings.fast_ops, sites=sites
-    )
-    layers = []
-    measured = measure_mixers(model, statistics, sites)
-    for site in sites:
-        found, old = measured[site.name], site.state_size
-        reduction = reduced(site, found, size, settings, recordings) if size < old else None
-        layers.append(LayerPlan(site.name, old, size, found.spectrum(), reduction))
-    return CompressionPlan(layers, {"policy": "value_size", "value_size": size}, event="value_cut")
+    team, sites, recordings = team or team_for(model), value_sites(model), dict[str, Recording]()
+    recorded = recordings if settings.refit_steps else None
+    statistics = team.gather(model, calibration, recorded, settings.fast_ops, sites)
+
+    def decide(look: Look) -> CompressionPlan:
+        layers = []
+        measured = measure_mixers(model, statistics, sites, look)
+        for site in sites:
+            found, old = measured[site.name], site.state_size
+            reduction = reduced(look(site), found, size, settings, recordings) if size < old else None
+            layers.append(LayerPlan(site.name, old, size, found.spectrum(), reduction))
+        return CompressionPlan(layers, {"policy": "value_size", "value_size": size}, event="value_cut")
+
+    return team.decide(model, decide)

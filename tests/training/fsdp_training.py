@@ -6,6 +6,7 @@ It writes what is left of it, whole, to OUTPUT/result.pt: losses, weights, momen
 import argparse
 import json
 import os
+import tempfile
 
 import torch
 import torch.distributed as dist
@@ -16,6 +17,7 @@ from helpers import small_data, small_model
 from selective_models import OWN, STOCK, make
 from torch.distributed.tensor import DTensor
 from transformers import Trainer, TrainingArguments
+from transformers.distributed import DistributedConfig
 
 from hf_compressm import CompreSSMCallback
 from hf_compressm.surgery import history, state_sizes, unwrap_optimizer
@@ -55,9 +57,20 @@ def arguments(options):
     return TrainingArguments(**given)
 
 
+def sharded_while_loading(model):
+    """Saved, and loaded again by transformers with its own sharding."""
+    dist.init_process_group("gloo")
+    shared = [tempfile.mkdtemp() if dist.get_rank() == 0 else None]
+    dist.broadcast_object_list(shared)
+    if dist.get_rank() == 0:
+        model.save_pretrained(shared[0])
+    dist.barrier()
+    return type(model).from_pretrained(shared[0], distributed_config=DistributedConfig(fsdp_size=2)).train()
+
+
 def main():
     parser = argparse.ArgumentParser()
-    parser.add_argument("way", choices=["ddp", "fsdp", "hsdp"])
+    parser.add_argument("way", choices=["ddp", "fsdp", "hsdp", "native"])
     parser.add_argument("model", choices=MODELS)
     parser.add_argument("output")
     parser.add_argument("--arguments", default="{}", help="of the training, as JSON")
@@ -71,6 +84,8 @@ def main():
     callback = CompreSSMCallback(**settings | json.loads(options.callback))
     torch.manual_seed(0)
     model = MODELS[options.model]().train()
+    if options.way == "native":
+        model = sharded_while_loading(model)
     trainer = Trainer(model, arguments(options), train_dataset=data(options.model), callbacks=[callback])
     trainer.train(resume_from_checkpoint=options.resume)
     trained, optimizer = trainer.model, unwrap_optimizer(trainer.optimizer)
