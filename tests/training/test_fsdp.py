@@ -34,10 +34,11 @@ def replicated(tmp_path_factory):
     """What DDP makes of a model, trained once for each."""
     made = {}
 
-    def get(model, **options):
-        if model not in made:
-            made[model] = train(tmp_path_factory.mktemp(model), "ddp", model, **options)
-        return made[model]
+    def get(model, arguments=None):
+        key = model, json.dumps(arguments)
+        if key not in made:
+            made[key] = train(tmp_path_factory.mktemp(model), "ddp", model, arguments=arguments)
+        return made[key]
 
     return get
 
@@ -73,7 +74,7 @@ def test_hand_written_loops(processes):
     ids=["lru", "by-block-checkpointed", "whole-accumulated"],
 )
 def test_an_unmodified_trainer_shards_and_cuts(model, fsdp, arguments, replicated, tmp_path):
-    check_equal(train(tmp_path, "fsdp", model, arguments=arguments, fsdp=fsdp), replicated(model))
+    check_equal(train(tmp_path, "fsdp", model, arguments=arguments, fsdp=fsdp), replicated(model, arguments))
 
 
 def test_hybrid_shards(replicated, tmp_path):
