@@ -12,7 +12,10 @@ from .adapters.base import find_mixers
 from .optimizer import unwrap_optimizer
 from .parameters import outside_inference_mode
 from .peft.tuners import is_copy_wrapper, is_tuner
+from .processes import team_for
 from .resize import resize_mixers
+from .sharded import whole_site
+from .shards import is_sharded
 from .snapshot import to_cpu
 
 
@@ -53,21 +56,24 @@ def save_base_model(model: nn.Module, folder: str | os.PathLike[str]) -> None:
 
 
 def mixer_state(model: nn.Module) -> dict[str, Any]:
-    """Sizes of the mixers, and the parameters that cuts replace, on the CPU."""
+    """Sizes of the mixers, and the parameters that cuts replace, on the CPU. Collective if FSDP2 shards the model."""
     sites = find_mixers(model)
+    whole = whole_site if is_sharded(model) else (lambda site: site)
     return {
         "sizes": {site.name: site.state_size for site in sites},
-        "parameters": {site.name: to_cpu(site.parameters()) for site in sites},
+        "parameters": {site.name: to_cpu(whole(site).parameters()) for site in sites},
     }
 
 
 @outside_inference_mode
 def restore_mixer_state(model: nn.Module, saved: Mapping[str, Any], optimizer: Any = None) -> None:
     """Restore the sizes and parameters of `mixer_state`; new parameters go to the optimizer too, if there is one."""
-    resize_mixers(model, saved["sizes"], None if optimizer is None else unwrap_optimizer(optimizer))
+    team, inner = team_for(model), None if optimizer is None else unwrap_optimizer(optimizer)
+    resize_mixers(model, saved["sizes"], inner, team)
     for site in find_mixers(model):
-        for name, parameter in site.parameters().items():
-            parameter.data.copy_(saved["parameters"][site.name][name])
+        with team.opened(model, site, inner):
+            for name, parameter in site.parameters().items():
+                parameter.data.copy_(saved["parameters"][site.name][name])
 
 
 def _plain_state(base: nn.Module) -> dict[str, Tensor]:

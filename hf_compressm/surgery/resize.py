@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from contextlib import nullcontext
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +15,9 @@ from .optimizer import State, insert_parameter, remove_parameters, swap_paramete
 from .owners import write_sizes
 from .parameters import outside_inference_mode, successor, unloaded
 from .peft.tuners import fit_features, place, plain_shapes
+
+if TYPE_CHECKING:
+    from .team import Team
 
 
 @outside_inference_mode
@@ -68,7 +72,12 @@ def replace_parameters(
 
 
 @outside_inference_mode
-def resize_mixers(model: nn.Module, sizes: Mapping[str, int], optimizer: torch.optim.Optimizer | None = None) -> None:
+def resize_mixers(
+    model: nn.Module,
+    sizes: Mapping[str, int],
+    optimizer: torch.optim.Optimizer | None = None,
+    team: Team | None = None,
+) -> None:
     """Resize the named mixers, with values that are `unloaded`, and write the sizes to their configs.
 
     If anything changes, the gradients of the whole model are dropped: they belong to weights that are gone.
@@ -77,20 +86,19 @@ def resize_mixers(model: nn.Module, sizes: Mapping[str, int], optimizer: torch.o
         model: any model with supported mixers.
         sizes: mixer name -> number of states. Mixers that have it already are left alone.
         optimizer: an unwrapped optimizer that holds the parameters, or None.
+        team: all processes, each of which calls this, if parameters are sharded over them; this one alone by default.
     """
     sites = find_mixers(model)
-    values = {
-        site.name: {
-            name: unloaded(next(site.mixer.parameters()), shape)
-            for name, shape in site.shapes(sizes[site.name]).items()
-        }
-        for site in sites
-        if sizes.get(site.name, site.state_size) != site.state_size
-    }
-    if values:
-        drop_gradients(model)
-        replace_parameters(sites, values, optimizer)
-        write_sizes(model, sites)
+    resized = [site for site in sites if sizes.get(site.name, site.state_size) != site.state_size]
+    if not resized:
+        return
+    drop_gradients(model)
+    for site in resized:
+        with nullcontext() if team is None else team.opened(model, site, optimizer):
+            like = next(iter(site.parameters().values()))
+            values = {name: unloaded(like, shape) for name, shape in site.shapes(sizes[site.name]).items()}
+            replace_parameters([site], {site.name: values}, optimizer)
+    write_sizes(model, sites)
 
 
 def sizes_in_state_dict(model: nn.Module, state_dict: Mapping[str, Any], prefix: str = "") -> dict[str, int]:

@@ -44,6 +44,7 @@ from .checkpoints.contents import (
     load_callback_state,
     read_exported,
     save_callback_state,
+    save_missing_config,
 )
 from .checkpoints.verification import check_history, pending_work
 from .config import CompressionConfig
@@ -132,8 +133,11 @@ class CompressionRun:
             tensors[keys.SNAPSHOT] = vars(self.rollback.snapshot)
         if self.tracker is not None:
             tensors[keys.TRACKER] = self.tracker.state_dict()
+        folder = checkpoint_folder(self._trainer(), args, state)
         if tensors and state.is_world_process_zero:
-            save_callback_state(checkpoint_folder(self._trainer(), args, state), tensors)
+            save_callback_state(folder, tensors)
+        if is_sharded(model) and args.should_save:
+            save_missing_config(folder, model)
 
     def finish(self, args: TrainingArguments, state: TrainerState, model: nn.Module, name: str) -> None:
         """Call when training has ended, and the best model is loaded if that was asked for.

@@ -12,9 +12,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import TrainerState, TrainingArguments
+from transformers import PreTrainedModel, TrainerState, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers.utils import CONFIG_NAME
 
 from ...files import new_file
 from ...surgery import record_keys as keys
@@ -77,6 +78,15 @@ def save_callback_state(folder: str | os.PathLike[str], state: dict[str, Any]) -
     target = Path(folder) / keys.STATE_FILE
     with new_file(target, durable=True) as partial:
         save_file(tensors, partial, metadata={"tree": tree})
+
+
+def save_missing_config(folder: str | os.PathLike[str], model: Any) -> None:
+    """Write the config, with state sizes and history, into a checkpoint of shards, where the Trainer writes none."""
+    if not isinstance(model, PreTrainedModel) or (Path(folder) / CONFIG_NAME).exists():
+        return
+    model.config.dtype = str(model.dtype).rpartition(".")[2]
+    model.config.architectures = [type(model).__name__.removeprefix("FSDP")]  # FSDP2 renames the class
+    model.config.save_pretrained(folder)
 
 
 def load_callback_state(folders: list[str | os.PathLike[str]]) -> dict[str, Any] | None:

@@ -29,13 +29,15 @@ from ...surgery.processes import processes
 from ..run_state import PerRun, is_running
 from ..trainer_log import running_trainer
 from .contents import checkpoint_folder
+from .sharded_files import METADATA, WHOLE_MOMENTS, WHOLE_WEIGHTS
 from .verification import verify_checkpoint
 
 logger = logging.get_logger(__name__)
 
 MANIFEST_NAME = "checkpoint_manifest.json"
-READ = {".safetensors", ".pt", ".pth"}
-"""Suffixes of files that are read when training goes on, besides the config and the Trainer's state."""
+READ = {".safetensors", ".pt", ".pth", ".distcp"}
+READ_NAMES = {CONFIG_NAME, TRAINER_STATE_NAME, WHOLE_WEIGHTS, WHOLE_MOMENTS, METADATA}
+"""Suffixes and names of the files that are read when training goes on."""
 BLOCK = 1 << 20
 """Bytes of a file that are hashed at once."""
 
@@ -167,9 +169,10 @@ def verify_manifest(folder: str | os.PathLike[str]) -> None:
         entries = {str(name): (entry["bytes"], entry["sha256"]) for name, entry in _files(manifest).items()}
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"{manifest} cannot be read: {error}") from error
-    for path in folder.iterdir():
-        if path.name not in entries and (path.suffix in READ or path.name in (CONFIG_NAME, TRAINER_STATE_NAME)):
-            raise ValueError(f"{manifest} does not cover {path.name}")
+    for path in [*folder.iterdir(), *folder.glob("*/*")]:  # those of FSDP2's shards lie in folders
+        name = path.relative_to(folder).as_posix()
+        if name not in entries and (path.suffix in READ or path.name in READ_NAMES):
+            raise ValueError(f"{manifest} does not cover {name}")
     for name, (size, digest) in entries.items():
         path = folder / name
         if not path.is_file():

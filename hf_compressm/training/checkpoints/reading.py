@@ -36,22 +36,33 @@ def read_weight_shapes(folder: Path) -> dict[str, torch.Tensor]:
         FileNotFoundError: if a file is missing.
         ValueError: if a file is damaged.
     """
+    shapes = {}
+    for file in weight_files(folder):
+        with reading(file), safe_open(file, framework="pt") as weights:
+            for key in weights.keys():  # noqa: SIM118  not a dict
+                shapes[key] = torch.empty(weights.get_slice(key).get_shape(), device="meta")
+    return shapes
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files of a checkpoint.
+
+    Raises:
+        FileNotFoundError: if one is missing.
+        ValueError: if their index is damaged.
+    """
     index, files = folder / SAFE_WEIGHTS_INDEX_NAME, {SAFE_WEIGHTS_NAME}
     if index.is_file():
         with reading(index):
             files = set(json.loads(index.read_text())["weight_map"].values())
             if outside := [name for name in files if Path(name).name != name]:
                 raise ValueError(f"{outside[0]!r} is not the name of a file in this folder")
-    shapes = {}
     for file in sorted(files):
         if not (folder / file).is_file():
             raise FileNotFoundError(
                 f"{folder} holds no {file}; it is not a complete checkpoint. Weights are read from safetensors only."
             )
-        with reading(folder / file), safe_open(folder / file, framework="pt") as weights:
-            for key in weights.keys():  # noqa: SIM118  not a dict
-                shapes[key] = torch.empty(weights.get_slice(key).get_shape(), device="meta")
-    return shapes
+    return [folder / file for file in sorted(files)]
 
 
 def read_trainer_state(folder: Path) -> TrainerState:
@@ -97,25 +108,30 @@ def check_pickles(folder: Path, shapes: Mapping[str, torch.Tensor]) -> None:
     """
     if (path := folder / OPTIMIZER_NAME).is_file():
         with reading(path):
-            content = _load(path, "meta")
+            content = load_pickle(path, "meta")
             if not all(isinstance(group["params"], list) for group in content["param_groups"]):
                 raise ValueError("its groups have no parameters")
             check_moments(content["state"], shapes)
     if (path := folder / SCHEDULER_NAME).is_file():
         with reading(path):
-            int(_load(path)["last_epoch"])
+            int(load_pickle(path)["last_epoch"])
     if (path := folder / SCALER_NAME).is_file():
         with reading(path):
-            dict(_load(path))
+            dict(load_pickle(path))
     for path in sorted(folder.glob("rng_state*.pth")):
         with reading(path):
-            content = _load(path)
+            content = load_pickle(path)
             random.Random().setstate(content["python"])
             np.random.RandomState().set_state(content["numpy"])
             torch.Generator().set_state(content["cpu"])
 
 
-def _load(path: Path, device: str = "cpu") -> Any:
+def load_pickle(path: Path, device: str = "cpu") -> Any:
+    """What a file of torch.save holds, read as tensors and plain values.
+
+    Raises:
+        ValueError: if it holds anything else.
+    """
     try:
         with safe_globals():
             return torch.load(path, map_location=device, weights_only=True, mmap=zipfile.is_zipfile(path))

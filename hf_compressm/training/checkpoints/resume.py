@@ -14,7 +14,9 @@ from transformers import PreTrainedModel, Trainer
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from ...surgery import check_fixed_tensors, resize_mixers, sizes_in_state_dict, unwrap_optimizer
+from ...surgery.shards import is_sharded
 from ..trainer_log import running_trainer
+from .sharded_loading import load_moments, load_weights
 
 
 def attach_resizing(model: nn.Module) -> None:
@@ -43,6 +45,9 @@ def resize_every_load(trainer: Trainer) -> None:
     if not isinstance(trainer._load_from_checkpoint, _LoadResized):
         trainer._load_from_checkpoint = _LoadResized(trainer, trainer._load_from_checkpoint)  # type: ignore[method-assign]
         trainer._load_best_model = _LoadResized(trainer, trainer._load_best_model)  # type: ignore[method-assign]
+        trainer._load_optimizer_and_scheduler = _LoadMoments(  # type: ignore[method-assign]
+            trainer, trainer._load_optimizer_and_scheduler
+        )
 
 
 class _LoadResized:
@@ -54,8 +59,21 @@ class _LoadResized:
         attach_resizing(model)
         best = self.trainer.state.best_model_checkpoint
         folder = args[0] if args else kwargs.get("resume_from_checkpoint", best)
+        if folder is not None and is_sharded(model):
+            return load_weights(self.trainer, Path(folder), lambda: self.load(*args, **kwargs))
         converted = None if folder is None else converted_weights(model, folder)
         return self.load(*args, **kwargs) if converted is None else model.load_state_dict(converted)
+
+
+class _LoadMoments:
+    def __init__(self, trainer: Trainer, load: Callable[..., Any]):
+        self.trainer, self.load = trainer, load
+
+    def __call__(self, checkpoint: str | None) -> Any:
+        model: Any = self.trainer.model
+        if checkpoint is None or not is_sharded(model):
+            return self.load(checkpoint)
+        return load_moments(self.trainer, Path(checkpoint), lambda: self.load(checkpoint))
 
 
 def converted_weights(model: nn.Module, folder: str | os.PathLike[str]) -> dict[str, Tensor] | None:
@@ -91,6 +109,8 @@ def _resize(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any)
         check_fixed_tensors(module, state_dict, prefix)
     except ValueError as error:
         raise ValueError(f"the weights are of another model: {error}. Build it as it was trained.") from error
+    if is_sharded(module):  # resized before its state dict was made, on all ranks; see `load_weights`
+        return
     trainer = running_trainer()
     optimizer = trainer.optimizer if trainer is not None and trainer.model is module else None
     sizes = sizes_in_state_dict(module, state_dict, prefix)

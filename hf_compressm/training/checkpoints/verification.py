@@ -20,7 +20,8 @@ from ...surgery import Snapshot, check_fixed_tensors, find_mixers, last_sizes, s
 from ...surgery import record_keys as keys
 from ..stability import StabilityTracker
 from .contents import check_records, exported_state, load_callback_state, read_exported
-from .reading import check_moments, check_pickles, read_weight_shapes, reading
+from .reading import check_moments, check_pickles, reading
+from .sharded_files import check_sharded_moments, saved_weight_shapes
 
 
 def verify_checkpoint(folder: str | os.PathLike[str]) -> None:
@@ -30,13 +31,14 @@ def verify_checkpoint(folder: str | os.PathLike[str]) -> None:
     the Trainer that a checkpoint may lack, such as the optimizer's, are checked if they are there.
 
     Raises:
-        FileNotFoundError: if the folder lacks a config, the Trainer's state or safetensors weights.
+        FileNotFoundError: if the folder lacks a config, the Trainer's state or weights (safetensors, or FSDP2's), or
+            one rank's shard of them.
         ValueError: if a file is damaged or could run code, a tensor's shape disagrees with the config, or the
             compression callback's state belongs to another model; the message names the file or tensor.
     """
     folder = Path(folder)
     model = _planned_model(folder)
-    shapes = read_weight_shapes(folder)
+    shapes = saved_weight_shapes(folder)
     prefix = f"{model.base_model_prefix}."
     prefix = prefix if any(key.startswith(prefix) for key in shapes) else ""
     if (renamed := _model_under_other_names(model.config, shapes, folder)) is not None:
@@ -46,6 +48,7 @@ def verify_checkpoint(folder: str | os.PathLike[str]) -> None:
     records, judging = ([], None) if exported is None else read_exported(exported)
     check_history(records, model)
     check_pickles(folder, shapes)
+    check_sharded_moments(folder, shapes)
     if (tensors := load_callback_state([folder])) is not None:
         pending_work(tensors, model, str(folder / keys.STATE_FILE), prefix)
 
