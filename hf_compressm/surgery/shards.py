@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 
 PRIVATE = {
     "FSDPState": ("_fsdp_param_groups",),
@@ -67,9 +68,11 @@ def sharded_entries(model: nn.Module) -> dict[Place, tuple[Any, Any]]:
     for state in fsdp_states(model):
         for group in state._fsdp_param_groups:
             for entry in group.fsdp_params:
-                if not group._reset_sharded_params:  # before the first forward pass loading may put in others
+                at = entry._module_info.module, entry._module_info.param_name
+                # Loading may put in others before the first forward pass, in which FSDP would take them.
+                if not group._reset_sharded_params and isinstance(at[0]._parameters.get(at[1]), DTensor):
                     entry.reset_sharded_param()
-                found[entry._module_info.module, entry._module_info.param_name] = (group, entry)
+                found[at] = (group, entry)
     return found
 
 

@@ -95,8 +95,11 @@ def adapted(dora):
     return build
 
 
-def a_replaced_parameter_is_noticed():
+def a_replaced_parameter_is_noticed(trained_before):
     model = shard(make(OWN, "mamba").train())
+    if trained_before:
+        model(IDS, labels=IDS).loss.backward()
+        model.zero_grad()
     optimizer = torch.optim.AdamW(model.parameters())
     mixer = find_mixers(model)[0].mixer
     held = mixer.A_log
@@ -221,7 +224,8 @@ def two_ranks(rank):
     cuts_are_those_of_one_process("stock mamba", "mixer", refit_steps=3, fast_ops=False)
     for dora in (False, True):
         cuts_are_those_of_one_process(f"LoRA, DoRA {dora}", "block", build=adapted(dora))
-    a_replaced_parameter_is_noticed()
+    for trained_before in (False, True):
+        a_replaced_parameter_is_noticed(trained_before)
     a_rank_that_fails_ends_all(rank)
     all_ranks_run_as_many_batches_as_one_has(rank)
 
