@@ -112,7 +112,7 @@ def unloaded(like: Tensor, shape: torch.Size) -> Tensor:
 
     A parameter that is never loaded cannot be taken for a trained one; `is_unloaded` finds it.
     """
-    return like.new_full(shape, torch.nan)
+    return torch.full(shape, torch.nan, dtype=like.dtype, device=like.device)  # not a DTensor where `like` is one
 
 
 def is_unloaded(parameter: Tensor) -> bool:

@@ -95,7 +95,7 @@ def resize_mixers(
     drop_gradients(model)
     for site in resized:
         with nullcontext() if team is None else team.opened(model, site, optimizer):
-            like = next(iter(site.parameters().values()))
+            like = next(site.mixer.parameters())
             values = {name: unloaded(like, shape) for name, shape in site.shapes(sizes[site.name]).items()}
             replace_parameters([site], {site.name: values}, optimizer)
     write_sizes(model, sites)

@@ -13,10 +13,10 @@ from selective_models import IDS, OWN, STOCK, make
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import Shard
+from torch.distributed.tensor import DTensor, Shard
 
 from hf_compressm import SizeConstraints, compress
-from hf_compressm.surgery import ReductionError, find_mixers, make_plan, shards, state_sizes
+from hf_compressm.surgery import ReductionError, find_mixers, make_plan, resize_mixers, shards, state_sizes
 from hf_compressm.surgery.processes import ProcessTeam
 from hf_compressm.training import verify_replicas
 
@@ -198,6 +198,17 @@ def values_are_cut(rank):
         assert torch.allclose(whole(one), two, atol=1e-6), name
 
 
+def mixers_are_resized():
+    model = shard(make(OWN, "mamba2").train())
+    optimizer = torch.optim.AdamW(model.parameters())
+    for size in (4, 8, 2):
+        resize_mixers(model, {site.name: size for site in find_mixers(model)}, optimizer, ProcessTeam())
+        verify_replicas(model, optimizer)
+        for site in find_mixers(model):
+            assert site.state_size == size
+            assert all(isinstance(p, DTensor) and whole(p).isnan().all() for p in site.parameters().values())
+
+
 def private_names_are_checked():
     model = shard(make(OWN, "mamba"))
     shards.check_torch(model)
@@ -213,6 +224,7 @@ def two_ranks(rank):
     what_cannot_be_cut_is_refused()
     gradients_and_hooks_follow(rank)
     values_are_cut(rank)
+    mixers_are_resized()
     private_names_are_checked()
     for name in MODELS:
         cuts_are_those_of_one_process(name, "block")
