@@ -36,16 +36,21 @@ def verify_replicas(model: nn.Module, optimizer: Any = None) -> None:
     if is_sharded(model):
         reshard(model)
         problem = _misplaced(model, optimizer)
-    raise_together(problem)
-    device = next(model.parameters()).device
-    listed = [_entry(name, tensor) for name, tensor in _tensors(model, optimizer)]
-    found = _first_deviation([(name, shape) for name, shape, _, _ in listed], "", device)
-    part = repr([part for _, _, part, _ in listed])
-    found = found or _first_deviation([(name, checksum) for name, _, _, checksum in listed], part, device)
-    if found is not None:
+    entries = [_entry(name, tensor) for name, tensor in _tensors(model, optimizer)]
+    shapes = [(name, shape) for name, shape, _, _ in entries]
+    checksums = [(name, checksum) for name, _, _, checksum in entries]
+    part = _digest([part for _, _, part, _ in entries])
+    own = [int(problem is not None), _digest(shapes), part, _digest(checksums)]
+    found = _gather(own, next(model.parameters()).device)
+    if any(one[0] for one in found):
+        raise_together(problem)
+    differing, listed = _first_pair([(0, one[1]) for one in found]), shapes
+    if differing is None:
+        differing, listed = _first_pair([(one[2], one[3]) for one in found]), checksums
+    if differing is not None:
         raise RuntimeError(
-            f"rank {found[0]} and rank {found[1]} differ in {found[2]} after a change of state size; going on would "
-            "train two models. Resume from the last checkpoint, and report this."
+            f"rank {differing[1]} and rank {differing[0]} differ in {_first_name(listed, *differing)} after a change "
+            "of state size; going on would train two models. Resume from the last checkpoint, and report this."
         )
 
 
@@ -59,25 +64,30 @@ def _entry(name: str, tensor: Tensor) -> tuple[str, str, Any, int]:
     return name, spread, part, _checksum(tensor.to_local())
 
 
-def _first_deviation(listed: list[tuple[str, Any]], part: str, device: torch.device) -> tuple[int, int, str] | None:
-    """Two ranks that hold the same part and differ in their lists, and the first name in which they do."""
-    own = torch.tensor([_digest(part), _digest(listed)], device=device)
-    found = [torch.empty_like(own) for _ in range(processes())]
-    dist.all_gather(found, own)
-    pairs = [tuple(digests.tolist()) for digests in found]
+def _gather(own: list[int], device: torch.device) -> list[list[int]]:
+    """These integers of every rank."""
+    sent = torch.tensor(own, device=device)
+    received = [torch.empty_like(sent) for _ in range(processes())]
+    dist.all_gather(received, sent)
+    return [one.tolist() for one in received]
+
+
+def _first_pair(found: list[tuple[int, int]]) -> tuple[int, int] | None:
+    """The first rank of those with the same first number, and one with another second number; None if none has."""
     first: dict[int, int] = {}
-    differing = None
-    for rank, (where, _) in enumerate(pairs):
-        other = first.setdefault(where, rank)
-        if differing is None and pairs[rank] != pairs[other]:
-            differing = rank, other
-    if differing is None:
-        return None
+    for rank, (part, value) in enumerate(found):
+        other = first.setdefault(part, rank)
+        if found[other][1] != value:
+            return other, rank
+    return None
+
+
+def _first_name(listed: list[tuple[str, Any]], one: int, other: int) -> str:
+    """The name of the first entry in which two ranks differ."""
     lists: list[Any] = [None] * processes()  # only now: at a thousand ranks they are long
     dist.all_gather_object(lists, listed)
-    one, other = (lists[rank] for rank in differing)
-    names = [mine[0] for mine, yours in zip(one, other, strict=False) if mine != yours]
-    return (*differing, (names or ["the number of tensors"])[0])
+    names = [mine[0] for mine, yours in zip(lists[other], lists[one], strict=False) if mine != yours]
+    return (names or ["the number of tensors"])[0]
 
 
 def _digest(value: Any) -> int:
