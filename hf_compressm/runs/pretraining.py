@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from accelerate.utils import parse_flag_from_env
 from torch import nn
 from transformers import (
     PreTrainedModel,
@@ -37,7 +38,7 @@ from ..training import (
     newest_checkpoint,
     verify_sealed,
 )
-from ..training.groups import optimizer_settings
+from ..training.groups import create_optimizer, optimizer_settings
 from .early_checks import check_new_model, check_policy, check_task_options, make_config
 from .run_file import Run, parse_run
 
@@ -117,9 +118,13 @@ def build_trainer(
     Returns:
         The Trainer, and its compression callback if the run compresses.
     """
-    settings = None
-    if run.arguments.ssm_learning_rate is not None:
-        settings = optimizer_settings(model, run.training, run.arguments.ssm_learning_rate)
+    optimizer = settings = None
+    if (rate := run.arguments.ssm_learning_rate) is not None:
+        # Made now, so that resuming at another size finds it; under FSDP the Trainer makes it itself before it resumes.
+        if run.training.fsdp or parse_flag_from_env("ACCELERATE_USE_FSDP"):
+            settings = optimizer_settings(model, run.training, rate)
+        else:
+            optimizer = create_optimizer(model, run.training, rate)
     callback = CompreSSMCallback(run.compression) if run.arguments.compress else None
     trainer = Trainer(
         model=model,
@@ -131,6 +136,7 @@ def build_trainer(
         compute_metrics=task.compute_metrics,
         preprocess_logits_for_metrics=task.preprocess_logits_for_metrics,
         callbacks=[*([callback] if callback else []), *callbacks, DurableCheckpoints()],
+        optimizers=(optimizer, None),
         optimizer_cls_and_kwargs=settings,
     )
     return trainer, callback

@@ -13,9 +13,9 @@ Imports within the package go one way; each line uses only lines above it:
 - `history`, `resize`, `sharded`, `lockstep`
 - `refit`, `snapshot`
 - `statistics`, `layer_plans`
-- `team`, `base_model`
+- `team`
 - `processes`: several of them plan together
-- `values`
+- `base_model`, `values`
 - `plan`
 """
 

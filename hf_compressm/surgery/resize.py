@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
-from typing import TYPE_CHECKING, Any
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -15,9 +15,6 @@ from .optimizer import State, insert_parameter, remove_parameters, swap_paramete
 from .owners import write_sizes
 from .parameters import outside_inference_mode, successor, unloaded
 from .peft.tuners import fit_features, place, plain_shapes
-
-if TYPE_CHECKING:
-    from .team import Team
 
 
 @outside_inference_mode
@@ -71,12 +68,18 @@ def replace_parameters(
         fit_features(site.mixer)
 
 
+class Opens(Protocol):
+    """Gives a block in which a mixer's parameters are whole; see `team.Team`."""
+
+    def opened(self, model: nn.Module, site: MixerSite, optimizer: Any = None) -> AbstractContextManager[None]: ...
+
+
 @outside_inference_mode
 def resize_mixers(
     model: nn.Module,
     sizes: Mapping[str, int],
     optimizer: torch.optim.Optimizer | None = None,
-    team: Team | None = None,
+    team: Opens | None = None,
 ) -> None:
     """Resize the named mixers, with values that are `unloaded`, and write the sizes to their configs.
 

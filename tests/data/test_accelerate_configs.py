@@ -13,7 +13,10 @@ EXPECTED = {
     "single_gpu.yaml": ("NO", 1, 1, False),
     "multi_gpu.yaml": ("MULTI_GPU", 1, 2, False),
     "multi_node.yaml": ("MULTI_GPU", 2, 16, False),
+    "fsdp2.yaml": ("FSDP", 1, 2, False),
+    "hsdp.yaml": ("FSDP", 1, 4, False),
 }
+PRECISION = {"NO": "no", "MULTI_GPU": "no", "FSDP": "bf16"}
 
 
 def test_every_file_is_checked():
@@ -26,7 +29,7 @@ def test_accelerate_loads(name):
     assert isinstance(config, ClusterConfig)
     found = (config.distributed_type.value, config.num_machines, config.num_processes, config.use_cpu)
     assert found == EXPECTED[name]
-    assert config.mixed_precision == "no", "unquoted, YAML reads it as False"
+    assert config.mixed_precision == PRECISION[found[0]], "no, unquoted, YAML reads as False"
 
 
 @pytest.mark.parametrize("name", EXPECTED)
@@ -35,7 +38,7 @@ def test_the_launcher_takes_the_file_and_the_command_line_wins(name):
     args, _, _ = _validate_launch_command(launch_command_parser().parse_args(command))
     kind, machines, processes, on_cpu = EXPECTED[name]
     assert (args.num_machines, args.num_processes, args.use_cpu) == (machines, processes, on_cpu)
-    assert args.multi_gpu == (kind == "MULTI_GPU") and args.mixed_precision == "no"
+    assert args.multi_gpu == (kind == "MULTI_GPU") and args.mixed_precision == PRECISION[kind]
 
     command[2:2] = ["--num_processes", "4"]
     args, _, _ = _validate_launch_command(launch_command_parser().parse_args(command))

@@ -14,7 +14,7 @@ PAGE = (Path(__file__).resolve().parents[2] / "docs" / "scale.md").read_text()
 
 def test_the_average_follows_a_cut(tmp_path):
     names = {"TrainerCallback": TrainerCallback}
-    exec(re.search(r"```python\n(.*?)```", PAGE, re.DOTALL).group(1), names)
+    exec(re.search(r"```python\n(class Ema.*?)```", PAGE, re.DOTALL).group(1), names)
     ema, model = names["Ema"](0.9), small_model()
     callbacks = [CompreSSMCallback(cut_steps=[2, 4], policy="fraction", keep_fraction=0.3), ema]
     Trainer(model, arguments(tmp_path, max_steps=6), train_dataset=small_data(), callbacks=callbacks).train()
