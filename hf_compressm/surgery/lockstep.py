@@ -14,8 +14,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
+from transformers.utils import logging
 
 from .shards import reshard
+
+logger = logging.get_logger(__name__)
 
 
 class OtherRankError(RuntimeError):
@@ -47,17 +50,19 @@ def run_together(model: nn.Module, passes: Iterable[Callable[[], Any]]) -> int:
             problem = error
         _agree(flag, problem)
         if _most(flag, following is None):
+            if following is not None:
+                logger.info(f"another rank has {count} calibration passes only, so those after them are left out here")
             return count
         assert following is not None
+        told: list[OtherRankError] = []
         try:
-            with _agreeing(model, flag):
+            with _agreeing(model, flag, told):
                 following()
-        except OtherRankError:
-            _restore(model)
-            raise
         except Exception as error:
             problem = error
         try:
+            if told:  # whatever the code in between has made of it; the others ask no more
+                raise told[0] from problem
             _agree(flag, problem)
         except Exception:
             _restore(model)
@@ -66,11 +71,15 @@ def run_together(model: nn.Module, passes: Iterable[Callable[[], Any]]) -> int:
 
 
 @contextmanager
-def _agreeing(model: nn.Module, flag: Tensor) -> Iterator[None]:
-    """Let the model's forward ask, before each gathering, whether another rank has failed."""
+def _agreeing(model: nn.Module, flag: Tensor, told: list[OtherRankError]) -> Iterator[None]:
+    """Let the model's forward ask, before each gathering, whether another rank has failed, and add it to `told`."""
 
     def ask(*_: Any) -> None:
-        _agree(flag, None)
+        try:
+            _agree(flag, None)
+        except OtherRankError as error:
+            told.append(error)
+            raise
 
     modules = [module for module in model.modules() if isinstance(module, FSDPModule)]
     handles = [module.register_forward_pre_hook(ask, prepend=True) for module in modules]  # before FSDP's own

@@ -58,14 +58,16 @@ def decided_by_rank_0(work: Callable[[], Value], watch: Timer = untimed) -> Valu
     if processes() == 1:
         with watch("decision"):
             return work()
-    outcome: list[Any] = [None, None]
-    if dist.get_rank() == 0:
-        try:
-            with watch("decision"):
-                outcome[0] = work()
-        except Exception as error:  # the other ranks wait, and must fail in the same way
-            outcome[1] = error
-    return _broadcast(outcome, watch)
+    return _broadcast(_outcome(work, watch) if dist.get_rank() == 0 else [None, None], watch)
+
+
+def _outcome(work: Callable[[], Any], watch: Timer) -> list[Any]:
+    """The result of the decision, and the error that it ended with: the other ranks wait, and must fail alike."""
+    try:
+        with watch("decision"):
+            return [work(), None]
+    except Exception as error:
+        return [None, error]
 
 
 def _broadcast(outcome: list[Any], watch: Timer) -> Any:
@@ -148,11 +150,7 @@ class ProcessTeam(Team):
                 return work(whole_site)
         outcome: list[Any] = [None, None]
         if dist.get_rank() == 0:
-            try:
-                with self.watch("decision"):
-                    outcome[0] = work(_look)
-            except Exception as error:  # the other ranks wait, and must fail in the same way
-                outcome[1] = error
+            outcome = _outcome(lambda: work(_look), self.watch)
             dist.broadcast_object_list([None], src=0)
         else:
             with self.watch("decision"):

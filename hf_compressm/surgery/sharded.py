@@ -80,27 +80,27 @@ def opened(model: nn.Module, site: MixerSite, optimizer: torch.optim.Optimizer |
     """
     reshard(model)
     entries = sharded_entries(model)
-    opened = {at: entries[at] for at in _places(site) if at in entries}
-    for (_, name), near in opened.items():
+    taken = {at: entries[at] for at in _places(site) if at in entries}
+    for (_, name), near in taken.items():
         if _waits(*near):
             raise ValueError(
                 f"{site.name}: gradients of {name} are accumulated without being reduced "
                 "(set_requires_gradient_sync(False)). Cut after the optimizer step, when they have been reduced."
             )
-    for (owner, name), (_, entry) in opened.items():
+    for (owner, name), (_, entry) in taken.items():
         _exchange(owner, name, _gathered(entry.sharded_param), optimizer, _to_plain)
     sibling = _sibling(site, entries)
     try:
         yield
     finally:
         present = _places(site)
-        for at, (group, entry) in opened.items():
+        for at, (group, entry) in taken.items():
             if at not in present:
                 entry._post_load_hook_handle.remove()
                 group.fsdp_params.remove(entry)
         for at in present:
-            if (near := opened.get(at, sibling)) is not None:
-                _shard(at, near, optimizer, replaces=at in opened)
+            if (near := taken.get(at, sibling)) is not None:
+                _shard(at, near, optimizer, replaces=at in taken)
 
 
 def _waits(group: Any, entry: Any) -> bool:

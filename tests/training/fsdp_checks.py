@@ -7,6 +7,7 @@ import delta_models
 import own_delta_models
 import torch
 import torch.distributed as dist
+from ddp_checks import expect
 from fsdp_training import whole
 from peft import LoraConfig, get_peft_model
 from selective_models import IDS, OWN, STOCK, make
@@ -38,15 +39,6 @@ def shard(model, wrap="block", **options):
         if path is not None:
             fully_shard(model.get_submodule(path), **options)
     return fully_shard(model, **options)
-
-
-def expect(error, message, work):
-    try:
-        work()
-    except error as raised:
-        assert message in str(raised), raised
-    else:
-        raise AssertionError(f"no {error.__name__}: {message}")
 
 
 def trained(model, sizes, steps=8, ids=IDS, refit_steps=0, **options):
@@ -137,6 +129,23 @@ def a_rank_that_fails_ends_all(rank):
         TypeError if rank < 0 else ValueError, "", lambda: make_plan(model, calibration=[{"wrong": IDS}] * (rank + 1))
     )
     assert make_plan(model, calibration=[{"input_ids": IDS}]).layers  # and afterwards it works
+
+
+def a_rank_that_fails_in_code_that_hides_errors_ends_all(rank):
+    model = shard(make(OWN, "mamba"))
+    calls = []
+
+    def run(batch):
+        calls.append(batch)
+        model(input_ids=batch["other"].clamp(max=10_000 if rank == 1 else 40))
+
+    batches = [{"other": torch.full_like(IDS, 10_000)}]
+    team = ProcessTeam(otherwise=lambda model: run)
+    for _ in range(2):  # the error of a batch that forward does not take hides that of the call
+        expect(ValueError, "input_ids", lambda: team.gather(model, batches, None, fast_ops=True))
+    assert len(calls) == 2
+    batches = [{"input_ids": IDS}]
+    assert team.gather(model, batches, None, fast_ops=True)
 
 
 def fail(*_):
@@ -239,6 +248,7 @@ def two_ranks(rank):
     for trained_before in (False, True):
         a_replaced_parameter_is_noticed(trained_before)
     a_rank_that_fails_ends_all(rank)
+    a_rank_that_fails_in_code_that_hides_errors_ends_all(rank)
     all_ranks_run_as_many_batches_as_one_has(rank)
 
 
