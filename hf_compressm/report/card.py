@@ -13,6 +13,7 @@ from .environment import hardware_line
 from .page import duration, templates
 from .record import RunRecord, read_run
 from .spectra import spectra_overview
+from .speed import speed_change
 from .svg import number, stack
 from .tables import cuts_table
 from .text_tables import markdown_table
@@ -132,6 +133,7 @@ def render_card(
             full=full,
             cuts=_cuts_text(run) if run.cuts else None,
             bounded=bool(bounded),
+            speed=speed_change(run.speed, before, after),
             hardware=hardware_line(facts["hardware"]) if "hardware" in facts else None,
             number=number,
             duration=duration,

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from ..surgery import record_keys as keys
 from .record import Layer, RunRecord
 from .spectra import MOST_LINES
+from .speed import timed
 from .svg import COLOURS, Axis, Chart, number
 from .tables import Figure, Table, thin
 
@@ -88,8 +89,8 @@ def metric_figure(run: RunRecord, evaluation: str) -> Figure | None:
 
 
 def speed_figure(run: RunRecord) -> Figure | None:
-    """Draw the optimizer steps per second between the cuts. Return None if speed was not measured."""
-    segments = run.speed
+    """Draw the optimizer steps per second between the cuts, where enough steps were timed. Return None if nowhere."""
+    segments = timed(run.speed)
     if not segments:
         return None
     speeds = [segment["steps_per_second"] for segment in segments]

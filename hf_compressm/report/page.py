@@ -8,10 +8,12 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
+from ..surgery import record_keys as keys
 from .environment import hardware_line
 from .figures import metric_figure, sizes_figure, speed_figure, stability_figure
 from .record import RunRecord, read_run
 from .spectra import spectrum_figure
+from .speed import speed_change, timed
 from .svg import THEME, number
 from .tables import Figure, cuts_table, layers_table
 
@@ -71,6 +73,8 @@ def render_report(run: RunRecord) -> str:
             unmeasured=[layer.name for _, layer, figure in spectra if figure is None],
             metrics=[_shown(figure) for figure in metrics if figure],
             speed=_shown(speed_figure(run)),
+            untimed=len(run.speed) - len(timed(run.speed)),
+            least_timed=keys.LEAST_TIMED_STEPS,
             cuts=cuts_table(run) if run.cuts else None,
             cut_layers=[layers_table(cut) for cut in run.cuts],
             stability=_shown(stability_figure(run)),
@@ -100,14 +104,14 @@ def _facts(run: RunRecord) -> list[tuple[str, str]]:
     facts = []
     if before := run.sizes_before():
         after = run.sizes_after()
-        change = f" → {_mean(after)} ({sum(after) / sum(before):.0%}\u00a0kept)" if before != after else ""
-        facts.append(("States, mean per layer", _mean(before) + change))
+        cut = f" → {_mean(after)} ({sum(after) / sum(before):.0%}\u00a0kept)" if before != after else ""
+        facts.append(("States, mean per layer", _mean(before) + cut))
     if run.cuts:
         undone = f", {len(run.undone)} undone" if run.undone else ""
         facts.append(("Cuts", f"{len(run.cuts)}{undone}"))
     facts += [(f"Test {name.replace('_', ' ')}", number(value, 4)) for name, value in run.tested().items()]
-    if len(run.speed) > 1:
-        first, last = run.speed[0]["steps_per_second"], run.speed[-1]["steps_per_second"]
+    if change := speed_change(run.speed, before, run.sizes_after()):
+        first, last = change
         facts.append(("Steps per second", f"{number(first)} → {number(last)} ({last / first:.2f}×)"))
     if (runtime := run.metrics.get("train_runtime")) is not None:
         since = " since the last resume" if run.facts.get("resumed") else ""

@@ -272,10 +272,11 @@ def _exported(state: Mapping[str, Any], read: Callable[[Any], dict[str, Any]]) -
 def _logged_speed(log: list[dict[str, Any]], events: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Segments of a run that has not ended, from what was logged at its cuts; the last segment is still open."""
     first, segments = 0, []
-    sizes = {event["step"]: [layer["old_size"] for layer in event["layers"]] for event in events}
-    for entry in log:
-        if (speed := entry.get(keys.SPEED_BEFORE)) and (old := sizes.get(entry["step"])):
-            mean = sum(old) / len(old)
-            segments.append({"first_step": first, "mean_state_size": mean, "steps_per_second": speed})
-            first = entry["step"]
+    logged = {entry["step"]: entry[keys.SPEED_BEFORE] for entry in log if keys.SPEED_BEFORE in entry}
+    for event in events:
+        step, old = event["step"] or 0, [layer["old_size"] for layer in event["layers"]]
+        if step in logged:
+            segment = {"first_step": first, "mean_state_size": sum(old) / len(old), "steps": step - first}
+            segments.append({**segment, "steps_per_second": logged[step]})
+        first = step
     return segments

@@ -61,9 +61,9 @@ class StepClock(TrainerCallback):
             timer.end_step()
 
     def steps_per_second(self) -> float | None:
-        """Return 1 / median time of a step in the second half of training; None if no step was timed."""
-        durations = self.timer.durations
-        return 1 / median(durations[len(durations) // 2 :]) if durations else None
+        """Return 1 / median time of a step in the second half of training; None if those are too few to tell."""
+        timed = self.timer.durations[len(self.timer.durations) // 2 :]
+        return 1 / median(timed) if len(timed) >= keys.LEAST_TIMED_STEPS else None
 
 
 def run_job(job: Job, folder: Path, needed: Needed) -> dict[str, Any]:
@@ -79,7 +79,7 @@ def run_job(job: Job, folder: Path, needed: Needed) -> dict[str, Any]:
         JSON-ready: names of task and method, `seed`, `fingerprint`; `score`, the task's own test metric under the name
         `metric`, and `loss`; `sizes`, states per layer; `seconds` of training, and `seconds_needed` with those of the
         teacher or the model that was cut; `resumed`, where these leave out what an interrupted run had done before;
-        `steps_per_second` at the end of training; `cuts`, the training loss right
+        `steps_per_second` at the end of training, where enough steps were timed; `cuts`, the training loss right
         before and after each; `environment`.
     """
     found = _METHODS[job.method.kind](job, folder, needed)

@@ -29,6 +29,7 @@ from ..models.heads import new_model
 from ..models.initial_values import check_time_steps, set_time_steps
 from ..moved import old_names
 from ..report import describe_environment, keep_card, write_report
+from ..report.speed import speed_change, timed
 from ..report.text_tables import aligned_table
 from ..surgery import history, original_sizes, state_sizes
 from ..surgery.processes import decided_by_rank_0
@@ -285,11 +286,13 @@ def summary(result: RunResult) -> str:
     for name, value in result.metrics.items():
         if name.startswith("test_") and not name.endswith(("_runtime", "_per_second", "_preparation_time")):
             lines.append(f"{name.replace('_', ' ')}: {value:.4f}")
-    if len(result.speed) > 1:
-        first, before, after = (result.speed[i]["steps_per_second"] for i in (0, -2, -1))
+    if change := speed_change(result.speed, result.sizes_before, result.sizes_after):
+        first, last = change
+        between = timed(result.speed[-2:-1])
+        before = f", {between[0]['steps_per_second']:.1f} before the last cut" if between else ""
         lines.append(
-            f"steps per second: {first:.1f} at full size, {before:.1f} before the last cut, {after:.1f} after it "
-            f"({after / first:.2f} x full size)"
+            f"steps per second: {first:.1f} at full size{before}, {last:.1f} after the last cut "
+            f"({last / first:.2f} x full size)"
         )
     lines.append(f"training time: {result.metrics['train_runtime']:.1f} s")
     return "\n".join(lines)

@@ -18,7 +18,7 @@ from .layer_plans import CompressionPlan, CutSettings, LayerPlan, reduced
 from .optimizer import State, carried_state, check_carried, unwrap_optimizer
 from .owners import with_ties, write_sizes
 from .parameters import check_parameters, check_replaceable, outside_inference_mode
-from .policies import Energy, Policy, Target, describe_policy
+from .policies import Energy, Policy, choose_policy, describe_policy
 from .processes import team_for
 from .refit import STEPS, Recording
 from .resize import replace_parameters
@@ -138,6 +138,7 @@ def compress(  # public, and kept flat: a user gives two or three of these by na
     model: nn.Module,
     calibration: Batches | None = None,
     *,
+    tau: float | None = None,
     target: float | None = None,
     policy: Policy | None = None,
     optimizer: Any = None,
@@ -153,7 +154,7 @@ def compress(  # public, and kept flat: a user gives two or three of these by na
 
     ```python
     compress(model, batches, target=16)  # a trained model
-    compress(model, batches, policy=Energy(tau=0.1), optimizer=optimizer)  # between two steps
+    compress(model, batches, tau=0.1, optimizer=optimizer)  # between two steps
     compress(model, batches, target=32, value_size=64)  # delta rules: 32 key channels and 64 value channels
     ```
 
@@ -167,11 +168,13 @@ def compress(  # public, and kept flat: a user gives two or three of these by na
         model: a model with supported mixers; see `supported_mixers`.
         calibration: batches of the model's inputs, mappings such as a DataLoader yields. Selective layers (Mamba and
             kin) are ranked on them; time-invariant layers need none.
+        tau: share of the sum of singular values that may go, in (0, 1); short for `policy=Energy(tau)`.
         target: mean state size over the layers to reach, >= 1; short for `policy=Target(target)`.
-        policy: `Energy` (default, tau 0.1), `Target` or `Fraction`.
+        policy: `Energy` (default, tau 0.1), `Target` or `Fraction`; in place of tau and target.
         value_size: number of value channels of each value head to keep in layers with a gated delta rule, from 1 to
             the present number, a multiple of 16 unless `constraints` give another. They are cut after the states; with
-            neither target nor policy, in their place. Dearer than states of the same bytes: keep this for the last.
+            neither tau, target nor policy, in their place. Dearer than states of the same bytes: keep this for the
+            last.
         optimizer: torch.optim Adam, AdamW, SGD or Adafactor, or transformers' Adafactor; possibly wrapped by
             Accelerate. None if the model is not being trained.
         constraints: minimum size, multiples, uniformity, smallest worthwhile change.
@@ -197,9 +200,9 @@ def compress(  # public, and kept flat: a user gives two or three of these by na
     """
     if refit_steps < 0:
         raise ValueError(f"refit_steps must be at least 0; got {refit_steps}")
-    if target is not None and policy is not None:
-        raise ValueError(f"give target or policy, not both; got target={target} and policy={policy}")
-    policy = Target(target) if target is not None else policy
+    if sum(amount is not None for amount in (tau, target, policy)) > 1:
+        raise ValueError(f"give one of tau, target and policy; got tau={tau}, target={target} and policy={policy}")
+    policy = choose_policy(tau, target) or policy
     check_parameters(model, optimizer)
     constraints = constraints or SizeConstraints()
     settings = CutSettings(policy or Energy(), constraints, selection, generator, refit_steps, fast_ops)

@@ -26,8 +26,15 @@ SPEED_BEFORE = f"{_LOG}steps_per_second_before"
 RANK_STABILITY = f"{_LOG}rank_stability"
 UNDONE = f"{_LOG}undone"
 EVENT = f"{_LOG}event"
+LEAST_TIMED_STEPS = 10
+"""Optimizer steps between two cuts that must be timed, after one to warm up, before their speed is told to anybody."""
 SPECTRA = f"{_LOG}spectra"
 """Key of a measurement in `TrainerState.log_history`: a list with an entry for each layer."""
+
+
+def is_timed(steps: int) -> bool:
+    """Whether so many optimizer steps without a change of size, the first of them to warm up, tell a speed."""
+    return steps > LEAST_TIMED_STEPS
 
 
 def seconds_of(part: str) -> str:

@@ -96,7 +96,8 @@ class CompressionRun:
         args, model = training.args, training.model
         # Weak: what a training leaves that an error ended must not keep its Trainer alive.
         self._trainer = (lambda: None) if training.trainer is None else weakref.ref(training.trainer)
-        self.config, self.timer, self.rollback = config, StepTimer(), Rollback(config)
+        self.config, self.rollback = config, Rollback(config)
+        self.timer = StepTimer(first_step=training.state.global_step)
         self.tracker = StabilityTracker(config.stability_threshold) if config.trigger == "stability" else None
         if exported is not None:
             self._resume(training, exported)
@@ -283,7 +284,7 @@ class CompressionRun:
         settle(self._trainer(), model, optimizer, watch)
         with watch("loss"):
             loss.measure(keys.LOSS_AFTER, model)
-        if self.timer.segments:
+        if self.timer.segments and keys.is_timed(self.timer.segments[-1].steps):
             loss.values[keys.SPEED_BEFORE] = self.timer.segments[-1].steps_per_second
 
     def _check_settled(self, model: nn.Module, measured: Mapping[str, Any]) -> None:

@@ -17,8 +17,9 @@ class SpeedSegment:
     Attributes:
         first_step: optimizer step at which the segment began.
         mean_state_size: mean number of states per layer.
-        steps: number of optimizer steps timed.
-        steps_per_second: 1 / median time of an optimizer step, without data loading, evaluation and saving.
+        steps: number of optimizer steps, of which the first is to warm up; `record_keys.is_timed` says whether they
+            are enough to speak of a speed.
+        steps_per_second: 1 / median time of the others, without data loading, evaluation and saving.
     """
 
     first_step: int
@@ -49,11 +50,12 @@ class StepTimer:
     Attributes:
         segments: finished segments, oldest first.
         durations: seconds of each step of the running segment.
+        first_step: optimizer step at which it began.
     """
 
     segments: list[SpeedSegment] = field(default_factory=list)
     durations: list[float] = field(default_factory=list)
-    _first_step: int = 0
+    first_step: int = 0
     _began: float | None = None
 
     def begin_step(self) -> None:
@@ -71,8 +73,8 @@ class StepTimer:
         timed = self.durations[1:] if len(self.durations) > 1 else self.durations
         if timed:
             speed = 1 / median(timed)
-            self.segments.append(SpeedSegment(self._first_step, mean_state_size, len(self.durations), speed))
-        self.durations, self._first_step, self._began = [], step, None
+            self.segments.append(SpeedSegment(self.first_step, mean_state_size, len(self.durations), speed))
+        self.durations, self.first_step, self._began = [], step, None
 
     def as_records(self) -> list[dict[str, Any]]:
         """JSON-ready segments, oldest first."""

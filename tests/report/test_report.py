@@ -64,8 +64,8 @@ def test_the_run_writes_it_and_it_says_what_was_measured(finished_run):
     for record in compression["history"]:
         assert number(max(layer["bound"] for layer in record["layers"] if layer["bound"])) in text
         assert f"The cut at step {record['step']}, layer by layer" in text
-    for segment in compression["speed"]:
-        assert number(segment["steps_per_second"]) in text
+    timed = [segment for segment in compression["speed"] if segment["steps"] > 10]
+    assert timed and all(number(segment["steps_per_second"]) in text for segment in timed)
 
 
 def test_attempts_that_cut_nothing_leave_their_spectra_in_the_log(finished_run):

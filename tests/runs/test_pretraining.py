@@ -97,7 +97,8 @@ def test_a_whole_run(finished):
     assert json.loads((folder / "test_results.json").read_text())["test_accuracy"] == result.metrics["test_accuracy"]
     assert state_sizes(AutoModelForSequenceClassification.from_pretrained(folder)) == [6]
     table = summary(result)
-    assert "layer 0" in table and "37.5%" in table and "test accuracy" in table and "steps per second" in table
+    assert "layer 0" in table and "37.5%" in table and "test accuracy" in table
+    assert "steps per second" not in table  # too few were timed
 
 
 def test_without_compression_nothing_shrinks(tmp_path):

@@ -76,6 +76,19 @@ def test_target_reaches_the_mean_and_walks_there_in_equal_ratios():
     assert [sum(s) for s in sizes] == [64, 32]
 
 
+def test_amounts_have_short_forms():
+    sizes = []
+    for amount in ({"tau": 0.3}, {"policy": Energy(0.3)}, {"target": 4}, {"policy": Target(4)}):
+        model = small_model()
+        compress(model, **amount)
+        sizes.append(state_sizes(model))
+    assert sizes[0] == sizes[1] != sizes[2] == sizes[3]
+    with pytest.raises(ValueError, match=r"give one of tau, target and policy; got tau=0.3, target=4"):
+        compress(small_model(), tau=0.3, target=4)
+    with pytest.raises(ValueError, match="tau must lie strictly between 0 and 1"):
+        compress(small_model(), tau=1.0)
+
+
 def test_fraction_speaks_of_the_original_size():
     model = small_model(state_sizes=64, hidden_size=4)
     for left in (2, 1):

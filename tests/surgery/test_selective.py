@@ -230,7 +230,7 @@ def test_stability_compares_leading_choices():
 def test_target_and_policy_together_are_refused():
     from hf_compressm import Energy
 
-    with pytest.raises(ValueError, match="give target or policy, not both"):
+    with pytest.raises(ValueError, match="give one of tau, target and policy"):
         compress(make(STOCK, "mamba"), BATCHES, target=4, policy=Energy())
     with pytest.raises(ValueError, match="refit_steps must be at least 0"):
         compress(make(STOCK, "mamba"), BATCHES, target=4, refit_steps=-1)
