@@ -89,6 +89,7 @@ MORE_ARGUMENTS = {
     "cli.compress": "a command of the shell, whose groups of options are arguments",
     "data.listops.listops": "a task, whose options users name in run files",
     "data.mqar.mqar": "a task, whose options users name in run files",
+    "data.text.text": "each is an option of run files",
     "models.mimo_ssm.configuration_mimo_ssm.MimoSSMConfig.__init__": "the fields of a config",
     "models.mimo_ssm.modeling_mimo_ssm.MimoSSMModel.forward": "the signature is that of transformers' models",
     "models.mimo_ssm.modeling_mimo_ssm.MimoSSMForCausalLM.forward": "the signature is that of transformers' models",

@@ -8,9 +8,10 @@ from . import listops as listops
 from . import mqar as mqar
 from . import pathfinder as pathfinder
 from . import stdlib_bytes as stdlib_bytes
+from . import text as text
 from . import wikitext as wikitext
 from .metrics import Accuracy, Perplexity, classification_metrics
-from .task import Task, check_task, load_task, register_task, takes_data_dir, task_names
+from .task import Task, check_task, describe_task, list_tasks, load_task, register_task, takes_data_dir, task_names
 
 __all__ = [
     "Accuracy",
@@ -18,6 +19,8 @@ __all__ = [
     "Task",
     "check_task",
     "classification_metrics",
+    "describe_task",
+    "list_tasks",
     "load_task",
     "register_task",
     "takes_data_dir",

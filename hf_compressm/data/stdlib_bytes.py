@@ -1,12 +1,13 @@
 """`stdlib_bytes`: a byte-level language model of the source of Python's own standard library. Needs no network."""
 
-import hashlib
 import os
 import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
 
-from .language import language_metrics, packed_bytes, token_scores
+from .language import packed_bytes
+from .own_files import split_of
+from .packing import Encoder
 from .task import Task, register_task
 
 SKIPPED = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
@@ -37,16 +38,7 @@ def stdlib_bytes(*, length: int = 256, evaluation_bytes: int = 65536) -> Task:
     for name in SHARES:
         count = min(len(splits[name]), evaluation_bytes // length)
         splits[name] = splits[name].select([index * len(splits[name]) // count for index in range(count)])
-    return Task(
-        name="stdlib_bytes",
-        **splits,
-        model_kwargs={"vocab_size": 256, "pad_token_id": None, "bos_token_id": None, "eos_token_id": None},
-        compute_metrics=language_metrics("byte"),
-        preprocess_logits_for_metrics=token_scores,
-        metric_for_best_model="nats_per_byte",
-        greater_is_better=False,
-        problem="causal_lm",
-    )
+    return Encoder().task("stdlib_bytes", splits)
 
 
 def _documents() -> dict[str, list[bytes]]:
@@ -54,7 +46,7 @@ def _documents() -> dict[str, list[bytes]]:
     found: dict[str, list[bytes]] = {"train": [], "validation": [], "test": []}
     for path in sorted(_sources(root)):
         if content := path.read_bytes():
-            found[_split_of(path.relative_to(root).as_posix())].append(content)
+            found[split_of(path.relative_to(root).as_posix().encode(), SHARES)].append(content)
     return found
 
 
@@ -62,12 +54,3 @@ def _sources(root: Path) -> Iterator[Path]:
     for folder, subfolders, names in os.walk(root):
         subfolders[:] = [name for name in subfolders if name not in SKIPPED]
         yield from (Path(folder, name) for name in names if name.endswith(".py"))
-
-
-def _split_of(path: str) -> str:
-    percent = int.from_bytes(hashlib.sha256(path.encode()).digest()[:8], "big") % 100
-    for name, share in SHARES.items():
-        if percent < share:
-            return name
-        percent -= share
-    return "train"

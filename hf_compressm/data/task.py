@@ -4,6 +4,8 @@ import difflib
 import inspect
 import math
 import os
+import re
+import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -89,6 +91,49 @@ def task_names() -> list[str]:
     return sorted(_BUILDERS)
 
 
+def describe_task(name: str) -> str:
+    """Return what a registered task's docstring says, and each of its options with type and default.
+
+    Raises:
+        ValueError: if there is no such task.
+    """
+    _check_known(name)
+    builder = _BUILDERS[name]
+    about, _, described = (inspect.getdoc(builder) or "").partition("\nArgs:\n")
+    texts = _descriptions(described.partition("\n\n")[0])
+    options = {name: _described(parameter, texts) for name, parameter in inspect.signature(builder).parameters.items()}
+    own = {name: text for name, text in options.items() if name not in OUTSIDE}
+    lines = [f"task {name}: {about.partition('Raises:')[0].strip()}", ""]
+    lines += [f"In a run file or on the command line:\n{options['data_dir']}"] if "data_dir" in options else []
+    lines += ["Under task_options in a run file:", *own.values()] if own else []
+    return "\n".join(lines).rstrip()
+
+
+OUTSIDE = ("data_dir", "seed")
+"""Arguments of a task that the run gives: they are fields of the run file itself."""
+
+
+def _described(parameter: inspect.Parameter, texts: Mapping[str, str]) -> str:
+    """An option with its type, default and description."""
+    kind = "" if parameter.annotation is parameter.empty else inspect.formatannotation(parameter.annotation).strip("'")
+    head = f"  {parameter.name}: {kind}, default {parameter.default!r}".replace(": ,", ",")
+    text = textwrap.wrap(texts.get(parameter.name, ""), 112, initial_indent="      ", subsequent_indent="      ")
+    return "\n".join([head, *text])
+
+
+def _descriptions(text: str) -> dict[str, str]:
+    """Name -> text of the entries of a docstring's section; an entry may have several names, between commas."""
+    entries = re.findall(r"^ {4}([\w, ]+): (.*(?:\n {8}.*)*)", text, re.MULTILINE)
+    return {name: " ".join(words.split()) for names, words in entries for name in names.split(", ")}
+
+
+def list_tasks() -> str:
+    """Return a line for each registered task: its name, and the first line of its docstring."""
+    width = max(map(len, _BUILDERS))
+    first = {name: (inspect.getdoc(builder) or "").partition("\n")[0] for name, builder in _BUILDERS.items()}
+    return "\n".join(f"{name:<{width}}  {first[name]}".rstrip() for name in task_names())
+
+
 def takes_data_dir(name: str) -> bool:
     """Whether a registered task can read local files."""
     return name in _BUILDERS and "data_dir" in inspect.signature(_BUILDERS[name]).parameters
@@ -126,10 +171,7 @@ def check_task(name: str, data_dir: str | os.PathLike[str] | None, options: Mapp
         ValueError: if there is no such task, it does not take `data_dir` or one of the options, or an option is not of
             the type of its default or not finite.
     """
-    if name not in _BUILDERS:
-        near = difflib.get_close_matches(name, _BUILDERS, n=1)
-        suggestion = f"; did you mean {near[0]!r}?" if near else ";"
-        raise ValueError(f"unknown task {name!r}{suggestion} there are: {', '.join(task_names())}")
+    _check_known(name)
     accepted = inspect.signature(_BUILDERS[name]).parameters
     given = [*options, *([] if data_dir is None else ["data_dir"])]
     refused = [argument for argument in given if argument not in accepted]
@@ -143,3 +185,10 @@ def check_task(name: str, data_dir: str | os.PathLike[str] | None, options: Mapp
             raise ValueError(f"option {option} of task {name!r} must be of type {kind.__name__}; got {value!r}")
         if isinstance(value, float) and not math.isfinite(value):
             raise ValueError(f"option {option} of task {name!r} must be a finite number; got {value}")
+
+
+def _check_known(name: str) -> None:
+    if name not in _BUILDERS:
+        near = difflib.get_close_matches(name, _BUILDERS, n=1)
+        suggestion = f"; did you mean {near[0]!r}?" if near else ";"
+        raise ValueError(f"unknown task {name!r}{suggestion} there are: {', '.join(task_names())}")

@@ -25,7 +25,7 @@ from .early_checks import check_source
 
 __getattr__ = old_names(__name__)
 
-TOKENISED = ("wikitext",)
+TOKENISED = ("text", "wikitext")
 """Tasks with an option `tokenizer`, which here is the model's own unless given."""
 PADDING = 256
 """A model's vocabulary is often padded to a multiple of a power of two; a larger difference means other data."""

@@ -147,12 +147,15 @@ def check_run(run: Run) -> None:
     """Find out before the data and the model are built what cannot be.
 
     Raises:
-        ValueError: on an unknown task, architecture, option or field, and a target that is not below the model's size.
+        ValueError: on an unknown task, architecture, option or field, and a target that is not below the model's size,
+            and streamed data without `max_steps`.
         OSError: if a folder that is given does not exist, or the output folder cannot be written.
     """
     arguments = run.arguments
     check_time_steps(arguments.time_steps)
     check_task_options(arguments.task or "", arguments.data_dir, run.task_options)
+    if run.task_options.get("streaming") and run.training.max_steps < 1:
+        raise ValueError("streamed data have no length, so the run needs max_steps")
     config = check_new_model(arguments.model_type, run.model)
     if arguments.compress:
         check_policy(config, run.compression.order_policy(), run.compression.min_state_size)

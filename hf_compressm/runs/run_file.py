@@ -14,7 +14,7 @@ from typing import Any
 import yaml
 from transformers import HfArgumentParser, TrainingArguments
 
-from ..data import task_names
+from ..data import describe_task, list_tasks, task_names
 from ..training import CompressionConfig
 from .arguments import (
     EXIT_CODES,
@@ -24,18 +24,26 @@ from .arguments import (
     check_arguments,
     did_you_mean,
 )
+from .user_code import import_user_module
 
 
 @dataclass
 class RunArguments:
     """What to train on what; everything about the training itself is in `TrainingArguments`."""
 
-    task: str | None = field(default=None, metadata={"help": f"One of: {', '.join(task_names())}."})
+    task: str | None = field(
+        default=None,
+        metadata={
+            "help": f"One of: {', '.join(task_names())}. --list-tasks says what they are, and --help TASK what "
+            "options one takes."
+        },
+    )
     data_dir: str | None = field(
         default=None, metadata={"help": "Local folder with the task's data, instead of the hub."}
     )
     task_options: str | None = field(
-        default=None, metadata={"help": "Options of the task as JSON, or a mapping in the file; see its docstring."}
+        default=None,
+        metadata={"help": "Options of the task as JSON, or a mapping in the file; --help TASK lists them."},
     )
     model_type: str = field(default="mimo_ssm", metadata={"help": "Architecture, as known to AutoConfig."})
     model: str | None = field(
@@ -63,6 +71,15 @@ class RunArguments:
     compress: bool = field(
         default=True, metadata={"help": "Cut states during training; --no_compress trains at full size."}
     )
+    imports: list[str] | None = field(
+        default=None,
+        metadata={
+            "aliases": ["--import"],
+            "action": "extend",
+            "help": "Modules, or paths of .py files, that register tasks, models and adapters of your own. Their code "
+            "is run.",
+        },
+    )
     report: bool = field(
         default=True,
         metadata={"help": "Write report.html and a model card at the end of training; --no_report leaves them out."},
@@ -82,10 +99,13 @@ class Run:
 
 GROUPS: Any = (RunArguments, TrainingArguments, CompressionConfig)
 MAPPINGS = ("model", "task_options")
+LIST_TASKS = ("--list-tasks", "--list_tasks")
 
 
 def parse_run(argv: Sequence[str]) -> Run:
     """Parse `CONFIG.yaml [--option value ...]`; options on the command line override those in the file.
+
+    `--list-tasks` and `--help TASK` print and exit, as `--help` does; they know the tasks of modules that are imported.
 
     The file is flat: fields of `RunArguments`, `TrainingArguments` and `CompressionConfig`, and mappings `model` with
     fields of the model's config and `task_options`.
@@ -95,7 +115,29 @@ def parse_run(argv: Sequence[str]) -> Run:
             type or out of its range, a missing task, or a token; the message names the file or the key.
         OSError: if the file cannot be read.
     """
+    if (shown := _about_tasks(list(argv))) is not None:
+        print(shown)
+        raise SystemExit(0)
     return _make_run(*parse_options(GROUPS, argv, MAPPINGS))
+
+
+def _about_tasks(words: list[str]) -> str | None:
+    """What `--list-tasks` or `--help TASK` asks for; None if neither is given."""
+    for place, word in enumerate(words):
+        if word in LIST_TASKS:
+            _import_modules([*words[:place], *words[place + 1 :]])
+            return list_tasks()
+        if word in ("--help", "-h") and (name := "".join(words[place + 1 : place + 2])) and not name.startswith("-"):
+            _import_modules([*words[:place], *words[place + 2 :]])
+            return describe_task(name)
+    return None
+
+
+def _import_modules(words: list[str]) -> None:
+    """Import the modules that these options name."""
+    (arguments, *_), _ = parse_options(GROUPS, words, MAPPINGS)
+    for name in arguments.imports or ():
+        import_user_module(name)
 
 
 def make_run(content: Mapping[str, Any], source: str) -> Run:
@@ -112,6 +154,8 @@ def make_run(content: Mapping[str, Any], source: str) -> Run:
 
 
 def _make_run(groups: tuple[Any, ...], mappings: dict[str, dict[str, Any]]) -> Run:
+    for name in groups[0].imports or ():
+        import_user_module(name)
     if groups[0].task is None:
         raise ValueError(f"no task given; set `task` in the file or pass --task, one of: {', '.join(task_names())}")
     arguments, training, compression = groups
