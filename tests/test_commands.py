@@ -66,7 +66,7 @@ NOT_RUN = {
     "accelerate launch --config_file configs/accelerate/multi_gpu.yaml": "needs several GPUs",
     "accelerate launch --config_file configs/accelerate/multi_node.yaml": "needs several machines",
     "accelerate launch --config_file configs/accelerate/fsdp2.yaml": "needs several GPUs; test_fsdp_scripts.py runs it",
-    "accelerate launch --config_file configs/accelerate/hsdp.yaml": "needs several GPUs; test_fsdp_scripts.py reads it",
+    "accelerate launch --config_file configs/accelerate/hsdp.yaml": "needs several GPUs; test_fsdp_scripts.py runs it",
     "torchrun --nproc_per_node 8": "needs eight GPUs",
     "torchrun --nnodes 2": "needs several machines",
     "torchrun --nproc_per_node 2 scripts/pretrain.py": "tests/training/test_distributed.py runs it small",

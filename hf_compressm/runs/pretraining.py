@@ -38,6 +38,7 @@ from ..training import (
     DurableCheckpoints,
     newest_checkpoint,
     verify_sealed,
+    whole_model,
 )
 from ..training.groups import create_optimizer, optimizer_settings
 from .early_checks import check_new_model, check_policy, check_task_options, make_config
@@ -210,7 +211,8 @@ def _train_and_test(trainer: Trainer, task: Task, checkpoint: str | None) -> dic
     if durable.stopped_at is not None:
         logger.warning(f"stopped by SIGTERM at step {durable.stopped_at}; go on with --resume auto")
         raise SystemExit(128 + signal.SIGTERM)
-    trainer.save_model()
+    with whole_model(trainer):
+        trainer.save_model()
     trainer.save_state()
     trainer.save_metrics("train", trained.metrics)
     tested = trainer.evaluate(task.test, ignore_keys=CACHES, metric_key_prefix="test")

@@ -3,6 +3,7 @@
 from .callback import CompreSSMCallback
 from .checkpoints.durable import DurableCheckpoints, newest_checkpoint, verify_manifest, verify_sealed, write_manifest
 from .checkpoints.verification import verify_checkpoint
+from .checkpoints.whole_model import whole_model
 from .config import CompressionConfig
 from .ddp import rebuild_reducer
 from .groups import create_optimizer
@@ -21,5 +22,6 @@ __all__ = [
     "verify_manifest",
     "verify_replicas",
     "verify_sealed",
+    "whole_model",
     "write_manifest",
 ]

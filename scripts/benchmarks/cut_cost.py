@@ -1,13 +1,14 @@
 """Measure the cost of a cut on several processes, part by part, in training steps of the same run.
 
     OMP_NUM_THREADS=1 python scripts/benchmarks/cut_cost.py --processes 1 2 4
+    OMP_NUM_THREADS=1 python scripts/benchmarks/cut_cost.py --processes 2 4 --fsdp FULL_STATE_DICT
 
 Trains the config with scripts/pretrain.py on CPU processes over gloo, each with batches of the config's size, with cuts
 so small that the model stays near its full size. The callback logs the time of each part of a cut on rank 0, where a
 collective includes the wait for the slowest rank: statistics (drawing calibration batches, forward passes, the sum over
 ranks), decision (on rank 0), broadcast, surgery, rebuild of the reducer, verification, and the losses that it logs from
-before and after. Medians over the cuts, relative to the median training step between them. Options after `--` override
-the config.
+before and after. Medians over the cuts, relative to the median training step between them. With `--fsdp` parameters are
+sharded by FSDP2. Options after `--` override the config.
 """
 
 import argparse
@@ -20,6 +21,7 @@ from pathlib import Path
 from statistics import median
 
 from common import machine
+from cpu_fsdp import FORMATS, launched, sharding
 from tqdm.auto import tqdm
 
 from hf_compressm.report.text_tables import markdown_table
@@ -29,25 +31,16 @@ ROOT = Path(__file__).resolve().parents[2]
 PARTS = ("statistics", "decision", "broadcast", "surgery", "rebuild", "verification", "loss")
 
 
-def train(config: str, processes: int, cuts: int, spacing: int, options: list[str]) -> tuple[list[dict], list[dict]]:
+def train(given: argparse.Namespace, processes: int, options: list[str]) -> tuple[list[dict], list[dict]]:
     """What was logged at each cut, and the segments of training between them."""
+    cuts, spacing = given.cuts, given.spacing
     steps = [str(spacing * k) for k in range(1, cuts + 1)]
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
     with tempfile.TemporaryDirectory() as folder:
         command = [
-            *(sys.executable, *(launcher if processes > 1 else []), "scripts/pretrain.py", config),
+            *(*launched(processes, "scripts/pretrain.py", given.fsdp), given.config, *sharding(given.fsdp)),
             *("--output_dir", folder, "--max_steps", str(spacing * (cuts + 1)), "--cut_steps", *steps),
-            *(
-                "--eval_strategy",
-                "no",
-                "--save_strategy",
-                "no",
-                "--use_cpu",
-                "true",
-                "--disable_tqdm",
-                "true",
-                *options,
-            ),
+            *("--eval_strategy", "no", "--save_strategy", "no", "--use_cpu", "true", "--disable_tqdm", "true"),
+            *options,
         ]
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
         if done.returncode:
@@ -77,6 +70,7 @@ def main() -> None:
     parser.add_argument("--cuts", type=int, default=5)
     parser.add_argument("--spacing", type=int, default=6, help="Training steps between two cuts.")
     parser.add_argument("--target", default="96", help="States per layer after the last cut.")
+    parser.add_argument("--fsdp", choices=FORMATS, help="Shard by FSDP2, with checkpoints in this format.")
     parser.add_argument("--output", type=Path, help="Where to write the figures as JSON; else they are printed.")
     argv = sys.argv[1:]
     split = argv.index("--") if "--" in argv else len(argv)
@@ -84,7 +78,7 @@ def main() -> None:
     options = ["--target_state_size", arguments.target, "--min_change", "0.01", *options]
     results = {}
     for processes in tqdm(arguments.processes):
-        results[processes] = costs(*train(arguments.config, processes, arguments.cuts, arguments.spacing, options))
+        results[processes] = costs(*train(arguments, processes, options))
     columns = [f"{processes} process{'es' if processes > 1 else ''}" for processes in results]
     rows = [
         [part, *(f"{found['seconds'][part] / found['step']:.2f}" for found in results.values())]
@@ -95,6 +89,7 @@ def main() -> None:
     record = {
         "config": arguments.config,
         "cuts": arguments.cuts,
+        "fsdp": arguments.fsdp,
         "options": options,
         "processes": results,
         "machine": machine(),

@@ -3,4 +3,6 @@
 import runpy
 from pathlib import Path
 
-grant_fsdp = runpy.run_path(str(Path(__file__).resolve().parents[2] / "scripts/benchmarks/cpu_fsdp.py"))["grant_fsdp"]
+LAUNCHER = Path(__file__).resolve().parents[2] / "scripts/benchmarks/cpu_fsdp.py"
+"""A program that runs a script with its arguments, and FSDP2 over CPUs."""
+grant_fsdp = runpy.run_path(str(LAUNCHER))["grant_fsdp"]

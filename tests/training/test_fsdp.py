@@ -1,12 +1,11 @@
 """FSDP2 and HSDP over gloo, through an unmodified Trainer and in loops by hand: weights of DDP and of one process."""
 
 import json
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-from test_distributed import launch
+from forked_ranks import run_ranks
 
 HERE = Path(__file__).resolve().parent
 BY_BLOCK = {
@@ -18,14 +17,10 @@ IN_TWO = {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 2}
 pytestmark = [pytest.mark.slow, pytest.mark.multi_process]
 
 
-def torchrun(processes, program, *options):
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(processes), "--standalone"]
-    launch([*command, str(HERE / program), *options], None)
-
-
 def train(folder, way, model, processes=2, arguments=None, fsdp=None, callback=None):
     options = ["--arguments", json.dumps(arguments or {}), "--fsdp", json.dumps(fsdp or {})]
-    torchrun(processes, "fsdp_training.py", way, model, str(folder), *options, "--callback", json.dumps(callback or {}))
+    options += ["--callback", json.dumps(callback or {})]
+    run_ranks(processes, HERE / "fsdp_training.py", way, model, folder, *options)
     return torch.load(folder / "result.pt")
 
 
@@ -57,7 +52,7 @@ def check_equal(found, expected, tolerance=1e-5):
 
 @pytest.mark.parametrize("processes", [2, 4])
 def test_hand_written_loops(processes):
-    torchrun(processes, "fsdp_checks.py")
+    run_ranks(processes, HERE / "fsdp_checks.py")
 
 
 @pytest.mark.parametrize(

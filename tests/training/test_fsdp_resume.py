@@ -1,14 +1,12 @@
 """Checkpoints under FSDP2 on gloo: a resumed run equals the uninterrupted one, across cuts, formats and world sizes."""
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from forked_ranks import run_ranks
 
 from hf_compressm.training import newest_checkpoint, verify_manifest
 from hf_compressm.training.checkpoints.sharded_files import sharded_weight_shapes
@@ -16,15 +14,6 @@ from hf_compressm.training.checkpoints.sharded_files import sharded_weight_shape
 PROGRAM = Path(__file__).with_name("fsdp_resuming.py")
 FORMATS = ("FULL_STATE_DICT", "SHARDED_STATE_DICT")
 pytestmark = [pytest.mark.slow, pytest.mark.multi_process]
-
-
-def launch(processes, jobs):
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-    done = subprocess.run(
-        [*torchrun, str(PROGRAM), json.dumps(jobs)], env=environment, capture_output=True, text=True, timeout=400
-    )
-    assert done.returncode == 0, (done.stdout + done.stderr)[-6000:]
 
 
 def result(folder, rank=0):
@@ -42,7 +31,7 @@ def runs(tmp_path_factory):
     root = tmp_path_factory.mktemp("runs")
     # DDP first: Accelerate leaves in the environment that FSDP is wanted.
     first = [{"folder": str(root / "ddp")}, *({"folder": str(root / form), "format": form} for form in FORMATS)]
-    launch(2, first)
+    run_ranks(2, PROGRAM, json.dumps(first))
     lost = root / "lost" / "checkpoint-6"
     shutil.copytree(root / "SHARDED_STATE_DICT" / "checkpoint-6", lost)
     next((lost / "pytorch_model_fsdp_0").glob("__1_*.distcp")).unlink()
@@ -55,7 +44,7 @@ def runs(tmp_path_factory):
     at = str(root / FORMATS[0] / "checkpoint-6")
     jobs.append({"folder": str(root / "of the other format"), "format": FORMATS[1], "resume": at})
     jobs.append({"folder": str(root / "of a lost shard"), "format": FORMATS[1], "resume": str(lost)})
-    launch(2, jobs)
+    run_ranks(2, PROGRAM, json.dumps(jobs))
     return root
 
 
@@ -89,7 +78,7 @@ def test_a_checkpoint_of_two_processes_goes_on_with_another_number(processes, ru
         {"folder": str(tmp_path / form), "format": form, "resume": str(runs / form / "checkpoint-6")}
         for form in FORMATS
     ]
-    launch(processes, jobs)
+    run_ranks(processes, PROGRAM, json.dumps(jobs))
     for form in FORMATS:
         expected, found = result(runs / form), result(tmp_path / form)
         assert found["error"] == "" and found["sizes"] == expected["sizes"]
