@@ -132,9 +132,19 @@ def join_cached_inputs(
 
     Returns:
         (B, L', I) with L' >= L; the input itself without a cache.
+
+    Raises:
+        ValueError: if the cached inputs have another number of channels.
     """
     if cache is None:
         return channels
+    if cache.has_previous_state(layer_idx):
+        cached = cache.layers[layer_idx].conv_states[0].shape[1]
+        if cached != channels.shape[2]:
+            raise ValueError(
+                f"the cached inputs of layer {layer_idx} have {cached} channels, and the layer has "
+                f"{channels.shape[2]}. A cache from before a cut does not fit the model after it; begin with a new one."
+            )
     taps = convolution.weight.shape[-1]
     signal = cache.update_conv_state(channels.transpose(1, 2), layer_idx, conv_kernel_size=taps)
     if tokens is not None:

@@ -17,6 +17,8 @@ further training:
     DRRQR, normalised  the same behind the normalisation
     key norms        largest rows of the projection of keys
     P times Q        largest products of the diagonals of the states' and the queries' moments (the kind of GHOST)
+    sensitivity      largest mean square of the derivative of a sequence's loss by a factor on the channel of query and
+                     key before their normalisation (the kind of Taylor and Fisher scores); needs labels and gradients
     first, random    controls
 
 With --values value channels go in place of key channels, by the rows "pivots" (this package's choice), with and without
@@ -33,11 +35,13 @@ import statistics
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from common import machine, write_json
 from torch import Tensor
 from transformers import AutoModelForCausalLM, Qwen3_5ForCausalLM, Qwen3_5TextConfig
+from transformers.models.qwen3_5 import modeling_qwen3_5
 
 from hf_compressm import SizeConstraints, compress, from_stock
 from hf_compressm.baselines import gather_rival_statistics
@@ -95,12 +99,31 @@ def loss_of(model: Any, tokens: Tensor) -> float:
     return statistics.mean(float(model(input_ids=part, labels=part).loss) for part in tokens.split(32))
 
 
+def sensitivities(model: Any, batches: Batches) -> dict[str, Tensor]:
+    """Mixer's name -> (key heads, channels): sums over sequences of the squared derivatives of their losses."""
+    names = [site.name for site in find_mixers(model)]  # in the order in which a forward pass runs them
+    factors: list[Tensor] = []
+
+    def with_factors(query: Tensor, key: Tensor, *args: Any, **kwargs: Any) -> Any:
+        factors.append(torch.ones(len(query), 1, HEADS, KEYS, requires_grad=True))
+        each = factors[-1].repeat_interleave(query.shape[2] // HEADS, dim=2)
+        return rule(query * each, key * each, *args, **kwargs)
+
+    model, rule = copy.deepcopy(model), modeling_qwen3_5.torch_chunk_gated_delta_rule
+    with mock.patch.object(modeling_qwen3_5, rule.__name__, with_factors):
+        for batch in batches:
+            (model(**batch, labels=batch["input_ids"]).loss * len(batch["input_ids"])).backward()
+    squares = [factor.grad.square().sum((0, 1)) for factor in factors if factor.grad is not None]
+    return {name: torch.stack(squares[index :: len(names)]).sum(0) for index, name in enumerate(names)}
+
+
 def choices(
     model: Any, batches: list[dict[str, Tensor]], seed: int
 ) -> dict[str, Callable[[Any, int], list[list[int]]]]:
     """Method -> function of a mixer's site and an order that gives the channels of each key head to keep."""
     measured = measure_model(model, batches)
     raw = {name: found.raw for name, found in gather_rival_statistics(model, batches).items()}
+    sensitive = sensitivities(model, batches)
     generator = torch.Generator().manual_seed(seed)
 
     def largest(scores: Tensor, order: int) -> list[list[int]]:
@@ -124,6 +147,7 @@ def choices(
         ],
         "key norms": key_norms,
         "P times Q": products,
+        "sensitivity": lambda site, order: largest(sensitive[site.name], order),
         "first": lambda site, order: [list(range(order))] * HEADS,
         "random": lambda site, order: [
             torch.randperm(KEYS, generator=generator)[:order].tolist() for _ in range(HEADS)

@@ -158,6 +158,13 @@ def test_a_cache_from_before_a_cut_is_refused():
             own(**PURE, state_sizes=3)(ids, past_key_values=cache)
 
 
+def test_a_cache_from_before_a_cut_of_values_is_refused():
+    for ids in (IDS, IDS[:, :1]):
+        with torch.no_grad(), pytest.raises(ValueError, match="the cached inputs of layer 0 have .* begin with a new"):
+            cache = cache_of(own(**PURE)(IDS, use_cache=True))
+            own(**PURE | {"linear_value_head_dim": 4})(ids, past_key_values=cache)
+
+
 def test_gradient_checkpointing_changes_no_gradient():
     gradients = []
     for checkpointing in (False, True):
