@@ -10,15 +10,13 @@ cuts, and the largest relative difference of the training loss from one process 
 """
 
 import argparse
-import json
 import os
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
 
 import torch
 from common import machine_line
+from forked import import_all, start_ranks
 from tqdm.auto import tqdm
 
 from hf_compressm.report.text_tables import markdown_table
@@ -89,6 +87,10 @@ def job(name: str, way: str, folder: str, steps: int, cuts: list[int]) -> None:
     def whole(tensor):
         return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach().clone()
 
+    world = int(os.environ["WORLD_SIZE"])
+    if world == 1:  # as a program that was started without a launcher
+        for variable in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+            del os.environ[variable]
     torch.set_num_threads(1)
     grant_fsdp()
     options = {}
@@ -96,7 +98,6 @@ def job(name: str, way: str, folder: str, steps: int, cuts: list[int]) -> None:
         options = {"fsdp": True, "fsdp_config": {"fsdp_version": 2, **WAYS[way]}}
     if way.startswith("HSDP"):
         options["parallelism_config"] = ParallelismConfig(dp_replicate_size=2, dp_shard_size=2)
-    world = int(os.environ.get("WORLD_SIZE", "1"))
     arguments = TrainingArguments(
         **{"output_dir": folder, "max_steps": steps, "per_device_train_batch_size": BATCH // world, "seed": 0},
         **{"learning_rate": 1e-2, "lr_scheduler_type": "constant", "logging_steps": 1, "save_strategy": "no"},
@@ -126,14 +127,13 @@ def job(name: str, way: str, folder: str, steps: int, cuts: list[int]) -> None:
 
 
 def start(name: str, way: str, processes: int, steps: int, cuts: list[int]) -> dict:
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
     with tempfile.TemporaryDirectory() as folder:
-        given = json.dumps([name, way, folder, steps, cuts])
-        command = [sys.executable, *(launcher if processes > 1 else []), __file__, "--job", given]
-        done = subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
+        log = Path(folder, "log")
+        run = start_ranks(processes, lambda: job(name, way, folder, steps, cuts), log)
+        run.join()
         result = Path(folder, "result.pt")
-        if not result.exists():
-            raise RuntimeError(f"{' '.join(command)} failed:\n{done.stdout}\n{done.stderr}")
+        if run.exitcode or not result.exists():
+            raise RuntimeError(f"{name}, {way}, {processes} processes failed:\n{log.read_text()}")
         found = torch.load(result)
     if found["sharded"] != (way in WAYS):
         raise RuntimeError(f"{name}, {way}: parameters are {'' if found['sharded'] else 'not '}sharded")
@@ -152,19 +152,19 @@ def ways(processes: int) -> list[str]:
 
 
 def main() -> None:
-    if sys.argv[1:2] == ["--job"]:
-        return job(*json.loads(sys.argv[2]))
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--processes", type=int, nargs="+", default=[2, 4])
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS))
     parser.add_argument("--long", action="store_true", help="200 steps with four cuts, against one process")
     options = parser.parse_args()
+    import_all()
     steps, cuts = (200, [20, 60, 100, 140]) if options.long else (12, [4, 8])
     rows = []
     for name in tqdm(options.models):
+        alone = start(name, "ddp", 1, steps, cuts) if options.long else None
         for processes in options.processes:
-            against = start(name, "ddp", 1 if options.long else processes, steps, cuts)
+            against = alone or start(name, "ddp", processes, steps, cuts)
             for way in [way for way in ways(processes) if way in options.ways]:
                 found = start(name, way, processes, steps, cuts)
                 if found["sizes"] != against["sizes"]:
