@@ -21,7 +21,7 @@ ALLOWED = {
     "training": {"models", "surgery", "reduction"},
     "data": set(),
     "report": {"models", "surgery"},
-    "hub": {"models", "surgery"},
+    "hub": {"models", "report", "surgery"},
     "runs": {"data", "models", "reduction", "report", "surgery", "training"},
     "baselines": {"layers", "surgery", "reduction", "training"},
     "reproduction": {"baselines", "data", "models", "reduction", "report", "runs", "surgery", "training"},

@@ -14,6 +14,8 @@ from ..files import check_output, new_folder
 from ..models import to_stock
 from ..models.saved import is_stock, load_checkpoint, load_tokenizer
 from ..moved import old_names
+from ..report import readdressed
+from ..report.card import CARD_NAME
 from ..surgery import state_sizes
 
 __getattr__ = old_names(__name__)
@@ -81,7 +83,7 @@ def export(model: str, output: str | Path, to: Form | None = None, overwrite: bo
         return write(loaded, model, partial, to)
 
 
-def write(model: Any, source: str, folder: Path, to: Form | None = None) -> ExportResult:
+def write(model: Any, source: str, folder: Path, to: Form | None = None, name: str | None = None) -> ExportResult:
     """Write a loaded model in the given form, and copy the files that stand beside the saved one.
 
     Args:
@@ -89,6 +91,7 @@ def write(model: Any, source: str, folder: Path, to: Form | None = None) -> Expo
         source: folder or hub name that it was loaded from.
         folder: folder to write to.
         to: as of `export`.
+        name: what the result is loaded by, for its card; None for the name that the card has.
 
     Raises:
         ValueError: if the model is not one of state-space layers, or cannot be had in that form.
@@ -100,7 +103,7 @@ def write(model: Any, source: str, folder: Path, to: Form | None = None) -> Expo
             "code to carry. Use --to stock, or turn it into this package's class with from_stock."
         )
     form = to or (Form.STOCK if stock else Form.REMOTE_CODE)
-    sizes = state_sizes(model)
+    sizes, cut, kind = state_sizes(model), state_sizes(model), model.config.model_type
     if form is Form.STOCK and not stock:
         try:
             model = to_stock(model)
@@ -110,6 +113,10 @@ def write(model: Any, source: str, folder: Path, to: Form | None = None) -> Expo
     for path in _beside(source):
         shutil.copyfile(path, folder / path.name)
     model.save_pretrained(folder)
+    if (card := folder / CARD_NAME).is_file():
+        text = card.read_bytes().decode("utf-8", "surrogateescape")
+        text = readdressed(text, model.config.to_dict(), name, kind, cut)
+        card.write_bytes(text.encode("utf-8", "surrogateescape"))
     if (tokenizer := load_tokenizer(source)) is not None:
         tokenizer.save_pretrained(folder)
     files = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())

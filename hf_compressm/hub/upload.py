@@ -98,7 +98,7 @@ def push(
         raise PermissionError("no token to push with: log in with `hf auth login`, or set HF_TOKEN")
     loaded, api = load_checkpoint(model), HfApi(token=token)
     with tempfile.TemporaryDirectory(prefix="hf_compressm-") as scratch:
-        exported = write(loaded, model, Path(scratch), to)
+        exported = write(loaded, model, Path(scratch), to, repo_id)
         with _explain_errors(repo_id, token, timeout):
             present = _repository(api, repo_id, private, revision, timeout)
         if private and not present.private:

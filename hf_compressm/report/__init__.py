@@ -2,6 +2,7 @@
 
 from .card import keep_card, render_card, write_card
 from .environment import describe_environment
+from .loading import readdressed
 from .page import render_report, write_report
 from .record import RunRecord, read_run
 from .spectra import tolerances_plot
@@ -11,6 +12,7 @@ __all__ = [
     "describe_environment",
     "keep_card",
     "read_run",
+    "readdressed",
     "render_card",
     "render_report",
     "tolerances_plot",

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from transformers import Trainer
 
-from ..models.heads import CLASS_ENDINGS, HEADS
 from .environment import hardware_line
+from .loading import loading, problem_of
 from .page import duration, templates
 from .record import RunRecord, read_run
 from .spectra import spectra_overview
@@ -22,9 +24,6 @@ CARD_NAME = "README.md"
 PLOT_NAME = "singular_values.svg"
 HUB_METRICS = ("accuracy", "perplexity")
 """Metrics that the hub knows by the same name."""
-OWN_TYPES = ("mimo_ssm", "compressm_gated_deltanet", "compressm_mamba", "compressm_mamba2", "compressm_minimax")
-STOCK_FORM = ("compressm_mamba",)
-"""Those of them that can always be converted to a model of transformers itself."""
 
 
 def write_card(
@@ -103,62 +102,103 @@ def render_card(
     if full is not None and _kind(full) != _kind(run):
         raise ValueError(f"the full-size run is of {_kind(full)}, this one of {_kind(run)}; they do not compare")
     name = name or run.name
-    facts, kind = run.facts, run.config.get("model_type")
-    before, after = run.sizes_before(), run.sizes_after()
-    undone, reference = set(run.undone), full.tested() if full else {}
-    bounded = [c for c in run.cuts if c["step"] not in undone and any(x.get("bound") is not None for x in c["layers"])]
+    after, measured = run.sizes_after(), full.tested() if full else {}
+    results = [(key.replace("_", " "), value, measured.get(key)) for key, value in _results(run)]
     text = (
         templates()
         .get_template("model_card.md.jinja")
         .render(
             card_data="{{ card_data }}",
             run=run,
-            name=name,
-            task={"hub_dataset": None, "options": {}, **facts["task"]} if "task" in facts else None,
-            training=facts.get("training") or {},
-            versions=facts.get("versions") or {},
-            resumed=facts.get("resumed", False),
-            parameters=(facts["parameters_before"], facts["parameters_after"])
-            if "parameters_before" in facts
-            else None,
-            kind=kind,
-            head=_head(run),
-            own=kind in OWN_TYPES,
-            stock=kind in STOCK_FORM and _head(run) == HEADS["causal_lm"].__name__,
-            plot=plot,
-            sizes=_sizes_table(run) if run.layers() else None,
-            before=before,
-            after=after,
-            results=[(key.replace("_", " "), value, reference.get(key)) for key, value in _results(run)],
             full=full,
-            cuts=_cuts_text(run) if run.cuts else None,
-            bounded=bool(bounded),
-            speed=speed_change(run.speed, before, after),
-            hardware=hardware_line(facts["hardware"]) if "hardware" in facts else None,
+            plot=plot,
+            kind=run.config.get("model_type"),
+            before=run.sizes_before(),
+            after=after,
+            task=_task(run) or None,
+            sizes=_sizes_table(run) if run.layers() else None,
+            results=results if run.tested() else [],
+            scores=_scores_table(run.scores) if run.scores else None,
+            **_about_cuts(run),
+            **_about_training(run),
+            **loading(run.config, name, after, _task(run).get("problem"), run.adapter),
             number=number,
             duration=duration,
         )
     )
     # The text is finished; jinja must not read it again, and huggingface_hub fills in nothing but the metadata.
+    text = re.sub(r"\n{3,}", "\n\n", text)
     literal = "{% raw %}" + text.replace("{{ card_data }}", "{% endraw %}{{ card_data }}{% raw %}", 1) + "{% endraw %}"
     return ModelCard.from_template(_card_data(run, name, base_model), template_str=literal)
 
 
+def _about_cuts(run: RunRecord) -> dict[str, Any]:
+    """What the template is told about the cuts."""
+    undone, table = set(run.undone), cuts_table(run) if run.cuts else None
+    lasting = [cut for cut in run.cuts if cut["step"] not in undone]
+    return {
+        "cuts": markdown_table(table.columns, table.rows) if table else None,
+        "losses": table is not None and any("before" in column for column in table.columns),
+        "bounded": any(layer.get("bound") is not None for cut in lasting for layer in cut["layers"]),
+        "ranked": bool(lasting) and all(map(_is_ranked, lasting)),
+        "in_training": all(cut["step"] is not None for cut in lasting),
+    }
+
+
+def _about_training(run: RunRecord) -> dict[str, Any]:
+    """What the template is told about the training, or whatever else made the model."""
+    facts = run.facts
+    counts = ("parameters_before", "parameters_after")
+    return {
+        "training": facts.get("training") or {},
+        "versions": facts.get("versions") or {},
+        "resumed": facts.get("resumed", False),
+        "parameters": [facts[count] for count in counts] if counts[0] in facts else None,
+        "made": run.trained or "hardware" in facts or "versions" in facts,
+        "speed": speed_change(run.speed, run.sizes_before(), run.sizes_after()),
+        "hardware": hardware_line(facts["hardware"]) if "hardware" in facts else None,
+    }
+
+
 def _sizes_table(run: RunRecord) -> str:
-    rows = [(f"`{layer.name}`", layer.sizes[0][1], layer.sizes[-1][1]) for layer in run.layers()]
+    before = run.cut_sizes[0] if run.cut_after_training and run.cut_sizes else run.sizes_before()
+    rows = [(f"`{layer.name}`", size, layer.sizes[-1][1]) for layer, size in zip(run.layers(), before, strict=True)]
     return markdown_table(["layer", "before", "after"], rows)
 
 
-def _cuts_text(run: RunRecord) -> str:
-    table = cuts_table(run)
-    return markdown_table(table.columns, table.rows)
+def _scores_table(scores: Mapping[str, Mapping[str, float]]) -> str:
+    named = {"before": "before the cut", "cut": "after the cut", "after": "after the cut", "healed": "this model"}
+    moments = {moment: named.get(moment, moment) for moment in scores}
+    if "cut" not in scores and "healed" in scores:
+        moments["before"] = "base"
+    rows = [
+        [key.replace("_", " "), *(f"{values[key]:.4f}" for values in scores.values())]
+        for key in next(iter(scores.values()))
+    ]
+    return markdown_table(["", *moments.values()], rows)
+
+
+def _is_ranked(cut: Mapping[str, Any]) -> bool:
+    """Whether a cut kept the states with the largest singular values: rivals and controls keep others."""
+    measured = all(layer["singular_values"] for layer in cut["layers"])
+    return measured and cut.get("selection", "largest") == "largest" and cut.get("policy") != "score"
+
+
+def _task(run: RunRecord) -> dict[str, Any]:
+    """What the run read, without a data set of the hub where it is not known to be that."""
+    task = {"hub_dataset": None, "options": {}, **(run.facts.get("task") or {})}
+    if "name" not in task:
+        return {}
+    # Earlier versions gave the hub's name to files of one's own that its reader had read.
+    known = task.get("local") is False or task["hub_dataset"] is None
+    return {"local": False, **task, "known": known, "hub_dataset": task["hub_dataset"] if known else None}
 
 
 def _card_data(run: RunRecord, name: str, base_model: str | None) -> ModelCardData:
-    task = run.facts.get("task") or {}
-    pipeline = _pipeline(run)
+    task, pipeline = _task(run), _pipeline(run)
+    base = run.base["name"] if run.base and run.base["on_hub"] else None
     results = []
-    if task and pipeline:
+    if task and task["known"] and not task["local"] and pipeline:
         results = [
             EvalResult(
                 task_type=pipeline,
@@ -173,19 +213,20 @@ def _card_data(run: RunRecord, name: str, base_model: str | None) -> ModelCardDa
         ]
     metrics = [key for key, _ in _results(run) if key in HUB_METRICS]
     return ModelCardData(
-        library_name="transformers",
+        library_name="peft" if run.adapter else "transformers",
         pipeline_tag=pipeline,
         tags=["state-space-model", "hf_compressm", *([run.config["model_type"]] if "model_type" in run.config else [])],
         datasets=[task["hub_dataset"]] if task.get("hub_dataset") else None,
         metrics=metrics or None,
-        base_model=base_model,
+        base_model=base_model or base,
         model_name=name.rpartition("/")[2] if results else None,
         eval_results=results or None,
     )
 
 
 def _results(run: RunRecord) -> list[tuple[str, float]]:
-    return [(key, float(value)) for key, value in run.tested().items() if isinstance(value, int | float)]
+    tested = run.tested() or (list(run.scores.values())[-1] if run.scores else {})
+    return [(key, float(value)) for key, value in tested.items() if isinstance(value, int | float)]
 
 
 def _kind(run: RunRecord) -> str:
@@ -193,23 +234,8 @@ def _kind(run: RunRecord) -> str:
     return f"{run.config.get('model_type')} on {task.get('name')}"
 
 
-def _problem(run: RunRecord) -> str | None:
-    """Which kind of head the model has; None if neither run nor config says."""
-    problem = (run.facts.get("task") or {}).get("problem")
-    if problem in HEADS:
-        return problem
-    names = tuple(str(name) for name in run.config.get("architectures") or [])
-    return next((kind for kind, ending in CLASS_ENDINGS.items() if any(n.endswith(ending) for n in names)), None)
-
-
-def _head(run: RunRecord) -> str | None:
-    """Name of the Auto class that loads the model."""
-    problem = _problem(run)
-    return None if problem is None else HEADS[problem].__name__
-
-
 def _pipeline(run: RunRecord) -> str | None:
-    problem = _problem(run)
+    problem = problem_of(run.config, _task(run).get("problem"))
     if problem == "causal_lm":
         return "text-generation"
     if problem != "sequence_classification":  # pipelines do not take pairs apart

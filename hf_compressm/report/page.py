@@ -76,7 +76,7 @@ def render_report(run: RunRecord) -> str:
             untimed=len(run.speed) - len(timed(run.speed)),
             least_timed=keys.LEAST_TIMED_STEPS,
             cuts=cuts_table(run) if run.cuts else None,
-            cut_layers=[layers_table(cut) for cut in run.cuts],
+            cut_layers=[layers_table(run, cut) for cut in run.cuts],
             stability=_shown(stability_figure(run)),
             settings=_settings(run),
             versions=run.facts.get("versions") or {},
@@ -96,6 +96,8 @@ def _status(run: RunRecord) -> str:
         return f"Finished: {number(run.step)}{of} steps."
     if run.step:
         return f"Not finished: this shows the newest checkpoint, step {number(run.step)}{of}."
+    if run.cut_after_training and run.base:
+        return f"Cut from {run.base['name']} after its training."
     return "No log of the training was found; what is shown comes from the model's config."
 
 

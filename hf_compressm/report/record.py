@@ -58,12 +58,16 @@ class RunRecord:
         log: entries of the Trainer's log, each with its step.
         events: the compression history, records of cuts and undone cuts.
         config: the model's config.
-        facts: run.json of `scripts/pretrain.py`: task, training arguments, versions, hardware.
+        facts: run.json, what was run on what: task, training arguments, base, versions, hardware.
         settings: of the compression.
         speed: segments between cuts, as `SpeedSegment`.
         metrics: final training and test metrics.
         step, max_steps: optimizer steps done and planned.
         finished: whether training came to its end.
+        base: the model that this one was cut from after training: `name`, and whether it is `on_hub`; None if none.
+        cut_sizes: state sizes before and after that cut.
+        scores: loss and metrics on held-out data by moment: "before" and "after" a cut; or "before", "cut", "healed".
+        adapter: whether the folder holds an adapter of PEFT, with its base beside it.
     """
 
     name: str
@@ -77,6 +81,20 @@ class RunRecord:
     step: int = 0
     max_steps: int | None = None
     finished: bool = False
+    base: dict[str, Any] | None = None
+    cut_sizes: tuple[list[int], list[int]] | None = None
+    scores: dict[str, dict[str, float]] = field(default_factory=dict)
+    adapter: bool = False
+
+    @property
+    def trained(self) -> bool:
+        """Whether the folder has a log of training."""
+        return self.step > 0
+
+    @property
+    def cut_after_training(self) -> bool:
+        """Whether the model was cut from one that had been trained before."""
+        return self.base is not None and self.cut_sizes is not None
 
     @property
     def cuts(self) -> list[dict[str, Any]]:
@@ -160,7 +178,7 @@ class RunRecord:
         measured = next((entry[keys.SPECTRA] for entry in self.log if keys.SPECTRA in entry), None)
         if measured:
             return [layer["name"] for layer in measured]
-        return [f"layer {index}" for index in range(len(_config_sizes(self.config)))]
+        return [f"layer {index}" for index in range(len(config_sizes(self.config)))]
 
     def _first_sizes(self) -> list[int]:
         if self.events:
@@ -168,7 +186,7 @@ class RunRecord:
             first = {layer["name"]: layer["old_size"] for layer in layers}
             return [first[name] for name in self._layer_names()]
         measured = next((entry[keys.SPECTRA] for entry in self.log if keys.SPECTRA in entry), None)
-        return [layer["states"] for layer in measured] if measured else _config_sizes(self.config)
+        return [layer["states"] for layer in measured] if measured else config_sizes(self.config)
 
 
 def read_run(folder: str | Path) -> RunRecord:
@@ -187,14 +205,17 @@ def read_run(folder: str | Path) -> RunRecord:
     final, latest = _read(folder / "trainer_state.json"), _read(newest) if newest else {}
     at_end = final.get("global_step", -1) >= latest.get("global_step", 0)
     state = final if at_end else latest
-    config = _read(folder / "config.json") if at_end or newest is None else _read(newest.parent / "config.json")
+    config = _read(folder / "config.json") or _read(folder / "base" / "config.json")
+    config = config if at_end or newest is None else _read(newest.parent / "config.json")
     record = _read(folder / "compression.json") if at_end or not latest else {}
     exported, events = _exported(state, keys.saved_in).get("history") or [], _config_events(config)
-    events = record.get("history") or (exported if len(exported) >= len(events) else events)
+    recorded = record.get("history") or _read(folder / "finetuning.json").get("history")
+    events = recorded or (exported if len(exported) >= len(events) else events)
     events = [event for event in events if event["event"] in ("cut", "undo")]  # the others are not about states
     if not (state or record or events):
         raise FileNotFoundError(f"{folder} holds no run: there is none of {SOURCES}")
     results = [_read(folder / f"{split}_results.json") for split in ("train", "test")] if at_end or not latest else []
+    after = _after_training(folder, facts := _read(folder / "run.json"), record)
     step, most = state.get("global_step", 0), state.get("max_steps")
     log = [entry for entry in state.get("log_history") or [] if isinstance(entry, dict) and "step" in entry]
     return RunRecord(
@@ -202,14 +223,30 @@ def read_run(folder: str | Path) -> RunRecord:
         log=log,
         events=events,
         config=config,
-        facts=_read(folder / "run.json"),
+        facts=facts,
         settings=record.get("settings") or _exported(state, keys.settings_of),
         speed=record.get("speed") or _logged_speed(log, events),
-        metrics={key: value for result in results for key, value in result.items()},
+        metrics=after.pop("metrics") | {key: value for result in results for key, value in result.items()},
         step=step,
         max_steps=most,
         finished=bool(state) and (step >= (most or 0) or bool(results and results[0])),
+        adapter=(folder / "adapter_config.json").is_file(),
+        **after,
     )
+
+
+def _after_training(folder: Path, facts: Mapping[str, Any], record: Mapping[str, Any]) -> dict[str, Any]:
+    """Fields of a record about a cut of a trained model, from what compressing and fine-tuning write."""
+    healed = _read(folder / "finetuning.json")
+    scores = healed.get("scores") or record.get("evaluation") or {}
+    source = healed or (record if "evaluation" in record else {})
+    base = facts.get("base")
+    if base is None and (name := (source.get("settings") or {}).get("model")):
+        base = {"name": Path(name).name, "on_hub": False}  # earlier versions did not say whether it is on the hub
+    sizes = (source["sizes_before"], source["sizes_after"]) if source and source["sizes_before"] else None
+    if sizes is not None and sizes[0] == sizes[1]:
+        sizes = None
+    return {"base": base, "cut_sizes": sizes, "scores": scores, "metrics": dict(healed.get("metrics") or {})}
 
 
 def _checkpoint_step(path: Path) -> int:
@@ -252,7 +289,8 @@ def _config_events(config: Mapping[str, Any]) -> list[dict[str, Any]]:
     return merged(list(parts.values()))
 
 
-def _config_sizes(config: Mapping[str, Any]) -> list[int]:
+def config_sizes(config: Mapping[str, Any]) -> list[int]:
+    """Return the states of each layer that a config names; empty if it names none."""
     config = next((part for name in _WITHIN if isinstance(part := config.get(name), dict)), config)
     sizes = config.get("state_sizes")
     if isinstance(sizes, list):

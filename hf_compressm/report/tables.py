@@ -56,14 +56,23 @@ def cuts_table(run: RunRecord) -> Table:
         before, after = run.at(step, keys.LOSS_BEFORE), run.at(step, keys.LOSS_AFTER)
         change = None if before is None or after is None else after - before
         undone = run.undone.get(step)
-        row = [number(step), f"{_mean(layers, 'old_size')} → {_mean(layers, 'new_size')}", _removed(layers)]
+        row = [moment(run, cut), f"{_mean(layers, 'old_size')} → {_mean(layers, 'new_size')}", _removed(layers)]
         row += [_largest(layers, "bound"), _largest(layers, "residual"), *map(_text, (before, after))]
         row += ["" if change is None else f"{change:+.4f}", *map(_text, run.around(step, "eval_loss"))]
         rows.append([*row, number(undone["step"]) if undone else ""])
     return Table.filled("Every cut: largest bound or residual of a layer, and losses", columns, rows)
 
 
-def layers_table(cut: dict[str, Any]) -> Table:
+def moment(run: RunRecord, cut: dict[str, Any]) -> str:
+    """Return when a cut was made: its step, or what is known where it has none; a dash where nothing is."""
+    if cut["step"] is not None:
+        return number(cut["step"])
+    if not run.cut_after_training:
+        return "–"
+    return "before step 1" if run.trained else "after training"
+
+
+def layers_table(run: RunRecord, cut: dict[str, Any]) -> Table:
     """Return one row per layer of a cut."""
     rows = [
         [
@@ -77,7 +86,8 @@ def layers_table(cut: dict[str, Any]) -> Table:
         for layer in cut["layers"]
     ]
     columns = ["Layer", "States before", "After", "Sum removed", "Error bound", "Residual"]
-    return Table.filled(f"The cut at step {cut['step'] or 0}, layer by layer", columns, rows)
+    when = f"at step {number(cut['step'])}" if cut["step"] is not None else moment(run, cut)
+    return Table.filled(f"The cut {when}, layer by layer".replace(" –,", ","), columns, rows)
 
 
 def _mean(layers: Sequence[dict[str, Any]], key: str) -> str:

@@ -15,12 +15,14 @@ from ..models.automatic import by_fast_ops
 from ..models.saved import is_stock, load_model, load_tokenizer
 from ..moved import old_names
 from ..reduction import SizeConstraints
+from ..report import describe_environment, write_card
 from ..report.text_tables import aligned_table
 from ..surgery import Policy, check_parameters, check_value_size, compress, history, state_sizes, with_ties
 from ..surgery.policies import check_target, describe_policy
 from ..surgery.refit import STEPS
 from .arguments import DataSource
 from .data_source import draw_calibration, evaluate, load_data
+from .description import describe_base, describe_task, public
 from .early_checks import check_saved_model, check_source
 
 __getattr__ = old_names(__name__)
@@ -78,7 +80,7 @@ class CompressionResult:
 
 
 def compress_saved_model(job: CompressionJob) -> CompressionResult:
-    """Load, rank, cut and save: model, config, tokenizer and `compression.json`.
+    """Load, rank, cut and save: model, config, tokenizer, `compression.json`, `run.json` and a model card.
 
     The output folder appears when everything in it is complete, and not at all on an error.
 
@@ -116,7 +118,9 @@ def compress_saved_model(job: CompressionJob) -> CompressionResult:
         model.save_pretrained(folder)
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
-        write_json(folder / "compression.json", _content(job, output, result, records))
+        write_json(folder / "compression.json", _content(job, result, records))
+        write_json(folder / "run.json", _describe(job, task))
+        write_card(folder, name=output.name)
     return result
 
 
@@ -145,18 +149,24 @@ def _load(job: CompressionJob) -> Any:
     return model
 
 
-def _content(
-    job: CompressionJob, output: Path, result: CompressionResult, records: list[dict[str, Any]]
-) -> dict[str, Any]:
-    """What `compression.json` holds."""
+def _content(job: CompressionJob, result: CompressionResult, records: list[dict[str, Any]]) -> dict[str, Any]:
+    """What `compression.json` holds. No path of this machine, which would be pushed with it."""
     policy = None if job.policy is None else describe_policy(job.policy)
     return {
-        "settings": dataclasses.asdict(job) | {"output": str(output), "policy": policy},
+        "settings": public(dataclasses.asdict(job) | {"policy": policy}),
         "sizes_before": result.sizes_before,
         "sizes_after": result.sizes,
         "history": records,
         "evaluation": {"before": result.before, "after": result.after} if job.evaluate else None,
     }
+
+
+def _describe(job: CompressionJob, task: Task | None) -> dict[str, Any]:
+    """What `run.json` holds: the model that was cut, on what, and by what."""
+    found: dict[str, Any] = {"base": describe_base(job.model)}
+    if task is not None and job.data is not None:
+        found["task"] = describe_task(task, job.data.options, job.data.data_dir)
+    return found | describe_environment()
 
 
 def summary(result: CompressionResult) -> str:

@@ -17,6 +17,7 @@ from ..models.automatic import switch_on
 from ..models.saved import load_model, load_tokenizer
 from ..moved import old_names
 from ..reduction import SizeConstraints
+from ..report import describe_environment, keep_card
 from ..report.text_tables import aligned_table
 from ..surgery import (
     CutSettings,
@@ -34,8 +35,10 @@ from ..surgery.refit import STEPS
 from ..training.distributed import TrainingTeam
 from .arguments import DataSource
 from .data_source import draw_calibration, evaluate, load_data
+from .description import describe_base, describe_task, public
 from .early_checks import check_lora, check_saved_model, check_source
 from .healing import heal
+from .pretraining import REPORTED
 from .run_file import parse_options
 
 __getattr__ = old_names(__name__)
@@ -173,7 +176,8 @@ def run_finetuning(run: FinetuneRun) -> FinetuneResult:
     trainable = sum(parameter.numel() for parameter in adapted.parameters() if parameter.requires_grad)
     scores["healed"] = _scores(adapted.eval(), task, training)
     result = FinetuneResult(sizes_before, state_sizes(adapted), scores, trainable, metrics)
-    _save(trainer, run, result, tokenizer)
+    keep_card(trainer)
+    _save(trainer, run, result, tokenizer, _describe(run, task))
     return result
 
 
@@ -200,7 +204,18 @@ def _cut(model: nn.Module, task: Task, run: FinetuneRun, policy: Policy) -> None
     apply_plan(model, None, plan)
 
 
-def _save(trainer: Trainer, run: FinetuneRun, result: FinetuneResult, tokenizer: Any) -> None:
+def _describe(run: FinetuneRun, task: Task) -> dict[str, Any]:
+    """What `run.json` holds."""
+    arguments, training = run.arguments, run.training
+    return {
+        "base": describe_base(arguments.model or ""),
+        "task": describe_task(task, run.task_options, arguments.data_dir),
+        "training": {key: getattr(training, key) for key in REPORTED} | {"lora": run.lora or None},
+        **describe_environment(training.world_size),
+    }
+
+
+def _save(trainer: Trainer, run: FinetuneRun, result: FinetuneResult, tokenizer: Any, facts: dict[str, Any]) -> None:
     adapted: Any = trainer.model
     output = Path(str(run.training.output_dir))
     if run.arguments.merge:
@@ -209,15 +224,17 @@ def _save(trainer: Trainer, run: FinetuneRun, result: FinetuneResult, tokenizer:
         save_base_model(adapted, output / "base")
     if trainer.is_world_process_zero():
         output.mkdir(parents=True, exist_ok=True)
-        content = dataclasses.asdict(result) | {"settings": dataclasses.asdict(run.arguments) | {"lora": run.lora}}
-        content["history"] = history(adapted)
+        settings = public(dataclasses.asdict(run.arguments) | {"lora": run.lora})
+        content = dataclasses.asdict(result) | {"settings": settings, "history": history(adapted)}
         write_json(output / "finetuning.json", content)
+        write_json(output / "run.json", facts)
         if tokenizer is not None:
             tokenizer.save_pretrained(output)
     if run.training.push_to_hub:
         trainer.push_to_hub()  # saves first
     else:
         trainer.save_model()
+        trainer.create_model_card()
 
 
 def summary(result: FinetuneResult) -> str:

@@ -41,6 +41,7 @@ from ..training import (
     whole_model,
 )
 from ..training.groups import create_optimizer, optimizer_settings
+from .description import describe_task
 from .early_checks import check_new_model, check_policy, check_task_options, make_config
 from .run_file import Run, parse_run
 
@@ -240,13 +241,7 @@ def _describe(
     """What was run on what; see `report.RunRecord`. No path or name of this machine, which would end up in a card."""
     training = run.training
     return {
-        "task": {
-            "name": task.name,
-            "problem": task.problem,
-            "input": "pixels" if "num_channels" in task.model_kwargs else "tokens",
-            "options": {key: value for key, value in run.task_options.items() if not isinstance(value, str)},
-            "hub_dataset": task.hub_dataset,
-        },
+        "task": describe_task(task, run.task_options, run.arguments.data_dir),
         "model_type": run.arguments.model_type,
         "resumed": checkpoint is not None,
         "parameters_before": parameters_before,

@@ -84,7 +84,7 @@ def test_the_ways_to_load_depend_on_the_architecture(tmp_path, model_type, ways)
 
 
 def test_what_the_hub_knows_is_named_for_it(tmp_path):
-    run = read_run(described(tmp_path / "run", "compressm_mamba", hub_dataset="Salesforce/wikitext"))
+    run = read_run(described(tmp_path / "run", "compressm_mamba", hub_dataset="Salesforce/wikitext", local=False))
     card = render_card(run, name="me/model", base_model="state-spaces/mamba-130m-hf", plot="plot.svg")
     data = card.data.to_dict()
     assert data["datasets"] == ["Salesforce/wikitext"] and data["base_model"] == "state-spaces/mamba-130m-hf"

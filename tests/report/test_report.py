@@ -208,4 +208,4 @@ def test_columns_that_nothing_filled_are_left_out(tmp_path):
     loss, accuracy = (metric_figure(run, name).table for name in ("eval_loss", "eval_accuracy"))
     assert (loss.columns, loss.rows) == (["Step", "Training", "Evaluation"], [["10", "2", "2.5"], ["20", "1", "–"]])
     assert (accuracy.columns, accuracy.rows) == (["Step", "Evaluation"], [["10", "0.5"]])
-    assert layers_table(run.cuts[0]).columns == ["Layer", "States before", "After", "Sum removed", "Error bound"]
+    assert layers_table(run, run.cuts[0]).columns == ["Layer", "States before", "After", "Sum removed", "Error bound"]
