@@ -7,6 +7,7 @@ from . import imdb as imdb
 from . import listops as listops
 from . import mqar as mqar
 from . import pathfinder as pathfinder
+from . import series as series
 from . import stdlib_bytes as stdlib_bytes
 from . import text as text
 from . import wikitext as wikitext

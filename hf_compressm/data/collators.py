@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from ..models.feature_extractor import pad_series, steps_mask
+
 PAD = 0
 """The id of padding, which no real token may have."""
 
@@ -22,6 +24,17 @@ def pad_pairs(items: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
     """Make a batch of pairs: `input_ids` and `attention_mask`, int64 (B, 2, L), and `labels`, int64 (B,)."""
     rows = [row for item in items for row in item["input_ids"]]
     return _with_mask(_padded(rows).unflatten(0, (-1, 2)), items)
+
+
+def pad_series_right(items: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
+    """Make a batch of continuous sequences: `input_values` (B, L, C), `attention_mask`, int64 (B, L), and `labels`.
+
+    Args:
+        items: `input_values` (L_i, C) and `labels`, of one shape for all or absent.
+    """
+    rows = [item["input_values"] for item in items]
+    batch = {"input_values": pad_series(rows), "attention_mask": steps_mask(rows)}
+    return batch | ({"labels": torch.stack([item["labels"] for item in items])} if "labels" in items[0] else {})
 
 
 def _padded(rows: list[Tensor]) -> Tensor:

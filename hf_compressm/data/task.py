@@ -36,6 +36,7 @@ class Task:
         problem: which kind of head the model needs.
         hub_dataset: the data set's name on the hub; None where the data are from elsewhere.
         tokenizer: what made the tokens, to be saved with the model; None where there is none.
+        feature_extractor: what made `input_values`, to be saved with the model; None where there is none.
         collator: makes a batch of items; None where `Trainer`'s default does.
     """
 
@@ -51,6 +52,7 @@ class Task:
     greater_is_better: bool = True
     preprocess_logits_for_metrics: Callable[[Any, Any], Any] | None = None
     tokenizer: Any = None
+    feature_extractor: Any = None
     hub_dataset: str | None = None
 
 

@@ -26,6 +26,7 @@ from .compressm_minimax import (
 )
 from .convert import from_stock, to_stock
 from .fast_ops import use_fast_ops
+from .feature_extractor import MimoSSMFeatureExtractor
 from .heads import register
 from .mimo_ssm import (
     MimoSSMCache,
@@ -80,6 +81,7 @@ __all__ = [
     "CompreSSMMiniMaxModel",
     "MimoSSMCache",
     "MimoSSMConfig",
+    "MimoSSMFeatureExtractor",
     "MimoSSMForCausalLM",
     "MimoSSMForSequenceClassification",
     "MimoSSMForSequencePairClassification",

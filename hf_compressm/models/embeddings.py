@@ -17,7 +17,13 @@ def make_embeddings(config: Any) -> nn.Module:
 
 
 def embed_values(embeddings: nn.Module, values: Tensor) -> Tensor:
-    """Map continuous values (B, L, num_channels) to (B, L, H), in the dtype of the layer's weight."""
-    weight = innermost(embeddings).weight
+    """Map continuous values (B, L, num_channels) to (B, L, H), in the dtype of the layer's weight.
+
+    With one channel (B, L) is taken as (B, L, 1).
+    """
+    layer = innermost(embeddings)
+    weight = layer.weight
+    if values.ndim == 2 and layer.in_features == 1:
+        values = values[:, :, None]
     # A quantised weight holds integers; its layer converts the input itself.
     return embeddings(values.to(weight.dtype) if weight.is_floating_point() else values)

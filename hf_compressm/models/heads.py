@@ -12,6 +12,8 @@ from transformers import (
     PreTrainedModel,
 )
 
+from .feature_extractor import register_feature_extractor
+
 HEADS = {
     "sequence_classification": AutoModelForSequenceClassification,
     "sequence_pair_classification": AutoModelForSequenceClassification,
@@ -40,6 +42,7 @@ def register(config_class: Any, model: Any, causal_lm: Any, *classifiers: Any) -
     AutoModelForCausalLM.register(config_class, causal_lm, exist_ok=True)
     several: Any = classifiers if len(classifiers) > 1 else classifiers[0]
     AutoModelForSequenceClassification.register(config_class, several, exist_ok=True)
+    register_feature_extractor(config_class)
 
 
 def model_classes(auto: Any, config_class: type) -> tuple[type, ...]:

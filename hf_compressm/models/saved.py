@@ -15,6 +15,7 @@ from ..files import check_name
 from .heads import HEADS, model_classes
 
 TOKENIZER_FILES = ("tokenizer_config.json", "tokenizer.json")
+FEATURE_EXTRACTOR_FILE = "preprocessor_config.json"
 
 
 def load_config(name: str) -> Any:
@@ -94,6 +95,15 @@ def load_tokenizer(name: str) -> Any:
             continue
         return AutoTokenizer.from_pretrained(name)
     return None
+
+
+def has_feature_extractor(name: str) -> bool:
+    """Whether a feature extractor was saved with a model."""
+    try:
+        cached_file(name, FEATURE_EXTRACTOR_FILE)
+    except OSError:
+        return False
+    return True
 
 
 def is_stock(model: Any) -> bool:

@@ -15,7 +15,7 @@ from ..data import Task, load_task, task_names
 from ..data.language import IGNORED
 from ..data.text_files import text_task
 from ..models.heads import CLASS_ENDINGS
-from ..models.saved import TOKENIZER_FILES
+from ..models.saved import TOKENIZER_FILES, has_feature_extractor
 from ..moved import old_names
 from ..progress import with_progress
 from ..surgery import needs_calibration
@@ -27,6 +27,8 @@ __getattr__ = old_names(__name__)
 
 TOKENISED = ("text", "wikitext")
 """Tasks with an option `tokenizer`, which here is the model's own unless given."""
+NORMALISED = ("series",)
+"""Tasks with an option `feature_extractor`, which here is the model's own unless given."""
 PADDING = 256
 """A model's vocabulary is often padded to a multiple of a power of two; a larger difference means other data."""
 
@@ -45,9 +47,11 @@ def load_data(source: DataSource, model: Any, tokenizer: Any) -> Task:
     """
     check_source(source)
     if source.name in task_names():
-        options = {} if source.length is None else {"length": source.length}
+        options: dict[str, Any] = {} if source.length is None else {"length": source.length}
         if source.name in TOKENISED and tokenizer is not None:
             options["tokenizer"] = tokenizer.name_or_path
+        if source.name in NORMALISED and has_feature_extractor(model.name_or_path):
+            options["feature_extractor"] = model.name_or_path
         task = load_task(source.name, data_dir=source.data_dir, seed=source.seed, **(options | dict(source.options)))
         _check_task(model, task)
         return task

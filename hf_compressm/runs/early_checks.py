@@ -53,13 +53,14 @@ def check_task_options(name: str, data_dir: str | None, options: Mapping[str, An
 
     Raises:
         ValueError: as `check_task`.
-        FileNotFoundError: if there is no folder `data_dir`, or none of the tokenizer.
+        FileNotFoundError: if there is no folder `data_dir`, or none of the tokenizer or feature extractor.
     """
     check_task(name, data_dir, options)
     if data_dir is not None and not Path(data_dir).expanduser().is_dir():
         raise FileNotFoundError(f"data_dir is not a folder: {Path(data_dir).expanduser()}")
-    if isinstance(options.get("tokenizer"), str):
-        check_name(options["tokenizer"], "tokenizer")
+    for option in ("tokenizer", "feature_extractor"):
+        if isinstance(options.get(option), str):
+            check_name(options[option], option.replace("_", " "))
 
 
 def check_new_model(kind: str, fields: Mapping[str, Any]) -> Any:

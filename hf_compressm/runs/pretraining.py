@@ -135,7 +135,7 @@ def build_trainer(
         train_dataset=task.train,
         eval_dataset=task.validation,
         data_collator=task.collator or default_data_collator,  # never the one that pads by the tokenizer
-        processing_class=task.tokenizer,
+        processing_class=task.tokenizer or task.feature_extractor,
         compute_metrics=task.compute_metrics,
         preprocess_logits_for_metrics=task.preprocess_logits_for_metrics,
         callbacks=[*([callback] if callback else []), *callbacks, DurableCheckpoints()],

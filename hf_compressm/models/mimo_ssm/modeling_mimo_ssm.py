@@ -157,7 +157,7 @@ class MimoSSMModel(KnownModel, MimoSSMPreTrainedModel):
             attention_mask: (B, L), nonzero at real positions; with a cache also (B, seen + L), of which the
                 last L count. Padding, wherever it is, leaves no trace in states and outputs of real positions.
             inputs_embeds: (B, L, H) floats, instead of `input_ids` or `input_values`.
-            input_values: (B, L, num_channels) floats, if the config has `num_channels`.
+            input_values: (B, L, num_channels) floats, if the config has `num_channels`; of one channel also (B, L).
             past_key_values: states to continue from, as an earlier call returned them; updated in place if
                 `use_cache`.
             use_cache: whether to return the states; by default as the config says, and not while training.
@@ -218,7 +218,8 @@ class MimoSSMModel(KnownModel, MimoSSMPreTrainedModel):
         if input_values is not None:
             if channels is None:
                 raise ValueError("this model reads input_ids, since its config has vocab_size; got input_values")
-            if input_values.ndim != 3 or input_values.shape[2] != channels:
+            one_channel = input_values.ndim == 2 and channels == 1
+            if not one_channel and (input_values.ndim != 3 or input_values.shape[2] != channels):
                 raise ValueError(f"input_values must have shape (B, L, {channels}), got {tuple(input_values.shape)}")
             return embed_values(self.embeddings, input_values)
         return given[0]

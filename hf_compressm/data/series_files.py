@@ -1,0 +1,167 @@
+"""Read numeric sequences from tables and arrays. L length, C channels, K targets."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from .own_files import file_ending, read_own_files
+
+ENDINGS = (".parquet", ".csv", ".tsv", ".npz")
+
+
+@dataclass(frozen=True)
+class Series:
+    """A sequence as it stands in a file.
+
+    Attributes:
+        key: what it is told apart by.
+        values: (L, C) float64, NaN where missing.
+        target: (K,) objects, or (L, K) where there is a target for each step.
+    """
+
+    key: bytes
+    values: np.ndarray
+    target: np.ndarray
+
+
+@dataclass(frozen=True, kw_only=True)
+class Columns:
+    """What a file's columns, or arrays, are.
+
+    Attributes:
+        inputs: names of the channels.
+        targets: names of what is to be predicted; none if these are channels.
+        group: the sequence that a row belongs to, or what a whole sequence is told apart by; may be empty.
+        time: by which the rows of a sequence are sorted; may be empty.
+        per_step: whether there is a target for each step.
+    """
+
+    inputs: Sequence[str]
+    targets: Sequence[str] = ()
+    group: str = ""
+    time: str = ""
+    per_step: bool = False
+
+    @property
+    def all(self) -> list[str]:
+        """Every name once."""
+        return list(dict.fromkeys([*self.inputs, *self.targets, *filter(None, (self.group, self.time))]))
+
+
+def read_series(paths: Sequence[str], columns: Columns) -> list[Series]:
+    """Read sequences of parquet, csv, tsv or npz files, in the order of the files.
+
+    Steps at the end where all channels are missing are left out: they are padding.
+
+    Raises:
+        ValueError: if a file lacks a column, an input is not numeric, a target of a whole sequence changes within it,
+            or lengths within a sequence differ.
+    """
+    where = paths[0] if len(paths) == 1 else f"{paths[0]} and {len(paths) - 1} more"
+    if file_ending(paths[0]) == ".npz":
+        found = [series for path in paths for series in _of_arrays(path, columns)]
+    else:
+        dataset = read_own_files(paths)
+        _require(columns, dataset.column_names, where)
+        found = list(_of_table(dataset.select_columns(columns.all).to_pandas(), columns, where))
+    return [_without_padding(series, columns.per_step) for series in found]
+
+
+def _require(columns: Columns, present: Sequence[str], where: str) -> None:
+    if missing := [name for name in columns.all if name not in present]:
+        raise ValueError(f"{where} has no column {', '.join(map(repr, missing))}; its columns are {', '.join(present)}")
+
+
+def _of_table(table: Any, columns: Columns, where: str) -> Iterator[Series]:
+    if not len(table):
+        raise ValueError(f"{where} has no rows")
+    if isinstance(table[columns.inputs[0]].iloc[0], (list, np.ndarray)):
+        yield from _of_lists(table, columns, where)
+    elif columns.group or columns.time:
+        groups = table.groupby(columns.group, sort=False) if columns.group else [("", table)]
+        for name, rows in groups:
+            rows = rows.sort_values(columns.time, kind="stable") if columns.time else rows
+            place = f"{where}, {columns.group} {name}"
+            values = np.stack([_numbers(rows[name], name, where) for name in columns.inputs], axis=1)
+            yield Series(str(name).encode(), values, _target(rows, columns, place))
+    else:
+        if columns.per_step:
+            raise ValueError(
+                f"{where} has numbers in {columns.inputs[0]!r}: name the column that tells sequences apart (group), or "
+                "the one that rows are sorted by (time)"
+            )
+        values = np.stack([_numbers(table[name], name, where) for name in columns.inputs], axis=1)
+        targets = table[list(columns.targets)].to_numpy(dtype=object)
+        for row, target in zip(values, targets, strict=True):
+            yield Series(row.tobytes(), row[:, None], target)
+
+
+def _of_lists(table: Any, columns: Columns, where: str) -> Iterator[Series]:
+    """One row for each sequence, with a list in every input column."""
+    for number, (_, row) in enumerate(table.iterrows()):
+        cells = [_numbers(row[name], name, where) for name in columns.inputs]
+        cells += [np.asarray(row[name]) for name in columns.targets if columns.per_step]
+        if len(lengths := {np.shape(cell)[:1] for cell in cells}) != 1:
+            raise ValueError(f"{where}, row {number}: columns {', '.join(columns.all)} differ in length: {lengths}")
+        values = np.stack(cells[: len(columns.inputs)], axis=1)
+        key = str(row[columns.group]).encode() if columns.group else values.tobytes()
+        steps = cells[len(columns.inputs) :]
+        target = np.stack(steps, axis=1) if columns.per_step and steps else row[list(columns.targets)].to_numpy()
+        yield Series(key, values, target)
+
+
+def _of_arrays(path: str, columns: Columns) -> Iterator[Series]:
+    """Arrays (n, L) or (n, L, C) of inputs, (n,), (n, K), (n, L) or (n, L, K) of targets, and (n,) of groups."""
+    with np.load(path, allow_pickle=False) as arrays:
+        _require(columns, list(arrays), path)
+        found = {name: arrays[name] for name in columns.all}
+    if len({len(array) for array in found.values()}) != 1:
+        raise ValueError(f"{path}: arrays differ in length: { ({name: len(array) for name, array in found.items()}) }")
+    inputs = [found[name] for name in columns.inputs]
+    if any(array.ndim not in (2, 3) or not np.issubdtype(array.dtype, np.number) for array in inputs):
+        raise ValueError(
+            f"{path}: inputs must be numbers of shape (n, L) or (n, L, C); got {[a.shape for a in inputs]}"
+        )
+    values = np.concatenate([a[..., None] if a.ndim == 2 else a for a in inputs], axis=2).astype(np.float64)
+    plain = 2 if columns.per_step else 1
+    targets = [found[name] if found[name].ndim > plain else found[name][..., None] for name in columns.targets]
+    target = np.concatenate(targets, axis=-1) if targets else np.zeros((len(values), 0))
+    for number, row in enumerate(values):
+        key = str(found[columns.group][number]).encode() if columns.group else row.tobytes()
+        yield Series(key, row, target[number])
+
+
+def _numbers(cells: Any, name: str, where: str) -> np.ndarray:
+    values = pd.to_numeric(pd.Series(np.asarray(cells)), errors="coerce").to_numpy(dtype=np.float64)
+    if (np.isnan(values) & ~pd.isna(pd.Series(np.asarray(cells))).to_numpy()).any():
+        raise ValueError(f"column {name!r} of {where} holds what is not a number")
+    return values
+
+
+def _target(rows: Any, columns: Columns, place: str) -> np.ndarray:
+    if columns.per_step:
+        return rows[list(columns.targets)].to_numpy(dtype=object)
+    for name in columns.targets:
+        if rows[name].nunique(dropna=False) > 1:
+            raise ValueError(
+                f"{place}: {name!r} has several values in one sequence; for a target of each step set kind: labelling"
+            )
+    return rows[list(columns.targets)].iloc[0].to_numpy(dtype=object)
+
+
+def _without_padding(series: Series, per_step: bool) -> Series:
+    real = np.flatnonzero(~np.isnan(series.values).all(axis=1))
+    end = real[-1] + 1 if len(real) else 0
+    return Series(series.key, series.values[:end], series.target[:end] if per_step else series.target)
+
+
+def shortened(key: bytes) -> str:
+    """Name a sequence in a message: its key if that can be read."""
+    text = key.decode(errors="replace")
+    return text if text.isprintable() and len(text) < 40 else hashlib.sha256(key).hexdigest()[:8]
