@@ -180,8 +180,8 @@ def _scores_table(scores: Mapping[str, Mapping[str, float]]) -> str:
 
 def _is_ranked(cut: Mapping[str, Any]) -> bool:
     """Whether a cut kept the states with the largest singular values: rivals and controls keep others."""
-    measured = all(layer["singular_values"] for layer in cut["layers"])
-    return measured and cut.get("selection", "largest") == "largest" and cut.get("policy") != "score"
+    unmeasured = any(layer.get("singular_values") == [] for layer in cut["layers"])
+    return not unmeasured and cut.get("selection", "largest") == "largest" and cut.get("policy") != "score"
 
 
 def _task(run: RunRecord) -> dict[str, Any]:

@@ -106,6 +106,17 @@ class RunRecord:
         """Step of each undone cut -> the record of how it was undone."""
         return {event["cut_step"]: event for event in self.events if event["event"] == "undo"}
 
+    @property
+    def end(self) -> int:
+        """The last step that is known of: of the training, of a cut, or of an entry of the log."""
+        steps = [event["step"] or 0 for event in self.events]
+        return max([self.step, *steps, *(entry["step"] for entry in self.log)])
+
+    def place(self, event: Mapping[str, Any]) -> int:
+        """Return the step of a cut; for one without a step, the beginning of training that followed, or the end."""
+        step = event["step"]
+        return step if step is not None else (0 if self.cut_after_training and self.trained else self.end)
+
     def series(self, key: str) -> list[tuple[int, float]]:
         """Return (step, value) where the log has a finite number under this key; the last value of each step."""
         found = {entry["step"]: entry[key] for entry in self.log if isinstance(entry.get(key), int | float)}
@@ -128,13 +139,13 @@ class RunRecord:
         """Return every layer with its sizes and spectra, in model order."""
         names, first, measured = self._layer_names(), self._first_sizes(), list(self._measurements())
         sizes = {name: [(0, states)] for name, states in zip(names, first, strict=True)}
-        spectra: dict[str, dict[int, Spectrum]] = {name: {} for name in names}
-        for step, entry, kept in measured:
+        spectra: dict[str, dict[tuple[int, int], Spectrum]] = {name: {} for name in names}
+        for step, order, entry, kept in measured:
             if entry["name"] in spectra:
-                spectra[entry["name"]][step] = _spectrum(step, entry, kept)
+                spectra[entry["name"]][step, order] = _spectrum(step, entry, kept)
         for event in self.events:
             for layer in event["layers"]:
-                sizes[layer["name"]].append((event["step"] or 0, layer["new_size"]))
+                sizes[layer["name"]].append((self.place(event), layer["new_size"]))
         return [Layer(name, sizes[name], [spectra[name][step] for step in sorted(spectra[name])]) for name in names]
 
     def sizes_before(self) -> list[int]:
@@ -163,14 +174,15 @@ class RunRecord:
         """Return the value of a series at a step; None if there is none."""
         return dict(self.series(key)).get(step)
 
-    def _measurements(self) -> Iterator[tuple[int, Mapping[str, Any], int | None]]:
+    def _measurements(self) -> Iterator[tuple[int, int, Mapping[str, Any], int | None]]:
+        """Step, order among those of one step, layer and kept states of each; a cut comes in place of the log's."""
         for entry in self.log:
             for layer in entry.get(keys.SPECTRA) or []:
-                yield entry["step"], layer, None
-        for cut in self.cuts:
+                yield entry["step"], 0, layer, None
+        for index, cut in enumerate(self.cuts):
             for layer in cut["layers"]:
-                if layer["singular_values"]:  # a cut by another score measures none
-                    yield cut["step"] or 0, layer, layer["new_size"]
+                if layer.get("singular_values"):  # configs keep none, and a cut by another score measures none
+                    yield self.place(cut), 0 if cut["step"] is not None else index + 1, layer, layer["new_size"]
 
     def _layer_names(self) -> list[str]:
         if self.events:

@@ -95,8 +95,9 @@ def _mean(layers: Sequence[dict[str, Any]], key: str) -> str:
 
 
 def _removed(layers: Sequence[dict[str, Any]]) -> str:
-    total = sum(sum(layer["singular_values"]) for layer in layers)
-    gone = sum(sum(layer["singular_values"][layer["new_size"] :]) for layer in layers)
+    spectra = [(layer.get("singular_values") or [], layer["new_size"]) for layer in layers]
+    total = sum(sum(values) for values, _ in spectra)
+    gone = sum(sum(values[kept:]) for values, kept in spectra)
     return f"{gone / total:.1%}" if total else ""
 
 

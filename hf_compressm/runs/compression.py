@@ -17,12 +17,22 @@ from ..moved import old_names
 from ..reduction import SizeConstraints
 from ..report import describe_environment, write_card
 from ..report.text_tables import aligned_table
-from ..surgery import Policy, check_parameters, check_value_size, compress, history, state_sizes, with_ties
+from ..surgery import (
+    Policy,
+    check_parameters,
+    check_value_size,
+    compress,
+    history,
+    state_sizes,
+    with_details,
+    with_ties,
+)
+from ..surgery import record_keys as keys
 from ..surgery.policies import check_target, describe_policy
 from ..surgery.refit import STEPS
 from .arguments import DataSource
 from .data_source import draw_calibration, evaluate, load_data
-from .description import describe_base, describe_task, public
+from .description import describe_base, describe_task, public, saved_records
 from .early_checks import check_saved_model, check_source
 
 __getattr__ = old_names(__name__)
@@ -109,7 +119,7 @@ def compress_saved_model(job: CompressionJob) -> CompressionResult:
             f"{state_sizes(model)}. Choose a larger tau, or a smaller target, fraction, minimum or multiple."
         )
     after = _losses(job, model, task)
-    records = history(model)
+    records = with_details(history(model), saved_records(job.model))
     if job.stock and not is_stock(model):
         model = _as_stock(model)
     positions = 0 if batches is None else sum(_positions(batch) for batch in batches)
@@ -118,7 +128,7 @@ def compress_saved_model(job: CompressionJob) -> CompressionResult:
         model.save_pretrained(folder)
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
-        write_json(folder / "compression.json", _content(job, result, records))
+        write_json(folder / keys.RECORD_FILE, _content(job, result, records))
         write_json(folder / "run.json", _describe(job, task))
         write_card(folder, name=output.name)
     return result

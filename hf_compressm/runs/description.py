@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from transformers.utils import cached_file
+
 from ..data import Task, task_names
+from ..surgery import record_keys as keys
 
 SPLITS = ("train", "validation", "test")
 PIXEL_TASKS = ("digits", "pathfinder", "scifar", "smnist")
@@ -62,6 +66,20 @@ def describe_task(task: Task, options: Mapping[str, Any], data_dir: str | None =
         "data": {**public(files), "sequences": sizes},
         "tokenizer": _describe_tokenizer(task.tokenizer),
     }
+
+
+def saved_records(model: str) -> list[dict[str, Any]]:
+    """Return the full compression history that lies beside a saved model; empty if there is none that can be read.
+
+    Args:
+        model: folder or name on the hub.
+    """
+    for name in (keys.RECORD_FILE, "finetuning.json"):
+        try:
+            return list(json.loads(Path(str(cached_file(model, name))).read_text())["history"])
+        except (OSError, ValueError, KeyError, TypeError):
+            continue
+    return []
 
 
 def _input(task: Task) -> str:

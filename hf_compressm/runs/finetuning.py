@@ -28,6 +28,7 @@ from ..surgery import (
     make_plan,
     save_base_model,
     state_sizes,
+    with_details,
 )
 from ..surgery.policies import choose_policy
 from ..surgery.processes import processes
@@ -35,7 +36,7 @@ from ..surgery.refit import STEPS
 from ..training.distributed import TrainingTeam
 from .arguments import DataSource
 from .data_source import draw_calibration, evaluate, load_data
-from .description import describe_base, describe_task, public
+from .description import describe_base, describe_task, public, saved_records
 from .early_checks import check_lora, check_saved_model, check_source
 from .healing import heal
 from .pretraining import REPORTED
@@ -224,8 +225,9 @@ def _save(trainer: Trainer, run: FinetuneRun, result: FinetuneResult, tokenizer:
         save_base_model(adapted, output / "base")
     if trainer.is_world_process_zero():
         output.mkdir(parents=True, exist_ok=True)
+        records = with_details(history(adapted), saved_records(run.arguments.model or ""))
         settings = public(dataclasses.asdict(run.arguments) | {"lora": run.lora})
-        content = dataclasses.asdict(result) | {"settings": settings, "history": history(adapted)}
+        content = dataclasses.asdict(result) | {"settings": settings, "history": records}
         write_json(output / "finetuning.json", content)
         write_json(output / "run.json", facts)
         if tokenizer is not None:

@@ -39,7 +39,7 @@ from .adapters.mamba2 import CompreSSMMamba2Adapter, StockMamba2Adapter
 from .adapters.selective import Signals, selective_signals
 from .base_model import mixer_state, restore_mixer_state, save_base_model
 from .changes import ParameterChange, Term
-from .history import append_history, history, last_sizes, merged, original_sizes, set_history
+from .history import append_history, history, last_sizes, merged, original_sizes, set_history, short, with_details
 from .layer_plans import CompressionPlan, CutSettings, LayerPlan
 from .optimizer import unwrap_optimizer
 from .owners import Owner, find_owners, with_ties
@@ -103,10 +103,12 @@ __all__ = [
     "save_base_model",
     "selective_signals",
     "set_history",
+    "short",
     "sizes_in_state_dict",
     "state_sizes",
     "supported_mixers",
     "undisturbed",
     "unwrap_optimizer",
+    "with_details",
     "with_ties",
 ]

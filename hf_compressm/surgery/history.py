@@ -1,5 +1,8 @@
 """The compression history: a record of every cut, kept in the configs that hold the sizes, so that checkpoints have it.
 
+Singular values are many: a config that is saved with a model keeps a record without them, `short`, and the module that
+it belongs to has them in memory. Files of their own keep full records: `compression.json` and the Trainer's state.
+
 A model may have several owners of mixers. Each keeps the part of a record about its own mixers, by their names within
 its module, so that this module can be saved and loaded alone.
 """
@@ -19,12 +22,19 @@ from .owners import Owner, find_owners
 from .record_keys import HISTORY
 
 Record = dict[str, Any]
+LONG = "singular_values"
+"""What a layer's entry has in a full record alone."""
+DETAILS = "_compression_details"
+"""Attribute of an owner's module: full records, as far as this process has seen them."""
 POSITION = "position"
 """Key of a record's place in the history of the whole model, where an owner's own history has it elsewhere."""
 
 
 def history(model: nn.Module) -> list[Record]:
-    """The model's compression history: records of cuts and undone cuts, oldest first. A copy."""
+    """The model's compression history: records of cuts and undone cuts, oldest first. A copy.
+
+    Layers of a loaded model's earlier cuts lack `singular_values`, which its config does not keep; see `with_details`.
+    """
     sites = find_mixers(model)
     owners, order = find_owners(model, sites), {site.name: index for index, site in enumerate(sites)}
     outer = _outer(model, owners)
@@ -58,6 +68,18 @@ def append_history(model: nn.Module, record: Record) -> None:
     last = max((own[-1].get(POSITION, len(own) - 1) for own in kept if own), default=-1)
     for owner, own in zip(owners, kept, strict=True):
         _keep(owner, own + _part(record, owner, last + 1, len(own)))
+
+
+def short(record: Record) -> Record:
+    """The record as configs keep it: without singular values."""
+    layers = [{key: value for key, value in layer.items() if key != LONG} for layer in record["layers"]]
+    return {**record, "layers": layers}
+
+
+def with_details(records: Iterable[Record], full: Iterable[Record]) -> list[Record]:
+    """The records, each replaced by the full one that it is short for, if that is there."""
+    known = [record for record in full if any(LONG in layer for layer in record["layers"])]
+    return [next((found for found in known if short(found) == record), record) for record in records]
 
 
 def original_sizes(model: nn.Module) -> list[int]:
@@ -101,13 +123,19 @@ def _outer(model: nn.Module, owners: Sequence[Owner]) -> Any:
 
 def _kept(owner: Owner) -> list[Record]:
     found = [getattr(keeper, HISTORY, None) for keeper in owner.keepers]
-    return copy.deepcopy(next((records for records in found if records), []))
+    records: list[Record] = next((records for records in found if records), [])
+    return copy.deepcopy(with_details(records, getattr(owner.module, DETAILS, [])))
 
 
 def _keep(owner: Owner, records: Sequence[Record]) -> None:
+    if owner.keepers[0] is owner.module:
+        kept = list(records)
+    else:
+        kept = [short(record) for record in records]
+        setattr(owner.module, DETAILS, copy.deepcopy(list(records)))
     for keeper in owner.keepers:
         if records or getattr(keeper, HISTORY, None):
-            setattr(keeper, HISTORY, copy.deepcopy(list(records)))
+            setattr(keeper, HISTORY, copy.deepcopy(kept))
 
 
 def _part(record: Record, owner: Owner, position: int, index: int) -> list[Record]:

@@ -53,7 +53,7 @@ class CompressionPlan:
         return any(layer.reduction is not None for layer in self.layers)
 
     def record(self, step: int | None) -> dict[str, Any]:
-        """JSON-ready record of the cut, as it stands in `config.compression_history`; no times, so equal runs agree."""
+        """JSON-ready record of the cut, without times; configs keep all of it but singular values."""
         return {
             "event": self.event,
             "step": step,

@@ -10,6 +10,8 @@ from typing import Any
 
 HISTORY = "compression_history"
 """Attribute of a config, or of a module without one: the list of cuts and undone cuts."""
+RECORD_FILE = "compression.json"
+"""File beside a model with the full history under the key `history`."""
 
 CALLBACK = "CompreSSMCallback"
 """Key of the callback's entry in `TrainerState.stateful_callbacks`; a subclass has its own class name there."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import weakref
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -45,6 +46,7 @@ from .checkpoints.contents import (
     read_exported,
     save_callback_state,
     save_missing_config,
+    save_record,
 )
 from .checkpoints.verification import check_history, pending_work
 from .config import CompressionConfig
@@ -137,8 +139,14 @@ class CompressionRun:
         folder = checkpoint_folder(self._trainer(), args, state)
         if tensors and state.is_world_process_zero:
             save_callback_state(folder, tensors)
-        if is_sharded(model) and args.should_save:
-            save_missing_config(folder, model)
+        if args.should_save and folder.is_dir():
+            self._save_record(folder, model)
+            if is_sharded(model):
+                save_missing_config(folder, model)
+
+    def _save_record(self, folder: Path, model: nn.Module) -> None:
+        if records := history(model):
+            save_record(folder, dataclasses.asdict(self.config), records)
 
     def finish(self, args: TrainingArguments, state: TrainerState, model: nn.Module, name: str) -> None:
         """Call when training has ended, and the best model is loaded if that was asked for.
@@ -155,6 +163,8 @@ class CompressionRun:
             exported = exported_state(state.best_model_checkpoint, name)
             if exported is not None:  # later cuts are not in that model
                 set_history(model, read_exported(exported)[0])
+        if args.should_save and (folder := Path(str(args.output_dir))).is_dir():
+            self._save_record(folder, model)  # for the model that is saved there; no event tells when
         self._tell_unfinished(model)
 
     def _tell_unfinished(self, model: nn.Module) -> None:

@@ -21,7 +21,7 @@ from hf_compressm.cli import main
 from hf_compressm.hub.export import export
 from hf_compressm.layers.lru import LRU
 from hf_compressm.report.record import read_run
-from hf_compressm.surgery import history, original_sizes
+from hf_compressm.surgery import history, original_sizes, short
 from hf_compressm.surgery.record_keys import STATE_FILE
 from hf_compressm.training import verify_checkpoint
 
@@ -182,9 +182,9 @@ def test_a_multimodal_checkpoint_loads_is_reported_and_exported(tmp_path, capsys
     trainer, run_folder = trained("multimodal")
     folder = run_folder / "checkpoint-6"
     loaded = LlavaForConditionalGeneration.from_pretrained(folder)
-    assert same_weights(loaded, trainer.model) and history(loaded) == history(trainer.model)
+    assert same_weights(loaded, trainer.model) and history(loaded) == list(map(short, history(trainer.model)))
     run = read_run(run_folder)
-    assert run.sizes_before() == [16, 16] and run.sizes_after() == [4, 4] and run.events == history(loaded)
+    assert run.sizes_before() == [16, 16] and run.sizes_after() == [4, 4] and run.events == history(trainer.model)
 
     written = export(str(folder), tmp_path / "out")
     assert written.state_sizes == [4, 4]

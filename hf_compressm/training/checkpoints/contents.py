@@ -80,6 +80,12 @@ def save_callback_state(folder: str | os.PathLike[str], state: dict[str, Any]) -
         save_file(tensors, partial, metadata={"tree": tree})
 
 
+def save_record(folder: str | os.PathLike[str], settings: Mapping[str, Any], records: list[dict[str, Any]]) -> None:
+    """Write the full compression history beside a model whose config keeps a short one, whole or not at all."""
+    with new_file(Path(folder) / keys.RECORD_FILE, durable=True) as partial:
+        partial.write_text(json.dumps({"settings": dict(settings), "history": records}, indent=2) + "\n")
+
+
 def save_missing_config(folder: str | os.PathLike[str], model: Any) -> None:
     """Write the config, with state sizes and history, into a checkpoint of shards, where the Trainer writes none."""
     if not isinstance(model, PreTrainedModel) or (Path(folder) / CONFIG_NAME).exists():
