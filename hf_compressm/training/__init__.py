@@ -2,6 +2,7 @@
 
 from .callback import CompreSSMCallback
 from .checkpoints.durable import DurableCheckpoints, newest_checkpoint, verify_manifest, verify_sealed, write_manifest
+from .checkpoints.resume import resize_to_checkpoint
 from .checkpoints.verification import verify_checkpoint
 from .checkpoints.whole_model import whole_model
 from .config import CompressionConfig
@@ -17,6 +18,7 @@ __all__ = [
     "StabilityTracker",
     "create_optimizer",
     "newest_checkpoint",
+    "resize_to_checkpoint",
     "rebuild_reducer",
     "verify_checkpoint",
     "verify_manifest",

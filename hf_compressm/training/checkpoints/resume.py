@@ -11,11 +11,13 @@ from typing import Any
 from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import PreTrainedModel, Trainer
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
+from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
-from ...surgery import check_fixed_tensors, resize_mixers, sizes_in_state_dict, unwrap_optimizer
+from ...surgery import check_fixed_tensors, resize_mixers, set_history, sizes_in_state_dict, unwrap_optimizer
+from ...surgery.record_keys import HISTORY
 from ...surgery.shards import is_sharded
 from ..trainer_log import running_trainer
+from .reading import read_weight_shapes
 from .sharded_loading import load_moments, load_weights
 
 
@@ -33,6 +35,36 @@ def detach_resizing(model: nn.Module) -> None:
     """Undo `attach_resizing`, whoever called it, and for a model that is a copy of another."""
     for key in _attached(model):
         del model._load_state_dict_pre_hooks[key]
+
+
+def resize_to_checkpoint(model: nn.Module, folder: str | os.PathLike[str], optimizer: Any = None) -> None:
+    """Give a model of another size, and its optimizer, the sizes of a checkpoint of a loop without the Trainer.
+
+    Call it before `accelerator.load_state(folder)`, which loads into what is there; best before `accelerator.prepare`.
+    The parameters that change have no values until then. If a `config.json` lies in the folder, the model's config
+    learns the compression history in it.
+
+    Args:
+        model: as it was built for the run, at its original size or any other.
+        folder: what `accelerator.save_state` wrote, with safetensors.
+        optimizer: of the model, wrapped or not; None if there is none.
+
+    Raises:
+        FileNotFoundError: if the folder holds no weights.
+        ValueError: if a file is damaged, or the weights are of another model.
+        TypeError: if the optimizer's state cannot be carried.
+    """
+    shapes, config = read_weight_shapes(Path(folder)), Path(folder) / CONFIG_NAME
+    prefix = "module." if all(name.startswith("module.") for name in shapes) else ""
+    try:
+        check_fixed_tensors(model, shapes, prefix)
+    except ValueError as error:
+        raise ValueError(f"the weights are of another model: {error}. Build it as it was trained.") from error
+    sizes = sizes_in_state_dict(model, shapes, prefix)
+    records = json.loads(config.read_text()).get(HISTORY) if config.is_file() else None
+    resize_mixers(model, sizes, None if optimizer is None else unwrap_optimizer(optimizer))
+    if records:
+        set_history(model, records)
 
 
 def resize_every_load(trainer: Trainer) -> None:
