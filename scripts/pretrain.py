@@ -7,7 +7,7 @@
     accelerate launch scripts/pretrain.py configs/runs/digits_mimo_ssm.yaml --resume_from_checkpoint true
     python scripts/pretrain.py --list-tasks
     python scripts/pretrain.py --help text
-    python scripts/pretrain.py CONFIG.yaml --import my_tasks.py
+    accelerate launch scripts/pretrain.py CONFIG.yaml --import my_tasks.py
 
 The file holds fields of RunArguments, TrainingArguments and CompressionConfig, and a mapping `model` with fields of the
 model's config. Every field is an option too; `--help` lists them. `--help TASK` lists the options of a task, which are

@@ -155,7 +155,10 @@ def check(words: list[str], monkeypatch) -> None:
     elif program == "python":
         check(rest, monkeypatch)
     elif program in SCRIPTS:
-        SCRIPTS[program](rest)
+        try:
+            SCRIPTS[program](rest)
+        except SystemExit as stopped:  # it has printed what was asked for, such as --help
+            assert stopped.code == 0
     elif program.startswith(("scripts/benchmarks/", "scripts/reproduce.py")):
         parsed_by_the_script(program, rest, monkeypatch)
     elif program == "hf-compressm":

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from ..models.feature_extractor import pad_series, steps_mask
+from .language import IGNORED
 
 PAD = 0
 """The id of padding, which no real token may have."""
@@ -35,6 +36,12 @@ def pad_series_right(items: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
     rows = [item["input_values"] for item in items]
     batch = {"input_values": pad_series(rows), "attention_mask": steps_mask(rows)}
     return batch | ({"labels": torch.stack([item["labels"] for item in items])} if "labels" in items[0] else {})
+
+
+def pad_steps(items: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
+    """Make a batch as `pad_series_right`, with a label for each step: (B, L) or (B, L, K), -100 at padding."""
+    batch = pad_series_right([{"input_values": item["input_values"]} for item in items])
+    return batch | {"labels": pad_series([item["labels"] for item in items], value=IGNORED)}
 
 
 def _padded(rows: list[Tensor]) -> Tensor:

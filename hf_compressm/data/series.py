@@ -9,7 +9,7 @@ import numpy as np
 from datasets import Dataset, Features, Value
 
 from ..models.feature_extractor import MimoSSMFeatureExtractor
-from .collators import pad_series_right
+from .collators import pad_series_right, pad_steps
 from .own_files import SPLITS, Shares, find_own_files, split_of
 from .series_files import ENDINGS, Columns, Series, read_series, shortened
 from .series_kinds import KINDS, DecodeSeries, Kind, mean_and_std
@@ -40,11 +40,13 @@ def series(
       to sort the rows of a sequence by. Without `time` they stay in their order.
     - a table with a row for each sequence and a list of numbers in each input column (parquet).
     - a table with a row for each sequence of one channel, whose steps are the input columns in their order.
-    - npz: each input an array (n, L) or (n, L, C), targets (n,) or (n, K).
+    - npz: each input an array (n, L) or (n, L, C), targets (n,) or (n, K), for each step
+      (n, L) or (n, L, K).
 
     Steps at a sequence's end that have no value at all are padding. Any other missing value becomes the last one before
     it in its channel, or the channel's mean if there is none. Each channel gets zero mean and unit variance over the
-    values of train alone; targets that are numbers too, while metrics are in their own unit. What was learnt is saved
+    values of train alone; targets that are numbers too, while metrics are in their own unit. A step's label
+    comes from that step and those before it. What was learnt is saved
     with the model, in preprocessor_config.json: `AutoFeatureExtractor.from_pretrained(folder)` prepares new data.
 
     Splits that are not given are made from `train`. Which one a sequence goes to follows from a hash of its `group`, or
@@ -55,7 +57,8 @@ def series(
             `validation` and `test` to these.
         inputs: names of the columns or arrays that the model reads, its channels.
         target: name of what it predicts; several for regression.
-        kind: "classification" (a class for a sequence) or "regression" (numbers for a sequence).
+        kind: "classification" (a class for a sequence) or "regression" (numbers for a sequence) or
+            "labelling" (for each step a class, or numbers where the target has fractions; missing ones do not count).
         group: column of a name for each sequence; those with one name are in one split.
         time: column to sort the rows of a sequence by.
         indicators: add a channel for each input that is 1 where its value was missing.
@@ -80,10 +83,11 @@ def series(
         **{split: _dataset(rows, fitted) for split, rows in splits.items()},
         model_kwargs={"num_channels": extractor.num_channels, **fitted.model_kwargs},
         compute_metrics=fitted.metrics,
+        preprocess_logits_for_metrics=fitted.preprocess,
         metric_for_best_model=fitted.best_metric,
         greater_is_better=fitted.greater_is_better,
         problem=fitted.problem,
-        collator=pad_series_right,
+        collator=pad_steps if fitted.per_step else pad_series_right,
         feature_extractor=extractor,
     )
 

@@ -9,9 +9,11 @@ from typing import Any
 
 import numpy as np
 import torch
+from sklearn.metrics import f1_score
 from transformers import EvalPrediction
 
 from ..models.feature_extractor import MimoSSMFeatureExtractor
+from .language import IGNORED
 from .metrics import classification_metrics
 from .series_files import Series, shortened
 from .task import label_fields
@@ -52,6 +54,8 @@ class Kind(ABC):
     @abstractmethod
     def model_kwargs(self) -> dict[str, Any]:
         """Config fields that the targets decide."""
+
+    preprocess: Any = None
 
     @abstractmethod
     def metrics(self, prediction: EvalPrediction) -> dict[str, float]:
@@ -133,7 +137,58 @@ class Regression(Kind):
         return error_metrics((np.asarray(logits).reshape(labels.shape) - labels) * np.array(self.extractor.target_std))
 
 
-KINDS: dict[str, type[Kind]] = {"classification": Classification, "regression": Regression}
+class Labelling(Classification):
+    """A class for each step, or numbers where a target has fractions; steps without a target do not count."""
+
+    problem = "token_classification"
+    per_step = True
+    shape = (-1,)
+
+    def fit(self, train: Sequence[Series]) -> None:
+        rows = [self._numbers(series) for series in train]
+        self.values = all(row is not None for row in rows) and any((row % 1 > 0).any() for row in rows)
+        if self.values:
+            self.dtype, self.shape = "float32", (-1, len(self.targets))
+            self.best_metric, self.greater_is_better = "rmse", False
+            learn_targets(self.extractor, np.concatenate(rows), self.targets)
+        else:
+            super().fit(train)
+
+    def _numbers(self, series: Series) -> Any:
+        try:
+            return series.target.astype(np.float64)
+        except (TypeError, ValueError):
+            return None
+
+    def encode(self, series: Series) -> np.ndarray:
+        if not self.values:
+            found = series.target[:, 0].tolist()
+            return np.array([IGNORED if _is_missing(v) else self._class(v, series) for v in found], dtype=self.dtype)
+        if (numbers := self._numbers(series)) is None:
+            raise ValueError(f"target {', '.join(self.targets)} of sequence {shortened(series.key)} has no numbers")
+        mean, std = np.array(self.extractor.target_mean), np.array(self.extractor.target_std)
+        return np.nan_to_num((numbers - mean) / std, nan=IGNORED).astype(self.dtype)
+
+    @property
+    def model_kwargs(self) -> dict[str, Any]:
+        return {"num_labels": len(self.targets), "problem_type": "regression"} if self.values else super().model_kwargs
+
+    def metrics(self, prediction: EvalPrediction) -> dict[str, float]:
+        labels, found = np.asarray(prediction.label_ids), np.asarray(prediction.predictions)
+        if self.values:
+            errors = np.where(labels == IGNORED, np.nan, found - labels)
+            return error_metrics(errors * np.array(self.extractor.target_std))
+        labels, found = labels[labels != IGNORED], found[labels != IGNORED]
+        shares = f1_score(labels, found, average="macro", zero_division=0.0)
+        return {"accuracy": float((labels == found).mean()), "f1": float(shares)}
+
+    def preprocess(self, logits: Any, labels: torch.Tensor) -> torch.Tensor:
+        """What `Trainer` takes as `preprocess_logits_for_metrics`: classes (B, L), or values (B, L, K)."""
+        logits = logits[0] if isinstance(logits, tuple) else logits
+        return logits if self.values else logits.argmax(-1)
+
+
+KINDS: dict[str, type[Kind]] = {"classification": Classification, "regression": Regression, "labelling": Labelling}
 
 
 def learn_targets(extractor: MimoSSMFeatureExtractor, values: np.ndarray, names: Sequence[str]) -> None:

@@ -10,12 +10,14 @@ from .compressm_mamba import (
     CompreSSMMambaConfig,
     CompreSSMMambaForCausalLM,
     CompreSSMMambaForSequenceClassification,
+    CompreSSMMambaForTokenClassification,
     CompreSSMMambaModel,
 )
 from .compressm_mamba2 import (
     CompreSSMMamba2Config,
     CompreSSMMamba2ForCausalLM,
     CompreSSMMamba2ForSequenceClassification,
+    CompreSSMMamba2ForTokenClassification,
     CompreSSMMamba2Model,
 )
 from .compressm_minimax import (
@@ -34,13 +36,24 @@ from .mimo_ssm import (
     MimoSSMForCausalLM,
     MimoSSMForSequenceClassification,
     MimoSSMForSequencePairClassification,
+    MimoSSMForTokenClassification,
     MimoSSMModel,
     MimoSSMPreTrainedModel,
 )
 
-register(CompreSSMMambaConfig, CompreSSMMambaModel, CompreSSMMambaForCausalLM, CompreSSMMambaForSequenceClassification)
 register(
-    CompreSSMMamba2Config, CompreSSMMamba2Model, CompreSSMMamba2ForCausalLM, CompreSSMMamba2ForSequenceClassification
+    CompreSSMMambaConfig,
+    CompreSSMMambaModel,
+    CompreSSMMambaForCausalLM,
+    CompreSSMMambaForSequenceClassification,
+    of_steps=CompreSSMMambaForTokenClassification,
+)
+register(
+    CompreSSMMamba2Config,
+    CompreSSMMamba2Model,
+    CompreSSMMamba2ForCausalLM,
+    CompreSSMMamba2ForSequenceClassification,
+    of_steps=CompreSSMMamba2ForTokenClassification,
 )
 register(
     CompreSSMGatedDeltaNetConfig,
@@ -60,6 +73,7 @@ register(
     MimoSSMForCausalLM,
     MimoSSMForSequenceClassification,
     MimoSSMForSequencePairClassification,
+    of_steps=MimoSSMForTokenClassification,
 )
 
 __all__ = [
@@ -70,10 +84,12 @@ __all__ = [
     "CompreSSMMamba2Config",
     "CompreSSMMamba2ForCausalLM",
     "CompreSSMMamba2ForSequenceClassification",
+    "CompreSSMMamba2ForTokenClassification",
     "CompreSSMMamba2Model",
     "CompreSSMMambaConfig",
     "CompreSSMMambaForCausalLM",
     "CompreSSMMambaForSequenceClassification",
+    "CompreSSMMambaForTokenClassification",
     "CompreSSMMambaModel",
     "CompreSSMMiniMaxConfig",
     "CompreSSMMiniMaxForCausalLM",
@@ -85,6 +101,7 @@ __all__ = [
     "MimoSSMForCausalLM",
     "MimoSSMForSequenceClassification",
     "MimoSSMForSequencePairClassification",
+    "MimoSSMForTokenClassification",
     "MimoSSMModel",
     "MimoSSMPreTrainedModel",
     "from_stock",

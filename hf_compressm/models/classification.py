@@ -49,6 +49,7 @@ class SequenceClassification(KnownClassifier):
 
     config: Any
     backbone_class: Any
+    output_class: Any = SequenceClassifierOutput
     score_bias = False
 
     def __init__(self, config: Any) -> None:
@@ -96,11 +97,19 @@ class SequenceClassification(KnownClassifier):
         inputs = {name: self._as_sequences(name, value) for name, value in given.items() if value is not None}
         hidden = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
         outputs = self.backbone(**inputs, use_cache=False, output_hidden_states=hidden, return_dict=True)
-        logits = self._logits(pooled(outputs.last_hidden_state, inputs.get("attention_mask"), self.config.pooling))
+        logits = self._logits(self._read(outputs.last_hidden_state, inputs.get("attention_mask")))
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        loss = None if labels is None else classification_loss(self, logits, labels, **kwargs)
-        output = SequenceClassifierOutput(loss=loss, logits=logits, hidden_states=outputs.hidden_states)
+        loss = None if labels is None else self._loss(logits, labels, **kwargs)
+        output = self.output_class(loss=loss, logits=logits, hidden_states=outputs.hidden_states)
         return in_form(output, return_dict, self.config)
+
+    def _read(self, hidden_states: Tensor, attention_mask: Tensor | None) -> Tensor:
+        """Return what the head sees of the backbone's features (B, L, H)."""
+        return pooled(hidden_states, attention_mask, self.config.pooling)
+
+    def _loss(self, logits: Tensor, labels: Tensor, **kwargs: Any) -> Tensor:
+        """Return the loss, a scalar."""
+        return classification_loss(self, logits, labels, **kwargs)
 
     def _add_head(self, config: Any) -> None:
         self.score = nn.Linear(config.hidden_size, config.num_labels, bias=self.score_bias)
@@ -110,7 +119,7 @@ class SequenceClassification(KnownClassifier):
         return value
 
     def _logits(self, features: Tensor) -> Tensor:
-        """Map pooled features (B, H) to (B, K)."""
+        """Map features (B, H) to (B, K)."""
         return self.score(features)
 
 

@@ -9,6 +9,7 @@ from transformers import (
     AutoModel,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
     PreTrainedModel,
 )
 
@@ -17,6 +18,7 @@ from .feature_extractor import register_feature_extractor
 HEADS = {
     "sequence_classification": AutoModelForSequenceClassification,
     "sequence_pair_classification": AutoModelForSequenceClassification,
+    "token_classification": AutoModelForTokenClassification,
     "causal_lm": AutoModelForCausalLM,
 }
 """The Auto class that loads a saved model for a task of each kind."""
@@ -24,24 +26,28 @@ HEADS = {
 CLASS_ENDINGS = {
     "sequence_classification": "ForSequenceClassification",
     "sequence_pair_classification": "ForSequencePairClassification",
+    "token_classification": "ForTokenClassification",
     "causal_lm": "ForCausalLM",
 }
 """How names of model classes end that have the head for a task of each kind."""
 
 
-def register(config_class: Any, model: Any, causal_lm: Any, *classifiers: Any) -> None:
+def register(config_class: Any, model: Any, causal_lm: Any, *classifiers: Any, of_steps: Any = None) -> None:
     """Register a config and its model classes with transformers' Auto classes.
 
     Args:
         config_class: has a `model_type`.
         model, causal_lm: its classes without a head and with that of a language model.
         *classifiers: of several, transformers takes the one that the config's `architectures` names, or else the first.
+        of_steps: the class that labels each step; None if there is none.
     """
     AutoConfig.register(config_class.model_type, config_class, exist_ok=True)
     AutoModel.register(config_class, model, exist_ok=True)
     AutoModelForCausalLM.register(config_class, causal_lm, exist_ok=True)
     several: Any = classifiers if len(classifiers) > 1 else classifiers[0]
     AutoModelForSequenceClassification.register(config_class, several, exist_ok=True)
+    if of_steps is not None:
+        AutoModelForTokenClassification.register(config_class, of_steps, exist_ok=True)
     register_feature_extractor(config_class)
 
 

@@ -40,14 +40,14 @@ def load_config(name: str) -> Any:
 
 
 def load_model(name: str, device: str = "auto") -> Any:
-    """Load a causal language model or sequence classifier in its own dtype, with the head that its config names.
+    """Load a causal language model or classifier in its own dtype, with the head that its config names.
 
     Args:
         name: folder of the model, or its name on the hub.
         device: as torch names it, or "auto" for a GPU if there is one.
 
     Raises:
-        ValueError: if it is neither a causal language model nor a sequence classifier, or there is no such device.
+        ValueError: if it is neither a causal language model nor a classifier, or there is no such device.
         OSError: if there is no such model, or its weights cannot be read.
     """
     place = _device(device)
@@ -60,7 +60,7 @@ def load_model(name: str, device: str = "auto") -> Any:
             return model if getattr(config, "quantization_config", None) else model.to(place)
     raise ValueError(
         f"{name} was saved as {architecture or 'an unnamed architecture'}; supported are causal language models and "
-        "sequence classifiers"
+        "classifiers"
     )
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import functools
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -10,6 +11,7 @@ import torch
 from accelerate.utils import gather_object
 from torch.utils.data import DataLoader
 from transformers import EvalPrediction, default_data_collator
+from transformers.trainer_pt_utils import nested_concat
 
 from ..data import Task, load_task, task_names
 from ..data.language import IGNORED
@@ -117,8 +119,13 @@ def evaluate(
         found.append((float(outputs.loss), weight, scores.cpu().numpy(), labels.cpu().numpy()))
     found = gather_object(found) if processes > 1 else found
     losses, weights, predictions, references = zip(*found, strict=True)
-    prediction = EvalPrediction(np.concatenate(predictions), np.concatenate(references))
+    prediction = EvalPrediction(_joined(predictions), _joined(references))
     return {"loss": float(np.average(losses, weights=weights)), **task.compute_metrics(prediction)}
+
+
+def _joined(parts: Sequence[np.ndarray]) -> np.ndarray:
+    """Concatenate, padded to one length where there are scores for each step."""
+    return functools.reduce(nested_concat, parts)
 
 
 def _check_task(model: Any, task: Task) -> None:

@@ -17,7 +17,12 @@ from .pretraining import CACHES
 if TYPE_CHECKING:
     from .finetuning import FinetuneRun
 
-TASK_TYPES = {"causal_lm": "CAUSAL_LM", "sequence_classification": "SEQ_CLS", "sequence_pair_classification": "SEQ_CLS"}
+TASK_TYPES = {
+    "causal_lm": "CAUSAL_LM",
+    "sequence_classification": "SEQ_CLS",
+    "sequence_pair_classification": "SEQ_CLS",
+    "token_classification": "TOKEN_CLS",
+}
 UNCALLED = ("dt_proj", "conv1d")
 """Layers of mixers whose weights transformers uses without calling the layer, so that LoRA around them does nothing."""
 

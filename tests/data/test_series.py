@@ -7,8 +7,10 @@ import pytest
 import torch
 from transformers import AutoFeatureExtractor
 
+from hf_compressm import MimoSSMConfig, MimoSSMForTokenClassification
 from hf_compressm.data import load_task
 from hf_compressm.data.own_files import Shares, split_of
+from hf_compressm.runs.data_source import evaluate
 from hf_compressm.runs.evaluation import parse_evaluation, run_evaluation
 from hf_compressm.runs.pretraining import parse_run, run_pretraining
 
@@ -123,6 +125,43 @@ def test_numbers_are_learnt_at_unit_variance_and_scored_in_their_own(tmp_path):
     std = task.feature_extractor.target_std[0]
     found = task.compute_metrics(type("Prediction", (), {"predictions": labels + 1, "label_ids": labels}))
     assert found == pytest.approx({"mae": std, "rmse": std})
+
+
+@pytest.mark.parametrize("fractions", [False, True])
+def test_labels_of_steps(tmp_path, fractions):
+    table = long_table(sequences())
+    table["mark"] = np.where(table.b > -1, 0.25 if fractions else 1.0, 0.0)
+    table.loc[table.t == 2, "mark"] = np.nan
+    table.to_csv("data.csv", index=False)
+    task = load_task("series", files="data.csv", **{**LONG, "target": "mark", "kind": "labelling"})
+    assert task.problem == "token_classification" and task.greater_is_better != fractions
+    items = [task.train[index] for index in range(6)]
+    lengths = [len(item["input_values"]) for item in items]
+    labels = task.collator(items)["labels"]
+    missing = sum(max(lengths) - length + 1 for length in lengths)
+    assert (labels == -100).sum() == missing and labels.shape[:2] == (6, max(lengths))
+    if fractions:
+        assert labels.dtype == torch.float32 and labels.shape[2] == 1
+        found = task.compute_metrics(type("P", (), {"predictions": labels + 1, "label_ids": labels}))
+        assert found["mae"] == pytest.approx(task.feature_extractor.target_std[0], rel=1e-4)
+    else:
+        assert set(labels.unique().tolist()) == {-100, 0, 1} and task.model_kwargs["id2label"][0] == "0.0"
+        scores = torch.nn.functional.one_hot(labels.clamp(min=0), 2).float()
+        found = task.preprocess_logits_for_metrics(scores, labels)
+        assert task.compute_metrics(type("P", (), {"predictions": found, "label_ids": labels})) == {
+            "accuracy": 1,
+            "f1": 1,
+        }
+
+
+def test_steps_are_scored_across_batches_of_other_lengths(tmp_path):
+    table = long_table(sequences())
+    table.assign(mark=(table.b > -1).astype(int)).to_csv("data.csv", index=False)
+    task = load_task("series", files="data.csv", **{**LONG, "target": "mark", "kind": "labelling"})
+    config = MimoSSMConfig(hidden_size=8, num_hidden_layers=1, state_sizes=4, **task.model_kwargs)
+    model = MimoSSMForTokenClassification(config).eval()
+    one, several = evaluate(model, task, 100), evaluate(model, task, 2)
+    assert one == pytest.approx(several, rel=1e-5) and {"loss", "accuracy", "f1"} <= set(one)
 
 
 def test_batches_have_a_mask_and_indicators_are_channels(tmp_path):

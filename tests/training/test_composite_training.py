@@ -191,7 +191,7 @@ def test_a_multimodal_checkpoint_loads_is_reported_and_exported(tmp_path, capsys
     assert same_weights(LlavaForConditionalGeneration.from_pretrained(tmp_path / "out"), loaded)
     with pytest.raises(SystemExit):
         main(["inspect", str(folder)])
-    assert "supported are causal language models and sequence classifiers" in capsys.readouterr().err
+    assert "supported are causal language models and classifiers" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("kind", ["multimodal", *RENAMED])

@@ -18,6 +18,7 @@ from ...layers.mamba import CompreSSMMambaMixer
 from ..causal_lm import CausalLM
 from ..classification import SequenceClassification
 from ..selective import SelectiveBlock, SelectiveModel, SelectivePreTrained
+from ..token_classification import TokenClassification
 from .configuration_compressm_mamba import CompreSSMMambaConfig
 
 
@@ -64,9 +65,16 @@ class CompreSSMMambaForSequenceClassification(SequenceClassification, CompreSSMM
     backbone_class = CompreSSMMambaModel
 
 
+class CompreSSMMambaForTokenClassification(TokenClassification, CompreSSMMambaPreTrainedModel):
+    """A Mamba that gives each step labels: one of several classes, or values."""
+
+    backbone_class = CompreSSMMambaModel
+
+
 __all__ = [
     "CompreSSMMambaForCausalLM",
     "CompreSSMMambaForSequenceClassification",
+    "CompreSSMMambaForTokenClassification",
     "CompreSSMMambaModel",
     "CompreSSMMambaPreTrainedModel",
 ]

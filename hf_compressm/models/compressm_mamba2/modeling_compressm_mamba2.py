@@ -20,6 +20,7 @@ from ...layers.mamba2 import CompreSSMMamba2Mixer
 from ..causal_lm import CausalLM
 from ..classification import SequenceClassification
 from ..selective import SelectiveBlock, SelectiveModel, SelectivePreTrained, rows_of_padding_kept
+from ..token_classification import TokenClassification
 from .configuration_compressm_mamba2 import CompreSSMMamba2Config
 
 
@@ -69,9 +70,16 @@ class CompreSSMMamba2ForSequenceClassification(SequenceClassification, CompreSSM
     backbone_class = CompreSSMMamba2Model
 
 
+class CompreSSMMamba2ForTokenClassification(TokenClassification, CompreSSMMamba2PreTrainedModel):
+    """A Mamba-2 that gives each step labels: one of several classes, or values."""
+
+    backbone_class = CompreSSMMamba2Model
+
+
 __all__ = [
     "CompreSSMMamba2ForCausalLM",
     "CompreSSMMamba2ForSequenceClassification",
+    "CompreSSMMamba2ForTokenClassification",
     "CompreSSMMamba2Model",
     "CompreSSMMamba2PreTrainedModel",
 ]

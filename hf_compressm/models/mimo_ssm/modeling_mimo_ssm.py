@@ -28,6 +28,7 @@ from ..known_by_name import KnownModel
 from ..loading import SizesFromConfig
 from ..outputs import in_form
 from ..pooling import padding_of_steps
+from ..token_classification import TokenClassification
 from .batch_norm import MimoSSMBatchNorm
 from .cache import MimoSSMCache
 from .configuration_mimo_ssm import MimoSSMConfig
@@ -243,6 +244,12 @@ class MimoSSMForSequencePairClassification(SequencePairClassification, MimoSSMPr
     backbone_class = MimoSSMModel
 
 
+class MimoSSMForTokenClassification(TokenClassification, MimoSSMPreTrainedModel):
+    """A MimoSSM that gives each step labels: one of several classes, or values."""
+
+    backbone_class = MimoSSMModel
+
+
 class MimoSSMForCausalLM(CausalLM, MimoSSMPreTrainedModel, GenerationMixin):
     """A MimoSSM that predicts the next token; `generate` needs constant memory and time per token."""
 
@@ -304,6 +311,7 @@ __all__ = [
     "MimoSSMForCausalLM",
     "MimoSSMForSequenceClassification",
     "MimoSSMForSequencePairClassification",
+    "MimoSSMForTokenClassification",
     "MimoSSMModel",
     "MimoSSMPreTrainedModel",
 ]
