@@ -11,7 +11,12 @@ import torch
 from own_delta_models import config as delta_config
 from own_minimax_models import config as minimax_config
 from selective_models import COMMON, IDS, OWN, own
-from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+)
 from transformers.dynamic_module_utils import get_class_from_dynamic_module, get_imports
 
 from hf_compressm import (
@@ -88,8 +93,10 @@ def test_outputs_gradients_and_generation_are_the_same(kind, tmp_path):
 
 
 @KINDS
-@pytest.mark.parametrize("auto", [AutoModel, AutoModelForSequenceClassification])
+@pytest.mark.parametrize("auto", [AutoModel, AutoModelForSequenceClassification, AutoModelForTokenClassification])
 def test_other_heads_and_continuous_inputs(kind, auto, tmp_path):
+    if auto is AutoModelForTokenClassification and kind in ("gated_deltanet", "minimax"):
+        pytest.skip("has no head for steps")
     fields = {"num_channels": 3, "vocab_size": None} if kind == "mimo" else {"num_channels": 3}
     ours = auto.from_config(config(kind, **fields)).eval()
     theirs = travelled(ours, tmp_path / "model", auto)
