@@ -142,7 +142,7 @@ class Labelling(Classification):
 
     problem = "token_classification"
     per_step = True
-    shape = (-1,)
+    shape: tuple[int, ...] = (-1,)
 
     def fit(self, train: Sequence[Series]) -> None:
         rows = [self._numbers(series) for series in train]
