@@ -33,12 +33,13 @@ from ..surgery import (
 from ..surgery.policies import choose_policy
 from ..surgery.processes import processes
 from ..surgery.refit import STEPS
+from ..training import whole_model
 from ..training.distributed import TrainingTeam
 from .arguments import DataSource
 from .data_source import draw_calibration, evaluate, load_data
 from .description import describe_base, describe_task, public, saved_records
 from .early_checks import check_lora, check_saved_model, check_source
-from .healing import heal
+from .healing import heal, loaded_by_each_rank, unshard
 from .pretraining import REPORTED
 from .run_file import parse_options
 
@@ -163,7 +164,8 @@ def run_finetuning(run: FinetuneRun) -> FinetuneResult:
     """
     _check(run)
     name, training = run.arguments.model or "", run.training
-    model = load_model(name, str(training.device))
+    with loaded_by_each_rank():
+        model = load_model(name, str(training.device))
     switch_on(model, run.arguments.fast_ops)
     tokenizer = load_tokenizer(name)
     task = load_data(run.source(), model, tokenizer)
@@ -173,6 +175,7 @@ def run_finetuning(run: FinetuneRun) -> FinetuneResult:
         _cut(model, task, run, policy)
         scores["cut"] = _scores(model, task, training)
     trainer, metrics = heal(model, task, run)
+    unshard(trainer)
     adapted: Any = trainer.model
     trainable = sum(parameter.numel() for parameter in adapted.parameters() if parameter.requires_grad)
     scores["healed"] = _scores(adapted.eval(), task, training)
@@ -232,11 +235,12 @@ def _save(trainer: Trainer, run: FinetuneRun, result: FinetuneResult, tokenizer:
         write_json(output / "run.json", facts)
         if tokenizer is not None:
             tokenizer.save_pretrained(output)
-    if run.training.push_to_hub:
-        trainer.push_to_hub()  # saves first
-    else:
-        trainer.save_model()
-        trainer.create_model_card()
+    with whole_model(trainer):
+        if run.training.push_to_hub:
+            trainer.push_to_hub()  # saves first
+        else:
+            trainer.save_model()
+            trainer.create_model_card()
 
 
 def summary(result: FinetuneResult) -> str:

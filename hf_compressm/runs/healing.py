@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
@@ -11,6 +13,8 @@ from transformers import Trainer, default_data_collator, set_seed
 from ..data import Task
 from ..models.fast_ops import has_stock_mixers
 from ..surgery import find_mixers
+from ..surgery.sharded import whole_copy
+from ..surgery.shards import is_sharded
 from .early_checks import import_peft
 from .pretraining import CACHES
 
@@ -78,6 +82,28 @@ def add_lora(model: nn.Module, task: Task, settings: Mapping[str, Any]) -> Any:
                     f"it would do nothing there. Take {name} out of target_modules; suited are {', '.join(suited)}."
                 )
     return adapted
+
+
+@contextmanager
+def loaded_by_each_rank() -> Iterator[None]:
+    """A block in which every rank loads the weights of a model: all score it and cut it before FSDP shards it.
+
+    With `fsdp_cpu_ram_efficient_loading` transformers gives them to rank 0 only, and random ones to the others.
+    """
+    name = "FSDP_CPU_RAM_EFFICIENT_LOADING"
+    before = os.environ.pop(name, None)
+    try:
+        yield
+    finally:
+        if before is not None:
+            os.environ[name] = before
+
+
+def unshard(trainer: Trainer) -> None:
+    """If FSDP2 shards a trained model, give the Trainer a whole copy, on every rank: it is scored, merged and saved."""
+    if is_sharded(trainer.model):
+        model = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
+        trainer.model = trainer.model_wrapped = whole_copy(model)
 
 
 def heal(model: nn.Module, task: Task, run: FinetuneRun) -> tuple[Trainer, dict[str, float]]:

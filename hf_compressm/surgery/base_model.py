@@ -6,7 +6,9 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from .adapters.base import find_mixers
 from .optimizer import unwrap_optimizer
@@ -32,6 +34,7 @@ def save_base_model(model: nn.Module, folder: str | os.PathLike[str]) -> None:
 
     Args:
         model: a PeftModel with unmerged adapters.
+            Sharded by FSDP2 too; call it on all ranks then, of which the first writes.
         folder: for config and weights; it goes into the adapters' configs as it is given.
 
     Raises:
@@ -50,7 +53,8 @@ def save_base_model(model: nn.Module, folder: str | os.PathLike[str]) -> None:
     merged = next((name for name, module in base.named_modules() if is_tuner(module) and module.merged), None)
     if merged is not None:
         raise ValueError(f"an adapter is merged into {merged}; call unmerge_adapter() before saving the base model")
-    base.save_pretrained(folder, state_dict=_plain_state(base))
+    first = not is_sharded(base) or dist.get_rank() == 0
+    base.save_pretrained(folder, state_dict=_plain_state(base, first), is_main_process=first)
     for config in wrapped.peft_config.values():
         config.base_model_name_or_path = os.fspath(folder)
 
@@ -76,8 +80,8 @@ def restore_mixer_state(model: nn.Module, saved: Mapping[str, Any], optimizer: A
                 parameter.data.copy_(saved["parameters"][site.name][name])
 
 
-def _plain_state(base: nn.Module) -> dict[str, Tensor]:
-    """The state dict that the model would have without PEFT."""
+def _plain_state(base: nn.Module, kept: bool) -> dict[str, Tensor]:
+    """The state dict that the model would have without PEFT, gathered tensor by tensor where it is to be `kept`."""
     state = {}
     dropped: list[str] = []
     for name, module in base.named_modules():
@@ -87,5 +91,9 @@ def _plain_state(base: nn.Module) -> dict[str, Tensor]:
             dropped += [f"{name}.{part}." for part, _ in module.named_children() if part != "base_layer"]
     for key, value in base.state_dict().items():
         if not key.startswith(tuple(dropped)):
-            state[key.replace(".base_layer.", ".").replace(".original_module.", ".")] = value
+            whole = value.full_tensor() if isinstance(value, DTensor) else value
+            if kept:
+                state[key.replace(".base_layer.", ".").replace(".original_module.", ".")] = (
+                    value if whole is value else whole.cpu()
+                )
     return state

@@ -32,18 +32,31 @@ def whole_site(site: MixerSite) -> MixerSite:
     Modules of the copy share all else with those of the model. Values have the parameters' own dtype, not that of a
     mixed-precision policy.
     """
-    return replace(site, mixer=_whole(site.mixer))
+    return replace(site, mixer=_whole(site.mixer, {}))
 
 
-def _whole(module: nn.Module) -> nn.Module:
+def whole_copy(model: nn.Module) -> nn.Module:
+    """A copy of a model with whole, plain parameters and no hooks of FSDP, on every rank. The model is unchanged.
+
+    It needs the memory of the whole model on each; what is shared, such as tied weights, stays so.
+    """
+    reshard(model)
+    return _whole(model, {})
+
+
+def _whole(module: nn.Module, known: dict[int, Any]) -> nn.Module:
+    """The copy, after a look among those that are `known` by the identity of their originals."""
+    if id(module) in known:
+        return known[id(module)]
     attributes, state = vars(module), None
     cls: Any = type(module)
     if isinstance(module, FSDPModule):
         cls, state = cls.__mro__[cls._orig_cls_mro_index], module._get_fsdp_state()
     view: nn.Module = cls.__new__(cls)
+    known[id(module)] = view
     vars(view).update({name: value for name, value in attributes.items() if not _holds(value, state)})
-    view._parameters = {name: None if p is None else _plain(p) for name, p in module._parameters.items()}
-    view._modules = {name: None if child is None else _whole(child) for name, child in module._modules.items()}
+    view._parameters = {name: None if p is None else _plain(p, known) for name, p in module._parameters.items()}
+    view._modules = {name: None if child is None else _whole(child, known) for name, child in module._modules.items()}
     if state is not None:
         for kind in ("_forward_pre_hooks", "_forward_hooks"):
             hooks = attributes[kind]
@@ -57,10 +70,12 @@ def _holds(value: Any, state: Any) -> bool:
     return state is not None and isinstance(value, dict) and any(held is state for held in value.values())
 
 
-def _plain(parameter: nn.Parameter) -> nn.Parameter:
+def _plain(parameter: nn.Parameter, known: dict[int, Any]) -> nn.Parameter:
     if not isinstance(parameter, DTensor):
         return parameter
-    return nn.Parameter(_to_plain(parameter.detach()), requires_grad=parameter.requires_grad)
+    if id(parameter) not in known:
+        known[id(parameter)] = nn.Parameter(_to_plain(parameter.detach()), requires_grad=parameter.requires_grad)
+    return known[id(parameter)]
 
 
 @contextmanager

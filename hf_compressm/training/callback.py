@@ -13,7 +13,7 @@ from ..surgery import record_keys as keys
 from .checkpoints.resume import attach_resizing, detach_resizing, resize_every_load
 from .compression_run import CompressionRun, Training
 from .config import CompressionConfig
-from .distributed import find_wrapper, refuse_unsupported
+from .distributed import find_wrapper, refuse_optimizer, refuse_unsupported
 from .run_state import PerRun
 from .smoothing import refuse_unshifted_labels
 from .switching import switch_back_at_the_end
@@ -57,7 +57,7 @@ class CompreSSMCallback(TrainerCallback, ExportableState):
             Trainer than the given one.
         TypeError: unknown settings; when training starts: an optimizer whose state cannot be carried.
         NotImplementedError: when training starts with parameters that are sharded by other means than FSDP2 (FSDP1,
-            DeepSpeed, tensor parallelism).
+            DeepSpeed, tensor parallelism), or by FSDP2 with transformers' Adafactor.
         RuntimeError: if ranks differ after a cut.
     """
 
@@ -106,6 +106,7 @@ class CompreSSMCallback(TrainerCallback, ExportableState):
         trainer, model = self._trainer_of(state), kwargs["model"]
         training = Training(args, state, model, kwargs.get("optimizer"), kwargs.get("train_dataloader"), trainer)
         refuse_unsupported(args, model)
+        refuse_optimizer(model, training.optimizer)
         check_parameters(model, training.optimizer)
         find_wrapper(trainer, model)  # fail now, not at the first cut
         refuse_unshifted_labels(trainer, model)

@@ -15,8 +15,10 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from transformers import TrainingArguments
+from transformers.optimization import Adafactor
 from transformers.utils import logging
 
+from ..surgery import unwrap_optimizer
 from ..surgery.processes import ProcessTeam, Timer, processes
 from ..surgery.shards import check_torch, is_sharded, reshard, sharded_entries
 from .calibration import as_the_trainer_does
@@ -77,6 +79,20 @@ def refuse_unsupported(args: TrainingArguments, model: nn.Module, sharded: bool 
         raise NotImplementedError(
             f"one process would drive {args.n_gpu} GPUs by nn.DataParallel. Start one process for each GPU: "
             f"torchrun --nproc_per_node {args.n_gpu} ..., or set CUDA_VISIBLE_DEVICES to one."
+        )
+
+
+def refuse_optimizer(model: nn.Module, optimizer: Any) -> None:
+    """Raise if an optimizer, wrapped or not, would fail at its first step of parameters that FSDP2 shards.
+
+    Raises:
+        NotImplementedError: Adafactor of transformers.
+    """
+    if is_sharded(model) and optimizer is not None and isinstance(unwrap_optimizer(optimizer), Adafactor):
+        raise NotImplementedError(
+            "transformers' Adafactor (optim='adafactor') cannot step parameters that FSDP2 shards: it keeps the means "
+            "over rows and columns as tensors that are not sharded. Train with another optimizer, such as "
+            "optim='adamw_torch', or with DDP."
         )
 
 

@@ -1,6 +1,7 @@
 """FSDP2 and HSDP over gloo, through an unmodified Trainer and in loops by hand: weights of DDP and of one process."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ BY_BLOCK = {
     "transformer_layer_cls_to_wrap": ["CompreSSMMamba2Block"],
     "fsdp_auto_wrap_policy": "TRANSFORMER_BASED_WRAP",
 }
+WRAPPED = re.compile(r"_checkpoint_wrapped_module\.|_orig_mod\.")
 IN_TWO = {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 2}
 
 pytestmark = [pytest.mark.slow, pytest.mark.multi_process]
@@ -44,7 +46,7 @@ def check_equal(found, expected, tolerance=1e-5):
     names = [[(layer["name"], layer["new_size"]) for layer in cut["layers"]] for cut in found["history"]]
     assert names == [[(layer["name"], layer["new_size"]) for layer in cut["layers"]] for cut in expected["history"]]
     for kind in ("weights", "moments"):
-        clean = {name.replace("_checkpoint_wrapped_module.", ""): value for name, value in found[kind].items()}
+        clean = {WRAPPED.sub("", name): value for name, value in found[kind].items()}
         assert clean.keys() == expected[kind].keys()
         for name, value in clean.items():
             assert torch.allclose(value, expected[kind][name], atol=tolerance), f"{kind} of {name}"
@@ -70,6 +72,11 @@ def test_hand_written_loops(processes):
 )
 def test_an_unmodified_trainer_shards_and_cuts(model, fsdp, arguments, replicated, tmp_path):
     check_equal(train(tmp_path, "fsdp", model, arguments=arguments, fsdp=fsdp), replicated(model, arguments))
+
+
+def test_a_compiled_model_is_cut_as_one_that_is_not(replicated, tmp_path):
+    compiled = {"torch_compile": True, "torch_compile_backend": "eager"}
+    check_equal(train(tmp_path, "fsdp", "lru", arguments=compiled), replicated("lru", {}))
 
 
 def test_hybrid_shards(replicated, tmp_path):

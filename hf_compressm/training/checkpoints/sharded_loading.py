@@ -15,9 +15,11 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 
 from ...surgery import check_fixed_tensors, has_tuners, resize_mixers, sizes_in_state_dict, unwrap_optimizer
+from ...surgery import record_keys as keys
 from ...surgery.processes import decided_by_rank_0, raise_together, team_for
+from .contents import load_callback_state
 from .reading import load_pickle, reading, weight_files
-from .sharded_files import check_sharded_moments, saved_weight_shapes, sharded_format
+from .sharded_files import check_sharded_moments, saved_weight_shapes, sharded_format, sharded_weight_shapes
 
 WHOLE = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
 _CHECKPOINTED = "_checkpoint_wrapped_module."
@@ -25,6 +27,8 @@ _CHECKPOINTED = "_checkpoint_wrapped_module."
 
 def load_weights(trainer: Any, folder: Path, load: Callable[[], Any]) -> Any:
     """Resize the Trainer's sharded model to a checkpoint's sizes, and load its weights. Collective.
+
+    Of a model with adapters of PEFT only these are loaded; the callback restores what cuts changed beneath them.
 
     Args:
         trainer: its model is sharded by FSDP2.
@@ -35,12 +39,10 @@ def load_weights(trainer: Any, folder: Path, load: Callable[[], Any]) -> Any:
         FileNotFoundError, ValueError: on every rank: a file is missing or damaged, or the weights are of another model.
     """
     model = trainer.model
-    if has_tuners(model):
-        return load()
     form, sizes = decided_by_rank_0(lambda: _look(trainer, folder))
     optimizer = trainer.optimizer
     resize_mixers(model, sizes, None if optimizer is None else unwrap_optimizer(optimizer), team_for(model))
-    if form is not None:
+    if form is not None or has_tuners(model):
         return load()
     weights: dict[str, Any] = {}
     if trainer.args.process_index == 0:
@@ -85,6 +87,8 @@ def _look(trainer: Any, folder: Path) -> tuple[str | None, dict[str, int]]:
             f"{folder} holds a {form}, and this run reads a {expected}. "
             f"Set fsdp_state_dict_type in fsdp_config to {form}."
         )
+    if has_tuners(model):
+        return form, _sizes_beneath_adapters(folder, form)
     shapes = saved_weight_shapes(folder)
     check_sharded_moments(folder, shapes)
     try:
@@ -99,6 +103,17 @@ def _look(trainer: Any, folder: Path) -> tuple[str | None, dict[str, int]]:
             "with; go on from it without FSDP, or from a checkpoint of FSDP2."
         )
     return form, sizes
+
+
+def _sizes_beneath_adapters(folder: Path, form: str | None) -> dict[str, int]:
+    """What the callback noted of the state sizes by mixer name; empty without it."""
+    if form is None:
+        raise ValueError(
+            f"{folder} holds adapters that were saved without FSDP; go on from it without FSDP, or from a checkpoint "
+            "of FSDP2."
+        )
+    check_sharded_moments(folder, sharded_weight_shapes(folder))
+    return dict((load_callback_state([folder]) or {}).get(keys.MIXERS, {}).get("sizes", {}))
 
 
 def _with_tied(model: nn.Module, weights: dict[str, Any]) -> dict[str, Any]:
