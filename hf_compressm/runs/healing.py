@@ -101,8 +101,9 @@ def loaded_by_each_rank() -> Iterator[None]:
 
 def unshard(trainer: Trainer) -> None:
     """If FSDP2 shards a trained model, give the Trainer a whole copy, on every rank: it is scored, merged and saved."""
-    if is_sharded(trainer.model):
-        model = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
+    trained: Any = trainer.model
+    if is_sharded(trained):
+        model = trainer.accelerator.unwrap_model(trained, keep_fp32_wrapper=False)
         trainer.model = trainer.model_wrapped = whole_copy(model)
 
 
