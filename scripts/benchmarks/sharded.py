@@ -25,7 +25,7 @@ BATCH = 16
 SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "vocab_size": 64}
 HEADS = {"num_heads": 4, "head_dim": 16, "n_groups": 1, "chunk_size": 8}
 MODELS = {
-    "mimo_ssm": ("mimo_ssm", {"hidden_size": 16, "num_hidden_layers": 2, "state_sizes": 16}),
+    "mimo_ssm": ("mimo_ssm", {"dropout": 0.0, "hidden_size": 16, "num_hidden_layers": 2, "state_sizes": 16}),
     "own Mamba": ("compressm_mamba", SIZES | {"state_size": 16}),
     "own Mamba-2": ("compressm_mamba2", SIZES | HEADS | {"state_size": 16}),
     "stock Mamba": ("mamba", SIZES | {"state_size": 16}),
@@ -100,7 +100,12 @@ def job(name: str, way: str, folder: str, steps: int, cuts: list[int]) -> None:
         options["parallelism_config"] = ParallelismConfig(dp_replicate_size=2, dp_shard_size=2)
     arguments = TrainingArguments(
         **{"output_dir": folder, "max_steps": steps, "per_device_train_batch_size": BATCH // world, "seed": 0},
-        **{"learning_rate": 1e-2, "lr_scheduler_type": "constant", "logging_steps": 1, "save_strategy": "no"},
+        **{
+            "learning_rate": 1e-3 if steps > 100 else 1e-2,
+            "lr_scheduler_type": "constant",
+            "logging_steps": 1,
+            "save_strategy": "no",
+        },
         **{"report_to": "none", "use_cpu": True, "disable_tqdm": True, **options},
     )
     callback = CompreSSMCallback(policy="target", target_state_size=4, cut_steps=cuts)
