@@ -11,15 +11,19 @@ from .speed import timed
 from .svg import COLOURS, Axis, Chart, number
 from .tables import Figure, Table, thin
 
+MOST_BARS = 8
+"""Layers with bars of their own; of more, the mean is drawn."""
 MOST_POINTS = 400
 """Points of a line at most; a table has half as many rows."""
 
 
 def sizes_figure(run: RunRecord) -> Figure | None:
     """Draw the state sizes of every layer over optimizer steps. Return None if they are unknown."""
-    layers, end = run.layers(), max(run.step, 1)
+    layers, end = run.layers(), max(run.end, 1)
     if not layers:
         return None
+    if run.cut_after_training and run.cut_sizes and not run.trained:
+        return _before_and_after(run)
     mean = _mean_sizes(layers)
     before, after = mean[0][1], mean[-1][1]
     change = (
@@ -41,7 +45,9 @@ def sizes_figure(run: RunRecord) -> Figure | None:
     for index, layer in enumerate(layers):
         points = [*layer.sizes, (end, layer.sizes[-1][1])]
         label = f"layer {index}" if few else ("each layer" if index == 0 else None)
-        chart.line(points, index % COLOURS + 1 if few else 1, label, steps=True, style="" if few else "thin")
+        equal = sum(layer.sizes == other.sizes for other in layers[:index])
+        style = f"shared{min(equal, 2)}" if equal else ""
+        chart.line(points, index % COLOURS + 1 if few else 1, label, steps=True, style=style if few else "thin")
     if not few:
         chart.line([*mean, (end, after)], 2, "mean", steps=True)
     _mark_cuts(chart, run)
@@ -53,6 +59,32 @@ def sizes_figure(run: RunRecord) -> Figure | None:
         rows.append([number(step), number(sum(row) / len(row)), *map(str, row)])
     columns = ["Step", "Mean", *(f"Layer {index}" for index in range(len(layers)))]
     return Figure(chart, Table("States of each layer from each step on", columns, rows))
+
+
+def _before_and_after(run: RunRecord) -> Figure:
+    """States of every layer before and after a cut of a trained model, as bars."""
+    assert run.cut_sizes is not None
+    names, pairs = [layer.name for layer in run.layers()], list(zip(*run.cut_sizes, strict=True))
+    before, after = (number(sum(sizes) / len(sizes)) for sizes in run.cut_sizes)
+    shown = pairs if len(pairs) <= MOST_BARS else [tuple(sum(sizes) / len(sizes) for sizes in run.cut_sizes)]
+    chart = Chart(
+        ident="sizes",
+        title="State sizes before and after the cut",
+        description=f"Mean states per layer: {before} before the cut, {after} after it, in {len(pairs)} layers.",
+        x=Axis(0, len(shown)),
+        y=Axis.around([float(size) for pair in shown for size in pair], zero=True),
+        x_label="layer" if shown is pairs else "mean over the layers",
+        y_label="states",
+        bars=True,
+    )
+    for place, (old, new) in enumerate(shown):
+        chart.bar(place + 0.12, place + 0.5, old, colour=1)
+        chart.bar(place + 0.5, place + 0.88, new, str(place) if shown is pairs else "", colour=2)
+    chart.key(1, "before")
+    chart.key(2, "after")
+    rows = [[str(i), *map(str, pair), f"{pair[1] / pair[0]:.0%}"] for i, pair in enumerate(pairs)]
+    rows = [[f"{row[0]}: {name}", *row[1:]] for row, name in zip(rows, names, strict=False)] or rows
+    return Figure(chart, Table("States of each layer", ["Layer", "Before", "After", "Kept"], rows))
 
 
 def metric_figure(run: RunRecord, evaluation: str) -> Figure | None:
@@ -73,7 +105,7 @@ def metric_figure(run: RunRecord, evaluation: str) -> Figure | None:
         ident=f"metric-{evaluation.replace('_', '-')}",
         title=f"{name.capitalize()} over training steps",
         description=f"{name.capitalize()}: {'; '.join(ends)}. {len(run.cuts)} cuts are marked.",
-        x=Axis.upto(run.step),
+        x=Axis.upto(run.end),
         y=Axis.around(values, log=log),
         x_label="optimizer step",
         y_label=name + (" (logarithmic)" if log else ""),
@@ -132,14 +164,14 @@ def stability_figure(run: RunRecord) -> Figure | None:
         title="Rank stability over training steps",
         description=f"Smallest over the layers: {number(scores[0][1])} at step {scores[0][0]}, {number(scores[-1][1])} "
         f"at step {scores[-1][0]}" + (f"; settled from {number(threshold)} on." if threshold else "."),
-        x=Axis.upto(max(run.step, scores[-1][0])),
+        x=Axis.upto(run.end),
         y=Axis(0, 1),
         x_label="optimizer step",
         y_label="agreement with the measurement before",
     )
     chart.line(scores, 1, "rank stability", dots=True)
     if threshold:
-        chart.line([(0, threshold), (max(run.step, scores[-1][0]), threshold)], 2, "threshold", style="dashed")
+        chart.line([(0, threshold), (run.end, threshold)], 2, "threshold", style="dashed")
     _mark_cuts(chart, run)
     rows = [[number(step), number(score)] for step, score in scores]
     return Figure(chart, Table("Rank stability by step", ["Step", "Agreement"], rows))
@@ -147,7 +179,7 @@ def stability_figure(run: RunRecord) -> Figure | None:
 
 def _mark_cuts(chart: Chart, run: RunRecord) -> None:
     for cut in run.cuts:
-        step = cut["step"] or 0
+        step = run.place(cut)
         undone = step in run.undone
         chart.mark(step, "cut, later undone" if undone else "cut", undone=undone)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,10 @@ from .svg import THEME, number
 from .tables import Figure, cuts_table, layers_table
 
 REPORT_NAME = "report.html"
+WIDE = 26
+"""Letters of a tile's value beyond which it is two columns wide."""
+MOST_TILES = 7
+"""Columns of the tiles at most."""
 
 
 def templates() -> Environment:
@@ -67,12 +73,15 @@ def render_report(run: RunRecord) -> str:
             run=run,
             style=Markup(THEME + style),
             status=_status(run),
-            facts=_facts(run),
+            facts=(facts := _facts(run)),
+            tile_columns=_tile_columns([value for _, value in facts]),
+            stability_wanted=run.settings.get("trigger") == "stability",
             sizes=_shown(sizes_figure(run)),
             spectra=[(index, layer.name, _shown(figure)) for index, layer, figure in spectra if figure],
             unmeasured=[layer.name for _, layer, figure in spectra if figure is None],
             metrics=[_shown(figure) for figure in metrics if figure],
             speed=_shown(speed_figure(run)),
+            wide=WIDE,
             untimed=len(run.speed) - len(timed(run.speed)),
             least_timed=keys.LEAST_TIMED_STEPS,
             cuts=cuts_table(run) if run.cuts else None,
@@ -124,6 +133,12 @@ def _facts(run: RunRecord) -> list[tuple[str, str]]:
     if "hardware" in run.facts:
         facts.append(("Hardware", hardware_line(run.facts["hardware"])))
     return facts
+
+
+def _tile_columns(values: Sequence[str]) -> int:
+    """Columns of the tiles on a wide screen, so that the rows are about equally long; long values take two."""
+    places = sum(1 + (len(value) > WIDE) for value in values)
+    return max(2, math.ceil(places / math.ceil(places / MOST_TILES))) if places else 2
 
 
 def _settings(run: RunRecord) -> list[tuple[str, str]]:

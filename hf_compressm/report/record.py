@@ -63,6 +63,7 @@ class RunRecord:
         speed: segments between cuts, as `SpeedSegment`.
         metrics: final training and test metrics.
         step, max_steps: optimizer steps done and planned.
+        logging_steps: optimizer steps between two entries of the training loss in the log; None if unknown.
         finished: whether training came to its end.
         base: the model that this one was cut from after training: `name`, and whether it is `on_hub`; None if none.
         cut_sizes: state sizes before and after that cut.
@@ -80,6 +81,7 @@ class RunRecord:
     metrics: dict[str, float] = field(default_factory=dict)
     step: int = 0
     max_steps: int | None = None
+    logging_steps: float | None = None
     finished: bool = False
     base: dict[str, Any] | None = None
     cut_sizes: tuple[list[int], list[int]] | None = None
@@ -241,6 +243,7 @@ def read_run(folder: str | Path) -> RunRecord:
         metrics=after.pop("metrics") | {key: value for result in results for key, value in result.items()},
         step=step,
         max_steps=most,
+        logging_steps=state.get("logging_steps"),
         finished=bool(state) and (step >= (most or 0) or bool(results and results[0])),
         adapter=(folder / "adapter_config.json").is_file(),
         **after,

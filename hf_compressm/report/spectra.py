@@ -37,7 +37,8 @@ def spectrum_figure(layer: Layer, index: int) -> Figure | None:
     )
     for place, spectrum in enumerate(shown):
         age = 3 - min(3, (len(shown) - 1 - place))
-        label = f"step {number(spectrum.step)}"
+        repeated = place > 0 and spectrum.step == shown[place - 1].step
+        label = f"step {number(spectrum.step)}" + (", measured again" if repeated else "")
         points = list(zip(spectrum.ranks, spectrum.values, strict=True))
         chart.line(points, 1 if place < len(shown) - 1 else 2, label, style=f"t{age}" if age < 3 else "")
     rows = [_spectrum_row(spectrum) for spectrum in layer.spectra]

@@ -181,6 +181,10 @@ class Chart:
         place = f'x="{(low + high) / 2:.1f}" y="{TOP + PLOT_HEIGHT + 14}"'
         self._shapes.append(f'<text class="tick x" {place}>{escape(label)}</text>')
 
+    def key(self, colour: int, label: str) -> None:
+        """Add bars of a colour to the legend."""
+        self._legend.append((f'<rect class="bar c{colour}" x="4" y="-9" width="10" height="10"/>', label))
+
     def height(self) -> int:
         """Return the height of the drawing, in its own units."""
         return TOP + PLOT_HEIGHT + BOTTOM + 16 * self._legend_rows()[1]

@@ -48,19 +48,26 @@ def thin(items: Sequence[Any], most: int) -> list[Any]:
 
 def cuts_table(run: RunRecord) -> Table:
     """Return one row per cut, with its error bound and the losses measured around it. Empty columns are left out."""
-    columns = ["Step", "Mean states", "Sum removed", "Error bound", "Residual", "Loss before", "Loss after"]
-    columns += ["Change", "Evaluation before", "Evaluation after", "Undone at step"]
+    columns = ["Step", "Loss before", "Loss after", "Change", "Mean states", "Sum removed", "Error bound", "Residual"]
+    columns += ["Evaluation before", "Evaluation after", "Undone at step"]
     rows = []
     for cut in run.cuts:
         step, layers = cut["step"] or 0, cut["layers"]
         before, after = run.at(step, keys.LOSS_BEFORE), run.at(step, keys.LOSS_AFTER)
         change = None if before is None or after is None else after - before
         undone = run.undone.get(step)
-        row = [moment(run, cut), f"{_mean(layers, 'old_size')} → {_mean(layers, 'new_size')}", _removed(layers)]
-        row += [_largest(layers, "bound"), _largest(layers, "residual"), *map(_text, (before, after))]
-        row += ["" if change is None else f"{change:+.4f}", *map(_text, run.around(step, "eval_loss"))]
+        row = [moment(run, cut), *map(_text, (before, after)), "" if change is None else signed(change)]
+        row += [f"{_mean(layers, 'old_size')} → {_mean(layers, 'new_size')}", _removed(layers)]
+        row += [_largest(layers, "bound"), _largest(layers, "residual"), *map(_text, run.around(step, "eval_loss"))]
         rows.append([*row, number(undone["step"]) if undone else ""])
     return Table.filled("Every cut: largest bound or residual of a layer, and losses", columns, rows)
+
+
+def signed(change: float) -> str:
+    """Return a change of a loss with its sign and four decimals, without a sign where these would be zeros."""
+    if change == 0:
+        return "0"
+    return f"{change:+.4f}" if round(abs(change), 4) else "< 0.0001"
 
 
 def moment(run: RunRecord, cut: dict[str, Any]) -> str:

@@ -13,7 +13,7 @@ from hf_compressm import cli
 from hf_compressm.report import read_run, render_report, write_report
 from hf_compressm.report.figures import metric_figure
 from hf_compressm.report.svg import THEME, Axis, number
-from hf_compressm.report.tables import layers_table
+from hf_compressm.report.tables import layers_table, signed
 
 LIMIT = 1_500_000
 
@@ -209,3 +209,35 @@ def test_columns_that_nothing_filled_are_left_out(tmp_path):
     assert (loss.columns, loss.rows) == (["Step", "Training", "Evaluation"], [["10", "2", "2.5"], ["20", "1", "–"]])
     assert (accuracy.columns, accuracy.rows) == (["Step", "Evaluation"], [["10", "0.5"]])
     assert layers_table(run, run.cuts[0]).columns == ["Layer", "States before", "After", "Sum removed", "Error bound"]
+
+
+def test_a_run_without_a_log_is_drawn_to_its_last_cut(tmp_path):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps({"compression_history": [cut(10, 16, 8), cut(40, 8, 4)]}))
+    run = read_run(folder)
+    page = render_report(run)
+    check_page(page)
+    assert run.end == 40 and ">40</text>" in page
+    for section in ("losses", "speed-section", "rank-stability"):
+        assert f'id="{section}"' not in page and f'href="#{section}"' not in page
+
+
+def test_a_log_without_losses_says_why(tmp_path):
+    folder = write_run(tmp_path / "run", history=[cut(1, 16, 8)], step=2, max_steps=2)
+    state = json.loads((folder / "trainer_state.json").read_text())
+    (folder / "trainer_state.json").write_text(json.dumps(state | {"logging_steps": 500}))
+    assert "the loss is logged every 500 steps, and the run had 2" in text_of(render_report(read_run(folder)))
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [(0, "0"), (-0.00001, "< 0.0001"), (0.00004, "< 0.0001"), (-0.0123, "-0.0123"), (0.5, "+0.5000")],
+)
+def test_a_change_has_no_sign_where_it_is_too_small_to_tell(change, text):
+    assert signed(change) == text
+
+
+def test_equal_lines_do_not_hide_each_other(tmp_path):
+    page = render_report(read_run(write_run(tmp_path / "run", history=[cut(10, 16, 8)])))
+    assert 'class="line c2 shared1"' in page
