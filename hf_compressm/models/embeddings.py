@@ -27,3 +27,16 @@ def embed_values(embeddings: nn.Module, values: Tensor) -> Tensor:
         values = values[:, :, None]
     # A quantised weight holds integers; its layer converts the input itself.
     return embeddings(values.to(weight.dtype) if weight.is_floating_point() else values)
+
+
+def check_one_input(model: Any, given: int) -> None:
+    """Check that exactly one input is given.
+
+    Raises:
+        ValueError: if not.
+    """
+    if given != 1:
+        none = ", not none. A Trainer drops columns of the data whose names forward does not take"
+        raise ValueError(
+            f"give exactly one of {model.main_input_name} and inputs_embeds{none if given == 0 else ', not several'}"
+        )

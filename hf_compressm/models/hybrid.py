@@ -15,7 +15,7 @@ from transformers.masking_utils import create_causal_mask, create_sliding_window
 
 from ..compatibility import cache_keyword, one_cache
 from .causal_lm import CausalLM
-from .embeddings import embed_values
+from .embeddings import check_one_input, embed_values
 from .hybrid_config import FULL, LINEAR
 from .known_by_name import KnownModel
 from .pooling import padding_of_steps
@@ -84,8 +84,7 @@ class HybridModel(KnownModel):
                     "input_values are for models with config.num_channels, in place of input_ids and inputs_embeds"
                 )
             inputs_embeds = embed_values(self.embed_tokens, input_values)
-        if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError(f"give exactly one of {self.main_input_name} and inputs_embeds")
+        check_one_input(self, (input_ids is not None) + (inputs_embeds is not None))
         if inputs_embeds is None:
             inputs_embeds = self._embedded(input_ids)
         if not isinstance(attention_mask, dict):

@@ -19,7 +19,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from ..compatibility import one_cache
 from ..layers.plain import innermost
 from ..moved import old_names
-from .embeddings import embed_values, make_embeddings
+from .embeddings import check_one_input, embed_values, make_embeddings
 from .known_by_name import KnownModel
 from .loading import SizesFromConfig
 from .pooling import padding_of_steps
@@ -115,9 +115,9 @@ class SelectiveModel(KnownModel):
                     "input_values are for models with config.num_channels, in place of input_ids and inputs_embeds"
                 )
             inputs_embeds = embed_values(self.embeddings, input_values)
-        inputs = inputs_embeds if input_ids is None else input_ids
-        if inputs is not None:
-            attention_mask = padding_of_steps(attention_mask, inputs)
+        check_one_input(self, (input_ids is not None) + (inputs_embeds is not None))
+        inputs: Any = inputs_embeds if input_ids is None else input_ids
+        attention_mask = padding_of_steps(attention_mask, inputs)
         cache = one_cache(self, cache=cache, cache_params=cache_params)
         return self._run_stock(
             cache,

@@ -11,6 +11,7 @@ from transformers.trainer_callback import ExportableState
 from ..surgery import check_parameters, find_mixers, history
 from ..surgery import record_keys as keys
 from .checkpoints.resume import attach_resizing, detach_resizing, resize_every_load
+from .columns import refuse_lost_inputs
 from .compression_run import CompressionRun, Training
 from .config import CompressionConfig
 from .distributed import find_wrapper, refuse_optimizer, refuse_unsupported
@@ -110,6 +111,7 @@ class CompreSSMCallback(TrainerCallback, ExportableState):
         check_parameters(model, training.optimizer)
         find_wrapper(trainer, model)  # fail now, not at the first cut
         refuse_unshifted_labels(trainer, model)
+        refuse_lost_inputs(trainer, model)
         attach_resizing(model)
         exported: dict[str, Any] = state.stateful_callbacks  # type: ignore[assignment]  # a dict once training runs
         # A checkpoint written without this callback has no entry, and the Trainer's next save would fail without one.

@@ -23,7 +23,7 @@ from ...layers.padding import is_scattered
 from ...layers.plain import innermost
 from ..causal_lm import CausalLM
 from ..classification import SequenceClassification, SequencePairClassification
-from ..embeddings import embed_values, make_embeddings
+from ..embeddings import check_one_input, embed_values, make_embeddings
 from ..known_by_name import KnownModel
 from ..loading import SizesFromConfig
 from ..outputs import in_form
@@ -206,8 +206,7 @@ class MimoSSMModel(KnownModel, MimoSSMPreTrainedModel):
 
     def _embed(self, input_ids: Tensor | None, input_values: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
         given = [x for x in (input_ids, input_values, inputs_embeds) if x is not None]
-        if len(given) != 1:
-            raise ValueError(f"give exactly one of {self.main_input_name} and inputs_embeds")
+        check_one_input(self, len(given))
         channels = self.config.num_channels
         if input_ids is not None:
             if channels is not None:
