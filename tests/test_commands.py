@@ -62,6 +62,9 @@ RUN = {
 NOT_RUN = {
     "pip install": ".ci/run runs README's in a fresh environment; they would change this one",
     "pytest": "it runs this",
+    "accelerate launch scripts/pretrain.py CONFIG.yaml": "stands for any run file; the other commands name some",
+    "scripts/pretrain.py --help": "tests/runs/test_task_help.py runs it",
+    "scripts/pretrain.py --list-tasks": "tests/runs/test_task_help.py runs it",
     "accelerate launch --config_file configs/accelerate/single_gpu.yaml": "needs a GPU",
     "accelerate launch --config_file configs/accelerate/multi_gpu.yaml": "needs several GPUs",
     "accelerate launch --config_file configs/accelerate/multi_node.yaml": "needs several machines",
@@ -84,6 +87,7 @@ NOT_RUN = {
     "scripts/benchmarks/jax_lru.py": "needs JAX, which is not among the extras",
     "scripts/benchmarks/resume.py": "kills and restarts six runs",
     "scripts/benchmarks/sharded.py": "several processes for each model; takes minutes at any size",
+    "scripts/benchmarks/shard_memory.py": "several processes, whose memory it measures at real sizes",
     "scripts/benchmarks/statistics_pass.py": "two models at full size, and processes to measure their memory",
     "scripts/reproduce.py configs/suites/paper.yaml --tasks scifar": "trains for hours; the dry run is run",
     "scripts/reproduce.py configs/suites/cpu.yaml": "trains for 85 minutes; tests/reproduction runs a small one",

@@ -1,12 +1,14 @@
 """Checkpoints under FSDP2 on gloo: a resumed run equals the uninterrupted one, across cuts, formats and world sizes."""
 
 import json
+import pickle
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from forked_ranks import run_ranks
+from torch.distributed.checkpoint.metadata import _MEM_FORMAT_ENCODING  # what such metadata hold
 
 from hf_compressm.training import newest_checkpoint, verify_manifest
 from hf_compressm.training.checkpoints.sharded_files import sharded_weight_shapes
@@ -120,8 +122,22 @@ def test_manifests_cover_shards_and_the_newest_whole_checkpoint_is_found(runs, t
     assert newest_checkpoint(run) == run / "checkpoint-6"
 
 
-def test_metadata_that_could_run_code_is_refused(runs, tmp_path):
+@pytest.mark.parametrize("content", [b"cos\nsystem\n(S'touch ran'\ntR.", b"cbuiltins\ngetattr\n(S'a'\nS'upper'\ntR."])
+def test_metadata_that_could_run_code_is_refused(content, runs, tmp_path):
     folder = shutil.copytree(runs / "SHARDED_STATE_DICT" / "checkpoint-6", tmp_path / "checkpoint-6")
-    (folder / "pytorch_model_fsdp_0" / ".metadata").write_bytes(b"cos\nsystem\n(S'touch ran'\ntR.")
+    (folder / "pytorch_model_fsdp_0" / ".metadata").write_bytes(content)
     with pytest.raises(ValueError, match="could run code"):
         sharded_weight_shapes(folder)
+
+
+def test_metadata_of_the_first_python_3_11_are_read(runs, tmp_path, monkeypatch):
+    folder = shutil.copytree(runs / "SHARDED_STATE_DICT" / "checkpoint-6", tmp_path / "checkpoint-6")
+    file = folder / "pytorch_model_fsdp_0" / ".metadata"
+    expected = sharded_weight_shapes(folder)
+    loaded = pickle.loads(file.read_bytes())
+    by_name = lambda member, protocol: (getattr, (type(member), member.name))  # noqa: E731
+    monkeypatch.setattr(_MEM_FORMAT_ENCODING, "__reduce_ex__", by_name)
+    file.write_bytes(pickle.dumps(loaded))
+    found = sharded_weight_shapes(folder)
+    assert b"getattr" in file.read_bytes() and found.keys() == expected.keys()
+    assert all(found[name].shape == expected[name].shape for name in expected)

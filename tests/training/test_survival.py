@@ -54,8 +54,9 @@ def copy(run, tmp_path):
 
 
 def test_every_checkpoint_is_sealed_and_the_newest_is_found(run):
-    assert sorted(path.name for path in run.iterdir()) == ["checkpoint-10", "checkpoint-12", "checkpoint-8"]
-    for folder in run.iterdir():
+    folders = sorted(run.glob("checkpoint-*"))
+    assert [folder.name for folder in folders] == ["checkpoint-10", "checkpoint-12", "checkpoint-8"]
+    for folder in folders:
         verify_manifest(folder)
         files = json.loads((folder / MANIFEST_NAME).read_text())["files"]
         assert {"model.safetensors", "optimizer.pt", "trainer_state.json", "config.json"} <= files.keys()
