@@ -10,7 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from datasets import load_dataset
+from transformers.utils import logging
 
+logger = logging.get_logger(__name__)
 SPLITS = ("train", "validation", "test")
 COMPRESSED = (".gz", ".zst", ".bz2", ".xz")
 READERS: dict[str, dict[str, Any]] = {
@@ -74,7 +76,8 @@ def find_own_files(task: str, files: Any, endings: Sequence[str]) -> dict[str, l
         endings: those that the task reads.
 
     Returns:
-        split -> paths, sorted where a pattern or folder gives them; "train" alone for files without a split.
+        split -> paths, each once, sorted where a pattern or folder gives them; "train" alone for files without a split.
+        A file that is in several splits is warned about.
 
     Raises:
         ValueError: if nothing is given, no file matches, all are empty, one has another ending or several endings are
@@ -90,14 +93,22 @@ def find_own_files(task: str, files: Any, endings: Sequence[str]) -> dict[str, l
         raise ValueError(f"files of task {task!r}: there is no split {unknown[0]!r}; splits are {', '.join(SPLITS)}")
     if "train" not in named:
         raise ValueError(f"files of task {task!r} name {', '.join(named)}, but no files to train on: add train")
-    return {split: _found(task, patterns, endings) for split, patterns in named.items()}
+    found = {split: _found(task, patterns, endings) for split, patterns in named.items()}
+    places: dict[Path, str] = {}
+    for split, paths in found.items():
+        for path in paths:
+            if (other := places.setdefault(Path(path).resolve(), split)) != split:
+                logger.warning(
+                    f"files of task {task!r}: {path} is in {other} and in {split}, so what is measured is known"
+                )
+    return found
 
 
 def _found(task: str, patterns: Any, endings: Sequence[str]) -> list[str]:
     patterns = [patterns] if isinstance(patterns, str) else patterns
     if not isinstance(patterns, Sequence) or not all(isinstance(pattern, str) for pattern in patterns):
         raise ValueError(f"files of task {task!r} must be paths or patterns; got {patterns!r}")
-    found = [file for pattern in patterns for file in _matches(task, pattern, endings)]
+    found = list(dict.fromkeys(file for pattern in patterns for file in _matches(task, pattern, endings)))
     for file in found:
         if file_ending(file) not in endings:
             raise ValueError(f"task {task!r} cannot read {file}: it reads {', '.join(endings)}")

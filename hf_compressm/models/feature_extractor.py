@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoFeatureExtractor, BatchFeature, SequenceFeatureExtractor
 
 MASK = "attention_mask"
@@ -28,11 +29,7 @@ def fill_missing(values: np.ndarray, at_start: np.ndarray) -> np.ndarray:
 
 def pad_series(rows: Sequence[Tensor], side: str = "right", value: float = 0.0) -> Tensor:
     """Pad rows (L_i, ...) on one side to the longest: (B, L, ...)."""
-    length = max(len(row) for row in rows)
-    padded = rows[0].new_full((len(rows), length, *rows[0].shape[1:]), value)
-    for place, row in zip(padded, rows, strict=True):
-        place[slice(length - len(row), None) if side == "left" else slice(len(row))] = row
-    return padded
+    return pad_sequence(list(rows), batch_first=True, padding_value=value, padding_side=side)
 
 
 def steps_mask(rows: Sequence[Tensor], side: str = "right") -> Tensor:

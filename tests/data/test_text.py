@@ -9,7 +9,7 @@ import torch
 from datasets import IterableDataset
 from test_wikitext import EOS, IDS, UNKNOWN, save_tokenizer
 
-from hf_compressm.data import load_task
+from hf_compressm.data import load_task, own_files
 from hf_compressm.data.own_files import Shares, split_of
 
 SHARES = {"validation_percent": 20, "test_percent": 20}
@@ -156,3 +156,15 @@ def test_mistakes_are_told(tmp_path, options, message):
     (tmp_path / "broken.jsonl").write_text('{"text": ')
     with pytest.raises(ValueError, match=message):
         load_task("text", **options)
+
+
+def test_a_file_is_read_once_and_warned_about_in_two_splits(tmp_path, monkeypatch):
+    for name in ("a.txt", "b.txt"):
+        (tmp_path / name).write_text("some words\n")
+    said = []
+    monkeypatch.setattr(own_files.logger, "warning", said.append)
+    twice = [str(tmp_path / "*.txt"), str(tmp_path / "a.txt")]
+    paths = {"train": [str(tmp_path / "a.txt"), str(tmp_path / "b.txt")]}
+    assert own_files.find_own_files("text", twice, [".txt"]) == paths and not said
+    own_files.find_own_files("text", {"train": str(tmp_path / "*.txt"), "test": str(tmp_path / "a.txt")}, [".txt"])
+    assert len(said) == 1 and "a.txt is in train and in test" in said[0]
