@@ -32,7 +32,7 @@ from ..surgery.policies import check_target, describe_policy
 from ..surgery.refit import STEPS
 from .arguments import DataSource
 from .data_source import draw_calibration, evaluate, load_data
-from .description import describe_base, describe_task, public, saved_records
+from .description import describe_base, public, saved_records, task_facts
 from .early_checks import check_saved_model, check_source
 
 __getattr__ = old_names(__name__)
@@ -175,7 +175,7 @@ def _describe(job: CompressionJob, task: Task | None) -> dict[str, Any]:
     """What `run.json` holds: the model that was cut, on what, and by what."""
     found: dict[str, Any] = {"base": describe_base(job.model)}
     if task is not None and job.data is not None:
-        found["task"] = describe_task(task, job.data.options, job.data.data_dir)
+        found["task"] = task_facts(task, job.data.options, job.data.data_dir)
     return found | describe_environment()
 
 

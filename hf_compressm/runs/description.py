@@ -7,10 +7,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from transformers.utils import cached_file
+from transformers.utils import cached_file, logging
 
 from ..data import Task, task_names
 from ..surgery import record_keys as keys
+
+logger = logging.get_logger(__name__)
 
 SPLITS = ("train", "validation", "test")
 PIXEL_TASKS = ("digits", "pathfinder", "scifar", "smnist")
@@ -43,7 +45,7 @@ def describe_base(name: str) -> dict[str, Any]:
     return {"name": public(name), "on_hub": not Path(name).expanduser().exists()}
 
 
-def describe_task(task: Task, options: Mapping[str, Any], data_dir: str | None = None) -> dict[str, Any]:
+def task_facts(task: Task, options: Mapping[str, Any], data_dir: str | None = None) -> dict[str, Any]:
     """Return what was read, ready for JSON: the task, its data and its tokenizer.
 
     Args:
@@ -69,16 +71,22 @@ def describe_task(task: Task, options: Mapping[str, Any], data_dir: str | None =
 
 
 def saved_records(model: str) -> list[dict[str, Any]]:
-    """Return the full compression history that lies beside a saved model; empty if there is none that can be read.
+    """Return the full compression history that lies beside a saved model; empty if there is none.
+
+    One that cannot be read is warned about.
 
     Args:
         model: folder or name on the hub.
     """
     for name in (keys.RECORD_FILE, "finetuning.json"):
         try:
-            return list(json.loads(Path(str(cached_file(model, name))).read_text())["history"])
-        except (OSError, ValueError, KeyError, TypeError):
+            file = Path(str(cached_file(model, name)))
+        except OSError:
             continue
+        try:
+            return list(json.loads(file.read_text())["history"])
+        except (ValueError, KeyError, TypeError) as error:
+            logger.warning(f"{file} cannot be read ({error!r}); the history goes on without its singular values")
     return []
 
 

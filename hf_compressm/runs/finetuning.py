@@ -37,7 +37,7 @@ from ..training import whole_model
 from ..training.distributed import TrainingTeam
 from .arguments import DataSource
 from .data_source import draw_calibration, evaluate, load_data
-from .description import describe_base, describe_task, public, saved_records
+from .description import describe_base, public, saved_records, task_facts
 from .early_checks import check_lora, check_saved_model, check_source
 from .healing import heal, loaded_by_each_rank, unshard
 from .pretraining import REPORTED
@@ -213,7 +213,7 @@ def _describe(run: FinetuneRun, task: Task) -> dict[str, Any]:
     arguments, training = run.arguments, run.training
     return {
         "base": describe_base(arguments.model or ""),
-        "task": describe_task(task, run.task_options, arguments.data_dir),
+        "task": task_facts(task, run.task_options, arguments.data_dir),
         "training": {key: getattr(training, key) for key in REPORTED} | {"lora": run.lora or None},
         **describe_environment(training.world_size),
     }

@@ -41,7 +41,7 @@ from ..training import (
     whole_model,
 )
 from ..training.groups import create_optimizer, optimizer_settings
-from .description import describe_task
+from .description import task_facts
 from .early_checks import check_new_model, check_policy, check_task_options, make_config
 from .run_file import Run, parse_run
 
@@ -241,7 +241,7 @@ def _describe(
     """What was run on what; see `report.RunRecord`. No path or name of this machine, which would end up in a card."""
     training = run.training
     return {
-        "task": describe_task(task, run.task_options, run.arguments.data_dir),
+        "task": task_facts(task, run.task_options, run.arguments.data_dir),
         "model_type": run.arguments.model_type,
         "resumed": checkpoint is not None,
         "parameters_before": parameters_before,
