@@ -107,14 +107,13 @@ class MimoSSMFeatureExtractor(SequenceFeatureExtractor):
         parts = [found, np.isnan(given)] if self.indicators else [found]
         return np.concatenate(parts, axis=1).astype(np.float32)
 
-    def __call__(self, values: Any, return_tensors: str | None = "pt", **kwargs: Any) -> BatchFeature:
+    def __call__(self, values: Any, return_tensors: str | None = "pt") -> BatchFeature:
         """Make a batch of one or several sequences.
 
         Args:
             values: an array (B, L, C), or (B, L) for one channel; one sequence (L, C), or (L,) for one channel; or a
                 list of sequences of any lengths.
             return_tensors: "pt" for tensors, "np" for arrays.
-            **kwargs: not used; pipelines give some.
 
         Returns:
             `input_values`, float32 (B, L, num_channels), and `attention_mask`, int64 (B, L), 1 at real steps.
