@@ -4,6 +4,7 @@ from .compressm_gated_deltanet import (
     CompreSSMGatedDeltaNetConfig,
     CompreSSMGatedDeltaNetForCausalLM,
     CompreSSMGatedDeltaNetForSequenceClassification,
+    CompreSSMGatedDeltaNetForTokenClassification,
     CompreSSMGatedDeltaNetModel,
 )
 from .compressm_mamba import (
@@ -24,6 +25,7 @@ from .compressm_minimax import (
     CompreSSMMiniMaxConfig,
     CompreSSMMiniMaxForCausalLM,
     CompreSSMMiniMaxForSequenceClassification,
+    CompreSSMMiniMaxForTokenClassification,
     CompreSSMMiniMaxModel,
 )
 from .convert import from_stock, to_stock
@@ -60,12 +62,14 @@ register(
     CompreSSMGatedDeltaNetModel,
     CompreSSMGatedDeltaNetForCausalLM,
     CompreSSMGatedDeltaNetForSequenceClassification,
+    of_steps=CompreSSMGatedDeltaNetForTokenClassification,
 )
 register(
     CompreSSMMiniMaxConfig,
     CompreSSMMiniMaxModel,
     CompreSSMMiniMaxForCausalLM,
     CompreSSMMiniMaxForSequenceClassification,
+    of_steps=CompreSSMMiniMaxForTokenClassification,
 )
 register(
     MimoSSMConfig,
@@ -80,6 +84,7 @@ __all__ = [
     "CompreSSMGatedDeltaNetConfig",
     "CompreSSMGatedDeltaNetForCausalLM",
     "CompreSSMGatedDeltaNetForSequenceClassification",
+    "CompreSSMGatedDeltaNetForTokenClassification",
     "CompreSSMGatedDeltaNetModel",
     "CompreSSMMamba2Config",
     "CompreSSMMamba2ForCausalLM",
@@ -94,6 +99,7 @@ __all__ = [
     "CompreSSMMiniMaxConfig",
     "CompreSSMMiniMaxForCausalLM",
     "CompreSSMMiniMaxForSequenceClassification",
+    "CompreSSMMiniMaxForTokenClassification",
     "CompreSSMMiniMaxModel",
     "MimoSSMCache",
     "MimoSSMConfig",

@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 from helpers import arguments
-from own_models import CAUSAL, CLASSIFIERS, B, Own
+from own_models import CAUSAL, CLASSIFIERS, STEPS, B, Own
 from peft import LoraConfig, get_peft_model
 from selective_models import STOCK, make
 from transformers import Trainer
@@ -85,7 +85,10 @@ def test_a_class_derived_from_a_classifier_keeps_its_loss(name):
     assert torch.allclose(output.loss, torch.nn.functional.cross_entropy(output.logits, labels))
 
 
-@pytest.mark.parametrize(("names", "task"), [(CAUSAL, "text-generation"), (CLASSIFIERS, "text-classification")])
+@pytest.mark.parametrize(
+    ("names", "task"),
+    [(CAUSAL, "text-generation"), (CLASSIFIERS, "text-classification"), (STEPS, "token-classification")],
+)
 def test_model_cards_name_the_task(names, task, tmp_path):
     for name in names:
         summary = TrainingSummary.from_trainer(Trainer(Own(name).model(), arguments(tmp_path)))

@@ -95,8 +95,6 @@ def test_outputs_gradients_and_generation_are_the_same(kind, tmp_path):
 @KINDS
 @pytest.mark.parametrize("auto", [AutoModel, AutoModelForSequenceClassification, AutoModelForTokenClassification])
 def test_other_heads_and_continuous_inputs(kind, auto, tmp_path):
-    if auto is AutoModelForTokenClassification and kind in ("gated_deltanet", "minimax"):
-        pytest.skip("has no head for steps")
     fields = {"num_channels": 3, "vocab_size": None} if kind == "mimo" else {"num_channels": 3}
     ours = auto.from_config(config(kind, **fields)).eval()
     theirs = travelled(ours, tmp_path / "model", auto)
