@@ -6,6 +6,7 @@ from typing import Any
 
 from transformers import (
     AutoConfig,
+    AutoFeatureExtractor,
     AutoModel,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
@@ -13,7 +14,7 @@ from transformers import (
     PreTrainedModel,
 )
 
-from .feature_extractor import register_feature_extractor
+from .feature_extractor import MimoSSMFeatureExtractor
 
 HEADS = {
     "sequence_classification": AutoModelForSequenceClassification,
@@ -48,7 +49,7 @@ def register(config_class: Any, model: Any, causal_lm: Any, *classifiers: Any, o
     AutoModelForSequenceClassification.register(config_class, several, exist_ok=True)
     if of_steps is not None:
         AutoModelForTokenClassification.register(config_class, of_steps, exist_ok=True)
-    register_feature_extractor(config_class)
+    AutoFeatureExtractor.register(config_class, MimoSSMFeatureExtractor, exist_ok=True)
 
 
 def model_classes(auto: Any, config_class: type) -> tuple[type, ...]:
