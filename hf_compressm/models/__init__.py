@@ -36,6 +36,7 @@ from .mimo_ssm import (
     MimoSSMCache,
     MimoSSMConfig,
     MimoSSMForCausalLM,
+    MimoSSMForForecasting,
     MimoSSMForSequenceClassification,
     MimoSSMForSequencePairClassification,
     MimoSSMForTokenClassification,
@@ -78,6 +79,7 @@ register(
     MimoSSMForSequenceClassification,
     MimoSSMForSequencePairClassification,
     of_steps=MimoSSMForTokenClassification,
+    forecasting=MimoSSMForForecasting,
 )
 
 __all__ = [
@@ -105,6 +107,7 @@ __all__ = [
     "MimoSSMConfig",
     "MimoSSMFeatureExtractor",
     "MimoSSMForCausalLM",
+    "MimoSSMForForecasting",
     "MimoSSMForSequenceClassification",
     "MimoSSMForSequencePairClassification",
     "MimoSSMForTokenClassification",
