@@ -4,7 +4,6 @@ from .compressm_gated_deltanet import (
     CompreSSMGatedDeltaNetConfig,
     CompreSSMGatedDeltaNetForCausalLM,
     CompreSSMGatedDeltaNetForSequenceClassification,
-    CompreSSMGatedDeltaNetForTokenClassification,
     CompreSSMGatedDeltaNetModel,
 )
 from .compressm_mamba import (
@@ -25,7 +24,6 @@ from .compressm_minimax import (
     CompreSSMMiniMaxConfig,
     CompreSSMMiniMaxForCausalLM,
     CompreSSMMiniMaxForSequenceClassification,
-    CompreSSMMiniMaxForTokenClassification,
     CompreSSMMiniMaxModel,
 )
 from .convert import from_stock, to_stock
@@ -36,7 +34,6 @@ from .mimo_ssm import (
     MimoSSMCache,
     MimoSSMConfig,
     MimoSSMForCausalLM,
-    MimoSSMForForecasting,
     MimoSSMForSequenceClassification,
     MimoSSMForSequencePairClassification,
     MimoSSMForTokenClassification,
@@ -63,14 +60,12 @@ register(
     CompreSSMGatedDeltaNetModel,
     CompreSSMGatedDeltaNetForCausalLM,
     CompreSSMGatedDeltaNetForSequenceClassification,
-    of_steps=CompreSSMGatedDeltaNetForTokenClassification,
 )
 register(
     CompreSSMMiniMaxConfig,
     CompreSSMMiniMaxModel,
     CompreSSMMiniMaxForCausalLM,
     CompreSSMMiniMaxForSequenceClassification,
-    of_steps=CompreSSMMiniMaxForTokenClassification,
 )
 register(
     MimoSSMConfig,
@@ -79,14 +74,12 @@ register(
     MimoSSMForSequenceClassification,
     MimoSSMForSequencePairClassification,
     of_steps=MimoSSMForTokenClassification,
-    forecasting=MimoSSMForForecasting,
 )
 
 __all__ = [
     "CompreSSMGatedDeltaNetConfig",
     "CompreSSMGatedDeltaNetForCausalLM",
     "CompreSSMGatedDeltaNetForSequenceClassification",
-    "CompreSSMGatedDeltaNetForTokenClassification",
     "CompreSSMGatedDeltaNetModel",
     "CompreSSMMamba2Config",
     "CompreSSMMamba2ForCausalLM",
@@ -101,13 +94,11 @@ __all__ = [
     "CompreSSMMiniMaxConfig",
     "CompreSSMMiniMaxForCausalLM",
     "CompreSSMMiniMaxForSequenceClassification",
-    "CompreSSMMiniMaxForTokenClassification",
     "CompreSSMMiniMaxModel",
     "MimoSSMCache",
     "MimoSSMConfig",
     "MimoSSMFeatureExtractor",
     "MimoSSMForCausalLM",
-    "MimoSSMForForecasting",
     "MimoSSMForSequenceClassification",
     "MimoSSMForSequencePairClassification",
     "MimoSSMForTokenClassification",

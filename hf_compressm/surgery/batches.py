@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers.utils import logging
 
+from .wrappers import class_name, uncompiled
+
 logger = logging.get_logger(__name__)
 
 _LABELS = ("labels", "label", "label_ids")
@@ -41,7 +43,8 @@ def model_inputs(model: nn.Module, batch: Any) -> Iterator[dict[str, Any]]:
             "For a list of examples use a DataLoader with a collator."
         )
     # A model within PEFT's names what it takes; PEFT's own forward passes on whatever it is given.
-    named = getattr(model, "get_base_model", lambda: model)()
+    whole = uncompiled(model)
+    named = uncompiled(getattr(whole, "get_base_model", lambda: whole)())
     parameters = inspect.signature(named.forward).parameters
     takes_all = any(p.kind is p.VAR_KEYWORD for p in parameters.values()) and not _of_a_library(named.forward)
     variable = (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
@@ -51,7 +54,7 @@ def model_inputs(model: nn.Module, batch: Any) -> Iterator[dict[str, Any]]:
     if not needed <= fields.keys() or not (inputs & fields.keys() or needed):
         raise ValueError(
             f"calibration batch with fields {', '.join(map(str, batch))}: there is no input for "
-            f"{type(model).__name__}.forward, which takes {', '.join(sorted(inputs | needed))} and attention_mask"
+            f"{class_name(model)}.forward, which takes {', '.join(sorted(inputs | needed))} and attention_mask"
         )
     known = {name: value for name, value in fields.items() if takes_all or name in parameters or name in _PACKING}
     if left := sorted(map(str, fields.keys() - known.keys())):

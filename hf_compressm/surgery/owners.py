@@ -20,6 +20,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..reduction import SizeConstraints
 from .adapters.base import MixerAdapter, MixerSite, find_mixers
+from .wrappers import plain_name, uncompiled
 
 
 @dataclass(frozen=True)
@@ -114,7 +115,7 @@ def find_owners(model: nn.Module, sites: Sequence[MixerSite] | None = None) -> l
     sites = find_mixers(model) if sites is None else sites
     holders: dict[int, list[str]] = {}
     for name, module in model.named_modules():
-        holders.setdefault(id(getattr(module, "config", None)), []).append(name)
+        holders.setdefault(id(getattr(module, "config", None)), []).append(plain_name(name))
     groups: dict[Any, list[tuple[MixerSite, list[Any]]]] = {}
     for site in sites:
         chain = _configs(model, site, holders)
@@ -159,7 +160,7 @@ def _owner(model: nn.Module, members: Sequence[tuple[MixerSite, list[Any]]]) -> 
         towers.setdefault(_root(model, site, configs), []).append(site)
     path = os.path.commonprefix([[*root.split("."), ""] if root else [""] for root in towers])
     common = ".".join(part for part in path if part)
-    return Owner(common, model.get_submodule(common), tuple(configs), tuple(map(tuple, towers.values())))
+    return Owner(common, uncompiled(model.get_submodule(common)), tuple(configs), tuple(map(tuple, towers.values())))
 
 
 def _root(model: nn.Module, site: MixerSite, configs: Sequence[Any]) -> str:
@@ -233,6 +234,6 @@ def _tree(config: Any, key: str = "", seen: frozenset[int] = frozenset()) -> Ite
 def _around(model: nn.Module, name: str) -> Iterator[tuple[str, nn.Module]]:
     """A module and those around it, from the inside out."""
     while name:
-        yield name, model.get_submodule(name)
+        yield name, uncompiled(model.get_submodule(name))
         name = name.rpartition(".")[0]
-    yield "", model
+    yield "", uncompiled(model)

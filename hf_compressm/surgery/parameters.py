@@ -16,6 +16,7 @@ from .optimizer import unwrap_optimizer
 from .peft.lora import check_adapters
 from .peft.tuners import has_tuners, place
 from .shards import Place, is_sharded, reshard, sharded_entries
+from .wrappers import plain_name
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -83,7 +84,7 @@ def check_parameters(model: nn.Module, optimizer: Any = None, sites: Sequence[Mi
     reshard(model)  # what is gathered is not what the optimizer holds
     owners: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
-        owners.setdefault(id(parameter), []).append(name)
+        owners.setdefault(id(parameter), []).append(plain_name(name))
     held, adapted = None, has_tuners(model)
     if optimizer is not None:
         groups = unwrap_optimizer(optimizer).param_groups

@@ -15,6 +15,7 @@ from .optimizer import State, insert_parameter, remove_parameters, swap_paramete
 from .owners import write_sizes
 from .parameters import outside_inference_mode, successor, unloaded
 from .peft.tuners import fit_features, place, plain_shapes
+from .wrappers import plain_state_dict
 
 
 @outside_inference_mode
@@ -136,7 +137,7 @@ def check_fixed_tensors(model: nn.Module, tensors: Mapping[str, Any], prefix: st
         ValueError: on the first with another shape, or with `complete` on the first that is missing.
     """
     free = {f"{site.name}.{name}" if site.name else name for site in find_mixers(model) for name in site.parameters()}
-    for name, own in model.state_dict().items():
+    for name, own in plain_state_dict(model).items():
         found = tensors.get(prefix + name)
         if name in free or (found is None and not complete):
             continue

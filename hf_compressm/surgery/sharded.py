@@ -24,6 +24,7 @@ from .optimizer import swap_parameters
 from .parameters import inherit
 from .peft.tuners import place
 from .shards import Place, reshard, sharded_entries
+from .wrappers import uncompiled
 
 
 def whole_site(site: MixerSite) -> MixerSite:
@@ -46,6 +47,7 @@ def whole_copy(model: nn.Module) -> nn.Module:
 
 def _whole(module: nn.Module, known: dict[int, Any]) -> nn.Module:
     """The copy, after a look among those that are `known` by the identity of their originals."""
+    module = uncompiled(module)
     if id(module) in known:
         return known[id(module)]
     attributes, state = vars(module), None
@@ -57,6 +59,7 @@ def _whole(module: nn.Module, known: dict[int, Any]) -> nn.Module:
     vars(view).update({name: value for name, value in attributes.items() if not _holds(value, state)})
     view._parameters = {name: None if p is None else _plain(p, known) for name, p in module._parameters.items()}
     view._modules = {name: None if child is None else _whole(child, known) for name, child in module._modules.items()}
+    view._compiled_call_impl = None  # made by module.compile(), it runs the original
     if state is not None:
         for kind in ("_forward_pre_hooks", "_forward_hooks"):
             hooks = attributes[kind]

@@ -19,6 +19,7 @@ from .adapters.base import MixerSite, ReductionError, Statistics, find_mixers
 from .batches import model_inputs
 from .parameters import outside_inference_mode
 from .refit import Recording, output_of
+from .wrappers import class_name
 
 Batches = Iterable[Mapping[str, Any]]
 
@@ -114,7 +115,7 @@ def gather_statistics(
         return {}
     if batches is None:
         raise ValueError(
-            f"{type(model).__name__} has layers whose states can only be ranked on data: pass calibration batches, "
+            f"{class_name(model)} has layers whose states can only be ranked on data: pass calibration batches, "
             "mappings of what its forward takes, such as [{'input_ids': ...}] or a DataLoader"
         )
     batches = with_progress([batches] if isinstance(batches, Mapping) else batches, "calibrating", "batch")
@@ -236,11 +237,14 @@ def _inputs_of(mixer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) 
 
 @contextmanager
 def undisturbed(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode without gradients; afterwards modes and the random state of Python, NumPy and torch are back."""
+    """Evaluation mode, without gradients and by no compiled code, which would pass over the hooks that measure.
+
+    Afterwards modes and the random state of Python, NumPy and torch are as they were.
+    """
     modes = [(module, module.training) for module in model.modules()]
     states = random.getstate(), np.random.get_state()
     devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else []
-    with torch.random.fork_rng(devices=devices), torch.no_grad():
+    with torch.random.fork_rng(devices=devices), torch.no_grad(), torch.compiler.set_stance("force_eager"):
         model.eval()
         try:
             yield

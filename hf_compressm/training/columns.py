@@ -6,6 +6,8 @@ from typing import Any
 
 from torch import nn
 
+from ..surgery.wrappers import class_name
+
 LABELS = {"label", "label_ids", "labels", "shift_labels"}
 NOT_INPUTS = LABELS | {"attention_mask"}
 
@@ -27,7 +29,7 @@ def refuse_lost_inputs(trainer: Any, model: nn.Module) -> None:
     if dropped and kept and kept <= NOT_INPUTS:
         expected = getattr(model, "main_input_name", "input_ids")
         raise ValueError(
-            f"the Trainer drops the columns {', '.join(dropped)} of the data, which {type(model).__name__}.forward "
+            f"the Trainer drops the columns {', '.join(dropped)} of the data, which {class_name(model)}.forward "
             f"does not take, and only {', '.join(sorted(kept))} would reach the model. Rename the column that the "
             f"model reads to {expected}, or set remove_unused_columns=False and make the batch in data_collator."
         )

@@ -44,8 +44,7 @@ def refuse_unsupported(args: TrainingArguments, model: nn.Module, sharded: bool 
         sharded: whether parameters that `fully_shard` has sharded can be cut by the caller.
 
     Raises:
-        NotImplementedError: FSDP1, DeepSpeed, tensor parallelism and other ways to shard; `nn.DataParallel`;
-            `torch_compile` of a model that is sharded.
+        NotImplementedError: FSDP1, DeepSpeed, tensor parallelism and other ways to shard; `nn.DataParallel`.
         RuntimeError: a private name of torch's FSDP2 that a cut needs is missing in this torch.
     """
     state = AcceleratorState() if AcceleratorState._shared_state else None
@@ -74,11 +73,6 @@ def refuse_unsupported(args: TrainingArguments, model: nn.Module, sharded: bool 
         )
     if is_sharded(model) and not sharded:
         raise NotImplementedError(f"this callback cannot cut parameters that are sharded by FSDP2. {ALTERNATIVE}")
-    if is_sharded(model) and any("_orig_mod" in name for name, _ in model.named_modules()):
-        raise NotImplementedError(
-            "torch_compile wraps a model that FSDP2 shards, and its layers get other names than in the model that is "
-            "saved, so a cut's record would not fit it. Leave out torch_compile, or train without FSDP."
-        )
     check_torch(model)
     _refuse_other_shards(model)
     if args.n_gpu > 1 and processes() == 1:

@@ -14,6 +14,7 @@ from torch.distributed.tensor import DTensor
 from ..surgery import unwrap_optimizer
 from ..surgery.processes import processes, raise_together
 from ..surgery.shards import is_sharded, reshard, sharded_entries
+from ..surgery.wrappers import plain_name
 
 CHUNK = 1 << 22
 """Elements of a tensor that a checksum takes at once, so that it needs little memory."""
@@ -96,7 +97,7 @@ def _digest(value: Any) -> int:
 
 def _misplaced(model: nn.Module, optimizer: Any) -> RuntimeError | None:
     """A parameter that FSDP does not know, or that the optimizer does not step, if there is one."""
-    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    names = {id(parameter): plain_name(name) for name, parameter in model.named_parameters()}
     held = None
     if optimizer is not None:
         groups = unwrap_optimizer(optimizer).param_groups

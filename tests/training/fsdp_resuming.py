@@ -1,7 +1,7 @@
 """Started by test_fsdp_resume.py under torchrun: trainings under FSDP2, one after the other, that save and resume.
 
-Each job is a mapping: `folder`, `format` of FSDP2's checkpoints (none: plain DDP), `resume` (a checkpoint), `best`.
-What is left of each, whole, goes to FOLDER/result.pt.
+Each job is a mapping: `folder`, `format` of FSDP2's checkpoints (none: plain DDP), `resume` (a checkpoint), `best`,
+`compiled`. What is left of each, whole, goes to FOLDER/result.pt.
 """
 
 import argparse
@@ -40,6 +40,8 @@ def train(job):
     if "format" in job:
         settings = {"fsdp_version": 2, "fsdp_state_dict_type": job["format"]}
         given |= {"fsdp": True, "fsdp_config": settings}
+    if job.get("compiled"):
+        given |= {"torch_compile": True, "torch_compile_backend": "eager"}
     callback = CompreSSMCallback(policy="target", target_state_size=2, cut_steps=[4, 9])
     torch.manual_seed(0)
     model = make(OWN, "mamba").train()

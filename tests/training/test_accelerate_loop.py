@@ -24,9 +24,13 @@ def made():
     return model, torch.optim.AdamW(model.parameters(), lr=1e-2)
 
 
-@pytest.mark.parametrize("prepared", [False, True], ids=["before prepare", "after prepare"])
-def test_the_one_call_before_load_state(tmp_path, prepared):
-    accelerator = Accelerator(cpu=True)
+@pytest.mark.parametrize(
+    "prepared, backend",
+    [(False, "no"), (True, "no"), (False, "eager"), (True, "eager")],
+    ids=["before prepare", "after prepare", "compiled, before prepare", "compiled, after prepare"],
+)
+def test_the_one_call_before_load_state(tmp_path, prepared, backend):
+    accelerator = Accelerator(cpu=True, dynamo_backend=backend)
     model, optimizer = accelerator.prepare(*made())
     steps(model, optimizer, accelerator, 3)
     record = compress(model, tau=0.3, optimizer=optimizer, step=3)
@@ -35,7 +39,7 @@ def test_the_one_call_before_load_state(tmp_path, prepared):
     accelerator.unwrap_model(model).config.save_pretrained(tmp_path)
     steps(model, optimizer, accelerator, 3)
 
-    accelerator = Accelerator(cpu=True)
+    accelerator = Accelerator(cpu=True, dynamo_backend=backend)
     again, fresh = made()
     if prepared:
         again, fresh = accelerator.prepare(again, fresh)

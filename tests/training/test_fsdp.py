@@ -1,19 +1,19 @@
 """FSDP2 and HSDP over gloo, through an unmodified Trainer and in loops by hand: weights of DDP and of one process."""
 
 import json
-import re
 from pathlib import Path
 
 import pytest
 import torch
 from forked_ranks import run_ranks
 
+from hf_compressm.surgery.wrappers import plain_name
+
 HERE = Path(__file__).resolve().parent
 BY_BLOCK = {
     "transformer_layer_cls_to_wrap": ["CompreSSMMamba2Block"],
     "fsdp_auto_wrap_policy": "TRANSFORMER_BASED_WRAP",
 }
-WRAPPED = re.compile(r"_checkpoint_wrapped_module\.|_orig_mod\.")
 IN_TWO = {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 2}
 
 pytestmark = [pytest.mark.slow, pytest.mark.multi_process]
@@ -46,7 +46,7 @@ def check_equal(found, expected, tolerance=1e-5):
     names = [[(layer["name"], layer["new_size"]) for layer in cut["layers"]] for cut in found["history"]]
     assert names == [[(layer["name"], layer["new_size"]) for layer in cut["layers"]] for cut in expected["history"]]
     for kind in ("weights", "moments"):
-        clean = {WRAPPED.sub("", name): value for name, value in found[kind].items()}
+        clean = {plain_name(name): value for name, value in found[kind].items()}
         assert clean.keys() == expected[kind].keys()
         for name, value in clean.items():
             assert torch.allclose(value, expected[kind][name], atol=tolerance), f"{kind} of {name}"
@@ -74,10 +74,11 @@ def test_an_unmodified_trainer_shards_and_cuts(model, fsdp, arguments, replicate
     check_equal(train(tmp_path, "fsdp", model, arguments=arguments, fsdp=fsdp), replicated(model, arguments))
 
 
-def test_a_compiled_model_is_refused(tmp_path):
-    compiled = {"torch_compile": True, "torch_compile_backend": "eager"}
-    with pytest.raises(AssertionError, match="torch_compile wraps a model that FSDP2 shards"):
-        train(tmp_path, "fsdp", "lru", arguments=compiled)
+@pytest.mark.parametrize("model, regions", [("mamba", "false"), ("lru", "true")])
+def test_a_compiled_model_is_cut_as_one_that_is_not(model, regions, replicated, tmp_path, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_DYNAMO_USE_REGIONAL_COMPILATION", regions)
+    compiled = {"torch_compile": True, "torch_compile_backend": "aot_eager"}
+    check_equal(train(tmp_path, "fsdp", model, arguments=compiled), replicated(model, {}))
 
 
 def test_hybrid_shards(replicated, tmp_path):

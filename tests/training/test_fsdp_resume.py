@@ -10,8 +10,9 @@ import torch
 from forked_ranks import run_ranks
 from torch.distributed.checkpoint.metadata import _MEM_FORMAT_ENCODING  # what such metadata hold
 
+from hf_compressm.surgery.wrappers import plain_name
 from hf_compressm.training import newest_checkpoint, verify_manifest
-from hf_compressm.training.checkpoints.sharded_files import sharded_weight_shapes
+from hf_compressm.training.checkpoints.sharded_files import saved_weight_shapes, sharded_weight_shapes
 
 PROGRAM = Path(__file__).with_name("fsdp_resuming.py")
 FORMATS = ("FULL_STATE_DICT", "SHARDED_STATE_DICT")
@@ -42,6 +43,7 @@ def runs(tmp_path_factory):
         at = str(root / form / "checkpoint-6")
         jobs.append({"folder": str(root / f"resumed {form}"), "format": form, "resume": at})
         jobs.append({"folder": str(root / f"best {form}"), "format": form, "best": True})
+        jobs.append({"folder": str(root / f"compiled {form}"), "format": form, "resume": at, "compiled": True})
     jobs.append({"folder": str(root / "from ddp"), "format": FORMATS[0], "resume": str(root / "ddp" / "checkpoint-6")})
     at = str(root / FORMATS[0] / "checkpoint-6")
     jobs.append({"folder": str(root / "of the other format"), "format": FORMATS[1], "resume": at})
@@ -57,6 +59,22 @@ def test_a_resumed_run_equals_the_uninterrupted_one(form, runs):
     assert [record["step"] for record in found["history"]] == [4, 9]
     assert found["history"] == expected["history"] and found["sizes"] == expected["sizes"]
     assert difference(expected, found, "weights") == difference(expected, found, "moments") == 0.0
+
+
+@pytest.mark.parametrize("form", FORMATS)
+def test_a_compiled_model_goes_on_and_is_saved_under_the_names_of_one_that_is_not(form, runs):
+    expected, found = result(runs / form), result(runs / f"compiled {form}")
+    assert found["error"] == "" and found["sharded"] and found["sizes"] == expected["sizes"]
+    for kind in ("weights", "moments"):
+        clean = {plain_name(name): value for name, value in found[kind].items()}
+        assert difference(expected, {kind: clean}, kind) < 1e-6
+    folders = runs / form / "checkpoint-12", runs / f"compiled {form}" / "checkpoint-12"
+    saved = [{name: t.shape for name, t in saved_weight_shapes(folder).items()} for folder in folders]
+    assert saved[0] == saved[1]
+    configs = [json.loads((folder / "config.json").read_text()) for folder in folders]
+    names = [[layer["name"] for cut in c["compression_history"] for layer in cut["layers"]] for c in configs]
+    assert names[0] == names[1]
+    assert configs[0]["architectures"] == configs[1]["architectures"]
 
 
 @pytest.mark.parametrize("form", FORMATS)

@@ -95,10 +95,12 @@ def test_pretraining_under_the_configuration_equals_ddp(replicated, tmp_path, mo
 
 @pytest.mark.slow
 @pytest.mark.multi_process
-def test_a_whole_model_is_saved_where_checkpoints_are_shards(replicated, tmp_path, monkeypatch):
+def test_a_whole_model_is_saved_where_checkpoints_are_shards_and_it_is_compiled(replicated, tmp_path, monkeypatch):
     _, environment = environment_of("fsdp2", monkeypatch)
     environment |= {"ACCELERATE_MIXED_PRECISION": "no", "FSDP_STATE_DICT_TYPE": "SHARDED_STATE_DICT"}
-    check_close(trained(tmp_path, environment, "--save_strategy", "steps", "--save_steps", "4"), replicated, 1e-5, 1e-4)
+    compiled = ("--torch_compile", "true", "--torch_compile_backend", "eager")
+    found = trained(tmp_path, environment, "--save_strategy", "steps", "--save_steps", "4", *compiled)
+    check_close(found, replicated, 1e-5, 1e-4)
     assert not (tmp_path / "checkpoint-8/model.safetensors").exists()
     model, loaded = AutoModelForSequenceClassification.from_pretrained(tmp_path, output_loading_info=True)
     assert not any(loaded.values()) and state_sizes(model) == [8]

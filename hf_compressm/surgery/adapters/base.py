@@ -20,6 +20,7 @@ from ...reduction import Selection
 from ..changes import ParameterChange
 from ..peft.lora import changes_with_lora, mixer_without_lora
 from ..peft.tuners import has_tuners, place, with_followers
+from ..wrappers import class_name, plain_name
 
 Mixer = TypeVar("Mixer", bound=nn.Module)
 
@@ -248,8 +249,6 @@ class MixerSite:
             raise ValueError(f"{self.name}.{error}") from error
 
 
-_CHECKPOINTED = "_checkpoint_wrapped_module."
-"""In the names of modules within one that torch wraps for activation checkpointing, but not in their state dict."""
 _ADAPTERS: dict[str, MixerAdapter] = {}
 _REFUSED: dict[str, str] = {}
 
@@ -312,14 +311,14 @@ def find_mixers(model: nn.Module) -> list[MixerSite]:
         ValueError: if there is none, or one of a class that no adapter serves but for a parent; the message says why,
             and lists what is supported and how to add to it.
     """
-    named = [(name.replace(_CHECKPOINTED, ""), module) for name, module in model.named_modules()]
+    named = [(plain_name(name), module) for name, module in model.named_modules()]
     modules = [(name, module, _full_name(mixer_class(module))) for name, module in named]
     sites = [MixerSite(name, module, _ADAPTERS[cls]) for name, module, cls in modules if cls in _ADAPTERS]
     _check_subclasses(model)
     if not sites:
         reasons = sorted({f" {cls.rpartition('.')[2]}: {_REFUSED[cls]}" for _, _, cls in modules if cls in _REFUSED})
         raise ValueError(
-            f"{type(model).__name__} has no layer that can be compressed.{''.join(reasons)} Supported mixer classes: "
+            f"{class_name(model)} has no layer that can be compressed.{''.join(reasons)} Supported mixer classes: "
             f"{', '.join(supported_mixers())}. For another class, subclass hf_compressm.surgery.MixerAdapter and "
             "pass an instance to hf_compressm.surgery.register_adapter."
         )
@@ -332,7 +331,7 @@ def _check_subclasses(model: nn.Module) -> None:
         parent = _served_parent(cls)
         if parent is not None and not {*_ADAPTERS, *_REFUSED} & {_full_name(cls)}:
             raise ValueError(
-                f"{type(model).__name__} has layers of the class {_full_name(cls)}, a subclass of {parent}. An adapter "
+                f"{class_name(model)} has layers of the class {_full_name(cls)}, a subclass of {parent}. An adapter "
                 "serves exactly its class, since a subclass may compute something else. If this one uses its parent's "
                 f"parameters as the parent does, call hf_compressm.surgery.register_subclass({cls.__name__}); if not, "
                 "pass an adapter of its own to register_adapter, or the reason to leave it alone to register_refusal."

@@ -19,6 +19,7 @@ from transformers.utils import CONFIG_NAME
 
 from ...files import new_file
 from ...surgery import record_keys as keys
+from ...surgery.wrappers import class_name, uncompiled
 from .reading import message_of, read_trainer_state
 
 
@@ -88,10 +89,10 @@ def save_record(folder: str | os.PathLike[str], settings: Mapping[str, Any], rec
 
 def save_missing_config(folder: str | os.PathLike[str], model: Any) -> None:
     """Write the config, with state sizes and history, into a checkpoint of shards, where the Trainer writes none."""
-    if not isinstance(model, PreTrainedModel) or (Path(folder) / CONFIG_NAME).exists():
+    if not isinstance(uncompiled(model), PreTrainedModel) or (Path(folder) / CONFIG_NAME).exists():
         return
     model.config.dtype = str(model.dtype).rpartition(".")[2]
-    model.config.architectures = [type(model).__name__.removeprefix("FSDP")]  # FSDP2 renames the class
+    model.config.architectures = [class_name(model)]
     model.config.save_pretrained(folder)
 
 

@@ -16,6 +16,7 @@ from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHT
 from ...surgery import check_fixed_tensors, resize_mixers, set_history, sizes_in_state_dict, unwrap_optimizer
 from ...surgery.record_keys import HISTORY
 from ...surgery.shards import is_sharded
+from ...surgery.wrappers import plain_name
 from ..trainer_log import running_trainer
 from .reading import read_weight_shapes
 from .sharded_loading import load_moments, load_weights
@@ -54,7 +55,8 @@ def resize_to_checkpoint(model: nn.Module, folder: str | os.PathLike[str], optim
         ValueError: if a file is damaged, or the weights are of another model.
         TypeError: if the optimizer's state cannot be carried.
     """
-    shapes, config = read_weight_shapes(Path(folder)), Path(folder) / CONFIG_NAME
+    config = Path(folder) / CONFIG_NAME
+    shapes = {plain_name(name): shape for name, shape in read_weight_shapes(Path(folder)).items()}
     prefix = "module." if all(name.startswith("module.") for name in shapes) else ""
     try:
         check_fixed_tensors(model, shapes, prefix)

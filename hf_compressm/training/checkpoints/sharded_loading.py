@@ -17,12 +17,12 @@ from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 from ...surgery import check_fixed_tensors, has_tuners, resize_mixers, sizes_in_state_dict, unwrap_optimizer
 from ...surgery import record_keys as keys
 from ...surgery.processes import decided_by_rank_0, raise_together, team_for
+from ...surgery.wrappers import plain_name, plain_state_dict
 from .contents import load_callback_state
 from .reading import load_pickle, reading, weight_files
 from .sharded_files import check_sharded_moments, saved_weight_shapes, sharded_format, sharded_weight_shapes
 
 WHOLE = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
-_CHECKPOINTED = "_checkpoint_wrapped_module."
 
 
 def load_weights(trainer: Any, folder: Path, load: Callable[[], Any]) -> Any:
@@ -65,7 +65,7 @@ def load_moments(trainer: Any, folder: Path, load: Callable[[], Any]) -> None:
     if form is not None or not decided_by_rank_0((folder / OPTIMIZER_NAME).is_file):
         return load()
     model, optimizer = trainer.model, unwrap_optimizer(trainer.optimizer)
-    names = {id(p): name.replace(_CHECKPOINTED, "") for name, p in model.named_parameters()}
+    names = {id(p): plain_name(name) for name, p in model.named_parameters()}
     order = [names[id(parameter)] for group in optimizer.param_groups for parameter in group["params"]]
     state: Any = None
     problem = None
@@ -96,8 +96,7 @@ def _look(trainer: Any, folder: Path) -> tuple[str | None, dict[str, int]]:
     except ValueError as error:
         raise ValueError(f"the weights are of another model: {error}. Build it as it was trained.") from error
     sizes = sizes_in_state_dict(model, shapes)
-    own = {key for key, _ in model.named_parameters()}
-    if form is None and (foreign := sorted(shapes.keys() - model.state_dict().keys() - own)):
+    if form is None and (foreign := sorted(shapes.keys() - plain_state_dict(model).keys())):
         raise ValueError(
             f"{folder} was saved without FSDP, under other names ({foreign[0]}) than those that this model trains "
             "with; go on from it without FSDP, or from a checkpoint of FSDP2."
@@ -118,7 +117,7 @@ def _sizes_beneath_adapters(folder: Path, form: str | None) -> dict[str, int]:
 
 def _with_tied(model: nn.Module, weights: dict[str, Any]) -> dict[str, Any]:
     """The weights, and under each name that safetensors leaves out those of the parameter that it shares."""
-    own: dict[str, Any] = model.state_dict(keep_vars=True)
+    own = plain_state_dict(model)
     by_tensor = {id(own[name]): value for name, value in weights.items() if name in own}
     return weights | {name: by_tensor[id(tensor)] for name, tensor in own.items() if id(tensor) in by_tensor}
 
