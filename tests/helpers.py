@@ -2,12 +2,37 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 from datasets import Dataset
 from transformers import TrainingArguments
 
 from hf_compressm import MimoSSMConfig, MimoSSMForSequenceClassification
+
+WITHOUT_THE_PACKAGE = """
+import sys
+
+class Absent:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] == "hf_compressm":
+            raise ModuleNotFoundError(name)
+
+sys.meta_path.insert(0, Absent())
+"""
+"""Beginning of a program that cannot import this package."""
+
+
+def run_without_the_package(program: str, folder, *words: str) -> str:
+    """Run a program in a folder, in a process that cannot import this package; gives what it prints."""
+    environment = os.environ | {"HF_MODULES_CACHE": str(folder / "modules"), "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, "-c", WITHOUT_THE_PACKAGE + program, *words]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=folder)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
 
 
 def small_model(seed: int = 0, state_sizes=12, hidden_size: int = 6, layers: int = 2, **config):

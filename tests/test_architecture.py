@@ -95,6 +95,7 @@ MORE_ARGUMENTS = {
     "models.mimo_ssm.modeling_mimo_ssm.MimoSSMModel.forward": "the signature is that of transformers' models",
     "models.mimo_ssm.modeling_mimo_ssm.MimoSSMForCausalLM.forward": "the signature is that of transformers' models",
     "models.feature_extractor.MimoSSMFeatureExtractor.__init__": "each is a field of preprocessor_config.json",
+    "models.forecasting.Forecasting.forward": "the signature is that of transformers' models",
     "models.selective.SelectiveModel.forward": "the signature is that of transformers' models",
     "surgery.plan.compress": "public, for hand-written loops",
 }

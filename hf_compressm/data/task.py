@@ -47,7 +47,9 @@ class Task:
     model_kwargs: dict[str, Any]
     compute_metrics: Callable[[EvalPrediction], dict[str, float]]
     metric_for_best_model: str
-    problem: Literal["sequence_classification", "sequence_pair_classification", "token_classification", "causal_lm"]
+    problem: Literal[
+        "sequence_classification", "sequence_pair_classification", "token_classification", "forecasting", "causal_lm"
+    ]
     collator: Callable[[list[dict[str, Any]]], dict[str, Any]] | None = None
     greater_is_better: bool = True
     preprocess_logits_for_metrics: Callable[[Any, Any], Any] | None = None

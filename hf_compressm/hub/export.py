@@ -12,7 +12,7 @@ from huggingface_hub import snapshot_download
 
 from ..files import check_output, new_folder
 from ..models import to_stock
-from ..models.saved import is_stock, load_checkpoint, load_tokenizer
+from ..models.saved import copy_feature_extractor, is_stock, load_checkpoint, load_tokenizer
 from ..moved import old_names
 from ..report import readdressed
 from ..report.card import CARD_NAME
@@ -25,6 +25,7 @@ FILES_BESIDE = (
     "LICENSE*",
     "NOTICE*",
     "compression.json",
+    "preprocessor_config.json",
     "run.json",
     "*_results.json",
     "*.html",
@@ -119,6 +120,7 @@ def write(model: Any, source: str, folder: Path, to: Form | None = None, name: s
         card.write_bytes(text.encode("utf-8", "surrogateescape"))
     if (tokenizer := load_tokenizer(source)) is not None:
         tokenizer.save_pretrained(folder)
+    copy_feature_extractor(source, folder)
     files = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
     return ExportResult(form, type(model).__name__, sizes, files)
 

@@ -25,6 +25,8 @@ FILES_OF_A_MODEL = (
     "run.json",
     "modeling_*.py",
     "configuration_*.py",
+    "feature_extraction_*.py",
+    "preprocessor_config.json",
     "model*.safetensors",
     "model*.safetensors.index.json",
     "pytorch_model*.bin",

@@ -4,6 +4,7 @@ from .compressm_gated_deltanet import (
     CompreSSMGatedDeltaNetConfig,
     CompreSSMGatedDeltaNetForCausalLM,
     CompreSSMGatedDeltaNetForSequenceClassification,
+    CompreSSMGatedDeltaNetForTokenClassification,
     CompreSSMGatedDeltaNetModel,
 )
 from .compressm_mamba import (
@@ -24,6 +25,7 @@ from .compressm_minimax import (
     CompreSSMMiniMaxConfig,
     CompreSSMMiniMaxForCausalLM,
     CompreSSMMiniMaxForSequenceClassification,
+    CompreSSMMiniMaxForTokenClassification,
     CompreSSMMiniMaxModel,
 )
 from .convert import from_stock, to_stock
@@ -34,6 +36,7 @@ from .mimo_ssm import (
     MimoSSMCache,
     MimoSSMConfig,
     MimoSSMForCausalLM,
+    MimoSSMForForecasting,
     MimoSSMForSequenceClassification,
     MimoSSMForSequencePairClassification,
     MimoSSMForTokenClassification,
@@ -60,12 +63,14 @@ register(
     CompreSSMGatedDeltaNetModel,
     CompreSSMGatedDeltaNetForCausalLM,
     CompreSSMGatedDeltaNetForSequenceClassification,
+    of_steps=CompreSSMGatedDeltaNetForTokenClassification,
 )
 register(
     CompreSSMMiniMaxConfig,
     CompreSSMMiniMaxModel,
     CompreSSMMiniMaxForCausalLM,
     CompreSSMMiniMaxForSequenceClassification,
+    of_steps=CompreSSMMiniMaxForTokenClassification,
 )
 register(
     MimoSSMConfig,
@@ -74,12 +79,14 @@ register(
     MimoSSMForSequenceClassification,
     MimoSSMForSequencePairClassification,
     of_steps=MimoSSMForTokenClassification,
+    forecasting=MimoSSMForForecasting,
 )
 
 __all__ = [
     "CompreSSMGatedDeltaNetConfig",
     "CompreSSMGatedDeltaNetForCausalLM",
     "CompreSSMGatedDeltaNetForSequenceClassification",
+    "CompreSSMGatedDeltaNetForTokenClassification",
     "CompreSSMGatedDeltaNetModel",
     "CompreSSMMamba2Config",
     "CompreSSMMamba2ForCausalLM",
@@ -94,11 +101,13 @@ __all__ = [
     "CompreSSMMiniMaxConfig",
     "CompreSSMMiniMaxForCausalLM",
     "CompreSSMMiniMaxForSequenceClassification",
+    "CompreSSMMiniMaxForTokenClassification",
     "CompreSSMMiniMaxModel",
     "MimoSSMCache",
     "MimoSSMConfig",
     "MimoSSMFeatureExtractor",
     "MimoSSMForCausalLM",
+    "MimoSSMForForecasting",
     "MimoSSMForSequenceClassification",
     "MimoSSMForSequencePairClassification",
     "MimoSSMForTokenClassification",

@@ -9,7 +9,9 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
-from transformers import AutoFeatureExtractor, BatchFeature, SequenceFeatureExtractor
+from transformers import BatchFeature, SequenceFeatureExtractor
+
+from .carried_code import CarriesExtractorCode
 
 MASK = "attention_mask"
 
@@ -37,7 +39,7 @@ def steps_mask(rows: Sequence[Tensor], side: str = "right") -> Tensor:
     return pad_series([row.new_ones(len(row), dtype=torch.int64) for row in rows], side)
 
 
-class MimoSSMFeatureExtractor(SequenceFeatureExtractor):
+class MimoSSMFeatureExtractor(CarriesExtractorCode, SequenceFeatureExtractor):
     """Makes a model's `input_values` of numeric sequences, with what was learnt on the training data.
 
     A missing value (NaN) becomes the last one before it in its channel, and the channel's mean where there is none.
@@ -142,8 +144,3 @@ class MimoSSMFeatureExtractor(SequenceFeatureExtractor):
         given = np.asarray(values, dtype=np.float64)
         several = given.ndim == 3 or (given.ndim == 2 and self.feature_size == 1 and given.shape[1] != 1)
         return list(given) if several else [given]
-
-
-def register_feature_extractor(config_class: type) -> None:
-    """Let `AutoFeatureExtractor` know the feature extractor of models with this config."""
-    AutoFeatureExtractor.register(config_class, MimoSSMFeatureExtractor, exist_ok=True)

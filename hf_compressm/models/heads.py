@@ -6,19 +6,22 @@ from typing import Any
 
 from transformers import (
     AutoConfig,
+    AutoFeatureExtractor,
     AutoModel,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
+    AutoModelForTimeSeriesPrediction,
     AutoModelForTokenClassification,
     PreTrainedModel,
 )
 
-from .feature_extractor import register_feature_extractor
+from .feature_extractor import MimoSSMFeatureExtractor
 
 HEADS = {
     "sequence_classification": AutoModelForSequenceClassification,
     "sequence_pair_classification": AutoModelForSequenceClassification,
     "token_classification": AutoModelForTokenClassification,
+    "forecasting": AutoModelForTimeSeriesPrediction,
     "causal_lm": AutoModelForCausalLM,
 }
 """The Auto class that loads a saved model for a task of each kind."""
@@ -27,12 +30,15 @@ CLASS_ENDINGS = {
     "sequence_classification": "ForSequenceClassification",
     "sequence_pair_classification": "ForSequencePairClassification",
     "token_classification": "ForTokenClassification",
+    "forecasting": "ForForecasting",
     "causal_lm": "ForCausalLM",
 }
 """How names of model classes end that have the head for a task of each kind."""
 
 
-def register(config_class: Any, model: Any, causal_lm: Any, *classifiers: Any, of_steps: Any = None) -> None:
+def register(
+    config_class: Any, model: Any, causal_lm: Any, *classifiers: Any, of_steps: Any = None, forecasting: Any = None
+) -> None:
     """Register a config and its model classes with transformers' Auto classes.
 
     Args:
@@ -40,6 +46,7 @@ def register(config_class: Any, model: Any, causal_lm: Any, *classifiers: Any, o
         model, causal_lm: its classes without a head and with that of a language model.
         *classifiers: of several, transformers takes the one that the config's `architectures` names, or else the first.
         of_steps: the class that labels each step; None if there is none.
+        forecasting: the class that predicts the next steps; None if there is none.
     """
     AutoConfig.register(config_class.model_type, config_class, exist_ok=True)
     AutoModel.register(config_class, model, exist_ok=True)
@@ -48,7 +55,9 @@ def register(config_class: Any, model: Any, causal_lm: Any, *classifiers: Any, o
     AutoModelForSequenceClassification.register(config_class, several, exist_ok=True)
     if of_steps is not None:
         AutoModelForTokenClassification.register(config_class, of_steps, exist_ok=True)
-    register_feature_extractor(config_class)
+    if forecasting is not None:
+        AutoModelForTimeSeriesPrediction.register(config_class, forecasting, exist_ok=True)
+    AutoFeatureExtractor.register(config_class, MimoSSMFeatureExtractor, exist_ok=True)
 
 
 def model_classes(auto: Any, config_class: type) -> tuple[type, ...]:

@@ -8,61 +8,38 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from importlib.resources import files
-from pathlib import Path
-from typing import Any
 
 from transformers import (
     AutoModel,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
+    AutoModelForTimeSeriesPrediction,
     AutoModelForTokenClassification,
 )
 
+from .carried_code import SavesCode, is_own, read_code, write_code
 from .heads import model_classes
 
-PACKAGE = __name__.partition(".")[0]
 AUTO_CLASSES = (
     AutoModel,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
+    AutoModelForTimeSeriesPrediction,
     AutoModelForTokenClassification,
 )
 
 
-class CarriesCode:
+class CarriesCode(SavesCode):
     """Mixin of configs: saving one, alone or with its model, also writes the code that loads it elsewhere.
 
     So `save_pretrained`, `push_to_hub` and the Trainer leave folders that load in two ways: with this package installed
     through transformers' Auto classes, and without it, through the same classes and `trust_remote_code=True`.
     """
 
-    auto_map: dict[str, str]
-
-    def save_pretrained(self, save_directory: str | os.PathLike[str], push_to_hub: bool = False, **kwargs: Any) -> None:
-        """Save the config as transformers does, with the modelling code beside it, named in `auto_map`.
-
-        Raises:
-            OSError: if the folder cannot be written to.
-        """
-        # The code first: a config that names files which are not there would not load.
-        self.save_code(save_directory)
-        super().save_pretrained(save_directory, **kwargs)  # type: ignore[misc]
-        if push_to_hub:
-            repo_id = kwargs.pop("repo_id", Path(save_directory).name)
-            self.push_to_hub(repo_id, **kwargs)  # type: ignore[attr-defined]
-
     def save_code(self, folder: str | os.PathLike[str]) -> list[str]:
-        """Write the modelling code into a folder, name it in `auto_map`, and return the names of the files.
-
-        Nothing is written for a class that is derived from this package's: its own code is not known here. Its author
-        can call transformers' `register_for_auto_class`.
-
-        Raises:
-            OSError: if the folder cannot be written to.
-        """
+        """Write the modelling code, as `SavesCode` says."""
         config_class = type(self)
-        if not config_class.__module__.startswith(f"{PACKAGE}.models."):
+        if not is_own(config_class):
             return []
         own = auto_map(config_class, getattr(self, "architectures", None) or ())
         names = {reference.rpartition(".")[2] for reference in own.values()}
@@ -72,11 +49,7 @@ class CarriesCode:
             if not isinstance(reference, str) or reference.rpartition(".")[2] not in names
         }
         self.auto_map = own | kept
-        written = modelling_code(config_class)
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        for name, text in written.items():
-            (Path(folder) / name).write_text(text, encoding="utf-8")
-        return list(written)
+        return write_code(folder, _code_files(config_class))
 
 
 def auto_map(config_class: type, architectures: Sequence[str] = ()) -> dict[str, str]:
@@ -97,10 +70,12 @@ def auto_map(config_class: type, architectures: Sequence[str] = ()) -> dict[str,
 
 def modelling_code(config_class: type) -> dict[str, str]:
     """Return the files, by name, that define a config of this package and its models without this package."""
+    return read_code(_code_files(config_class))
+
+
+def _code_files(config_class: type) -> list[str]:
     configuration = _stem(config_class)
-    names = (f"{configuration}.py", f"{configuration.replace('configuration_', 'modeling_')}.py")
-    folder = files(__package__) / "remote"
-    return {name: (folder / f"{name}.txt").read_text("utf-8") for name in names}
+    return [f"{configuration}.py", f"{configuration.replace('configuration_', 'modeling_')}.py"]
 
 
 def _stem(cls: type) -> str:

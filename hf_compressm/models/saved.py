@@ -12,6 +12,7 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
 from transformers.utils import cached_file
 
 from ..files import check_name
+from .feature_extractor import MimoSSMFeatureExtractor
 from .heads import HEADS, model_classes
 
 TOKENIZER_FILES = ("tokenizer_config.json", "tokenizer.json")
@@ -104,6 +105,14 @@ def has_feature_extractor(name: str) -> bool:
     except OSError:
         return False
     return True
+
+
+def copy_feature_extractor(name: str, folder: str | Path) -> None:
+    """Write the feature extractor that was saved with a model to a folder, with its code, if it is this package's."""
+    if has_feature_extractor(name):
+        saved, _ = MimoSSMFeatureExtractor.get_feature_extractor_dict(name)
+        if saved.get("feature_extractor_type") == MimoSSMFeatureExtractor.__name__:
+            MimoSSMFeatureExtractor.from_pretrained(name).save_pretrained(folder)
 
 
 def is_stock(model: Any) -> bool:

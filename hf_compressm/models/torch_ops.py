@@ -41,3 +41,7 @@ def gated_delta_step(*tensors: Any, erase: Any = None, scale: float | None = Non
 
 class CarriesCode:
     """Nothing to do: transformers itself copies this file when a model that was loaded with it is saved."""
+
+
+class CarriesExtractorCode:
+    """Nothing to do, as for a model."""

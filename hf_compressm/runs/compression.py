@@ -12,7 +12,7 @@ from ..data import Task
 from ..files import check_output, new_folder, write_json
 from ..models import CompreSSMMambaForCausalLM, to_stock
 from ..models.automatic import by_fast_ops
-from ..models.saved import is_stock, load_model, load_tokenizer
+from ..models.saved import copy_feature_extractor, is_stock, load_model, load_tokenizer
 from ..moved import old_names
 from ..reduction import SizeConstraints
 from ..report import describe_environment, write_card
@@ -128,6 +128,7 @@ def compress_saved_model(job: CompressionJob) -> CompressionResult:
         model.save_pretrained(folder)
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
+        copy_feature_extractor(job.model, folder)
         write_json(folder / keys.RECORD_FILE, _content(job, result, records))
         write_json(folder / "run.json", _describe(job, task))
         write_card(folder, name=output.name)

@@ -103,7 +103,7 @@ def evaluate(
         ValueError: if the model's head is not the task's.
     """
     head = CLASS_ENDINGS[task.problem]
-    if not type(model).__name__.endswith(head):
+    if not type(getattr(model, "get_base_model", lambda: model)()).__name__.endswith(head):
         raise ValueError(f"{task.name!r} has labels for a model {head}, so {type(model).__name__} has no loss on it")
     found: list[tuple[float, int, np.ndarray, np.ndarray]] = []
     part = getattr(task, split)

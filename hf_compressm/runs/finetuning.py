@@ -14,7 +14,7 @@ from transformers import Trainer, TrainingArguments
 from ..data import Task
 from ..files import check_apart, check_folder, write_json
 from ..models.automatic import switch_on
-from ..models.saved import load_model, load_tokenizer
+from ..models.saved import copy_feature_extractor, load_model, load_tokenizer
 from ..moved import old_names
 from ..reduction import SizeConstraints
 from ..report import describe_environment, keep_card
@@ -235,6 +235,7 @@ def _save(trainer: Trainer, run: FinetuneRun, result: FinetuneResult, tokenizer:
         write_json(output / "run.json", facts)
         if tokenizer is not None:
             tokenizer.save_pretrained(output)
+        copy_feature_extractor(run.arguments.model or "", output)
     with whole_model(trainer):
         if run.training.push_to_hub:
             trainer.push_to_hub()  # saves first

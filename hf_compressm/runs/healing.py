@@ -26,6 +26,7 @@ TASK_TYPES = {
     "sequence_classification": "SEQ_CLS",
     "sequence_pair_classification": "SEQ_CLS",
     "token_classification": "TOKEN_CLS",
+    "forecasting": None,  # PEFT has no type of it
 }
 UNCALLED = ("dt_proj", "conv1d")
 """Layers of mixers whose weights transformers uses without calling the layer, so that LoRA around them does nothing."""
@@ -73,6 +74,7 @@ def add_lora(model: nn.Module, task: Task, settings: Mapping[str, Any]) -> Any:
     defaults: dict[str, Any] = {"r": 16, "lora_alpha": 32, "task_type": TASK_TYPES[task.problem]}
     suited = default_targets(model)
     defaults |= {} if "target_modules" in settings else {"target_modules": suited}
+    defaults |= {"modules_to_save": ["score"]} if task.problem == "forecasting" else {}
     adapted = peft.get_peft_model(model, peft.LoraConfig(**(defaults | dict(settings))))
     for site in find_mixers(adapted):
         for name in UNCALLED if has_stock_mixers(site.mixer) else ():

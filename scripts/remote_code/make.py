@@ -3,9 +3,10 @@
     python scripts/remote_code/make.py          # write it to hf_compressm/models/remote
     python scripts/remote_code/make.py --check  # write nothing; exit with 1 if files there are not up to date
 
-For each model the folder has a configuration and a modelling file. They hold plain PyTorch that needs torch and
-transformers only: in place of the package's ops they have the functions of `hf_compressm/models/torch_ops.py`. Their
-names end with .txt, so that nothing takes them for modules of the package; saved models get them without that ending.
+For each model the folder has a configuration and a modelling file, and there is one for the feature extractor. They
+hold plain PyTorch that needs torch and transformers only, with numpy, which transformers needs: in place of the
+package's ops they have the functions of `hf_compressm/models/torch_ops.py`. Their names end with .txt, so that nothing
+takes them for modules of the package; saved models get them without that ending.
 """
 
 from __future__ import annotations
@@ -31,6 +32,8 @@ TORCH_OPS = f"{PACKAGE}.models.torch_ops"
 REPLACEMENTS = {(f"{PACKAGE}.ops.{name}", name): (TORCH_OPS, name) for name in OPS}
 REPLACEMENTS[(f"{PACKAGE}.ops.gated_delta_scan", "gated_delta_step")] = (TORCH_OPS, "gated_delta_step")
 REPLACEMENTS[(f"{PACKAGE}.models.remote_code", "CarriesCode")] = (TORCH_OPS, "CarriesCode")
+REPLACEMENTS[(f"{PACKAGE}.models.carried_code", "CarriesExtractorCode")] = (TORCH_OPS, "CarriesExtractorCode")
+EXTRACTOR = "feature_extraction_mimo_ssm.py.txt"
 
 TITLE = """{what} of {name}.
 
@@ -43,7 +46,10 @@ def made() -> dict[str, str]:
     """Return the files of the folder, by name, as the present sources give them."""
     found = re.search(r'^version = "(.*)"$', (ROOT / "pyproject.toml").read_text("utf-8"), re.MULTILINE)
     assert found, "pyproject.toml names no version"
-    texts = {}
+    extractor = TITLE.format(
+        what="Feature extractor", name="models of numeric sequences", package=PACKAGE, version=found[1]
+    )
+    texts = {EXTRACTOR: Bundle(REPLACEMENTS).write(f"{PACKAGE}.models.feature_extractor", extractor)}
     for model, name in NAMES.items():
         configuration, modelling = (
             f"{PACKAGE}.models.{model}.{kind}_{model}" for kind in ("configuration", "modeling")

@@ -29,6 +29,7 @@ CLASSIFIERS = (
     *(f"{family}ForSequenceClassification" for family in FIELDS),
     "MimoSSMForSequencePairClassification",
 )
+STEPS = tuple(f"{family}ForTokenClassification" for family in FIELDS)
 MODELS = tuple(f"{family}Model" for family in FIELDS)
 
 

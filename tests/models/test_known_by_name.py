@@ -1,13 +1,9 @@
 """What transformers decides by the names of classes: shifted labels, losses, pipelines, tasks of model cards."""
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
-from helpers import arguments
-from own_models import CAUSAL, CLASSIFIERS, B, Own
+from helpers import arguments, run_without_the_package
+from own_models import CAUSAL, CLASSIFIERS, STEPS, B, Own
 from peft import LoraConfig, get_peft_model
 from selective_models import STOCK, make
 from transformers import Trainer
@@ -85,7 +81,10 @@ def test_a_class_derived_from_a_classifier_keeps_its_loss(name):
     assert torch.allclose(output.loss, torch.nn.functional.cross_entropy(output.logits, labels))
 
 
-@pytest.mark.parametrize(("names", "task"), [(CAUSAL, "text-generation"), (CLASSIFIERS, "text-classification")])
+@pytest.mark.parametrize(
+    ("names", "task"),
+    [(CAUSAL, "text-generation"), (CLASSIFIERS, "text-classification"), (STEPS, "token-classification")],
+)
 def test_model_cards_name_the_task(names, task, tmp_path):
     for name in names:
         summary = TrainingSummary.from_trainer(Trainer(Own(name).model(), arguments(tmp_path)))
@@ -97,15 +96,9 @@ def test_tables_that_composite_models_read_have_our_types():
     assert own <= set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
 
 
-WITHOUT_THE_PACKAGE = """
+TRAINING = """
 import sys
 
-class Absent:
-    def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] == "hf_compressm":
-            raise ModuleNotFoundError(name)
-
-sys.meta_path.insert(0, Absent())
 import torch
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
@@ -129,9 +122,6 @@ def test_smoothed_losses_where_the_package_is_absent(tmp_path):
         model.save_pretrained(tmp_path / name)
         expected[name] = smoothed(model.eval(), 0.1)
     torch.save(examples(model), tmp_path / "data.pt")
-    environment = os.environ | {"HF_MODULES_CACHE": str(tmp_path / "modules"), "HF_HUB_OFFLINE": "1"}
-    command = [sys.executable, "-c", WITHOUT_THE_PACKAGE, str(tmp_path), *CAUSAL]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    found = dict(line.split()[1:] for line in done.stdout.splitlines() if line.startswith("LOSS"))
+    printed = run_without_the_package(TRAINING, tmp_path, str(tmp_path), *CAUSAL)
+    found = dict(line.split()[1:] for line in printed.splitlines() if line.startswith("LOSS"))
     assert {name: float(loss) for name, loss in found.items()} == pytest.approx(expected, abs=2e-4)

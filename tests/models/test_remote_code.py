@@ -15,6 +15,7 @@ from transformers import (
     AutoModel,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
+    AutoModelForTimeSeriesPrediction,
     AutoModelForTokenClassification,
 )
 from transformers.dynamic_module_utils import get_class_from_dynamic_module, get_imports
@@ -95,8 +96,6 @@ def test_outputs_gradients_and_generation_are_the_same(kind, tmp_path):
 @KINDS
 @pytest.mark.parametrize("auto", [AutoModel, AutoModelForSequenceClassification, AutoModelForTokenClassification])
 def test_other_heads_and_continuous_inputs(kind, auto, tmp_path):
-    if auto is AutoModelForTokenClassification and kind in ("gated_deltanet", "minimax"):
-        pytest.skip("has no head for steps")
     fields = {"num_channels": 3, "vocab_size": None} if kind == "mimo" else {"num_channels": 3}
     ours = auto.from_config(config(kind, **fields)).eval()
     theirs = travelled(ours, tmp_path / "model", auto)
@@ -111,6 +110,14 @@ def test_the_classifier_of_pairs_travels_as_a_sequence_classifier(tmp_path):
     theirs = travelled(ours, tmp_path / "model", AutoModelForSequenceClassification)
     pairs = torch.randint(0, 50, (3, 2, 20))
     assert torch.allclose(theirs(pairs).logits, ours(pairs).logits, atol=1e-6)
+
+
+def test_forecasts_travel(tmp_path):
+    fields = {"num_channels": 2, "vocab_size": None, "prediction_length": 3, "quantiles": [0.1, 0.5], "scaling": "std"}
+    ours = new_model("forecasting", config("mimo", **fields)).eval()
+    theirs = travelled(ours, tmp_path / "model", AutoModelForTimeSeriesPrediction)
+    values = torch.randn(2, 20, 2)
+    assert torch.allclose(theirs.forecast(values, 8), ours.forecast(values, 8), atol=1e-5)
 
 
 @KINDS

@@ -4,7 +4,7 @@ import inspect
 
 import pytest
 import torch
-from own_models import CAUSAL, CLASSIFIERS, MODELS, Own
+from own_models import CAUSAL, CLASSIFIERS, MODELS, STEPS, Own
 from transformers import Mamba2ForCausalLM, Mamba2Model, MambaForCausalLM, MambaModel
 
 STOCK = {f"CompreSSM{cls.__name__}": cls for cls in (MambaModel, Mamba2Model, MambaForCausalLM, Mamba2ForCausalLM)}
@@ -14,7 +14,7 @@ def parameters(cls):
     return inspect.signature(cls.forward).parameters
 
 
-@pytest.mark.parametrize("name", (*MODELS, *CAUSAL, *CLASSIFIERS))
+@pytest.mark.parametrize("name", (*MODELS, *CAUSAL, *CLASSIFIERS, *STEPS))
 def test_arguments_are_written_out(name):
     found = parameters(Own(name).cls)
     assert not any(each.kind is inspect.Parameter.VAR_POSITIONAL for each in found.values())
@@ -43,7 +43,7 @@ def test_further_arguments_by_position(name):
     assert isinstance(found, tuple) and torch.equal(found[0], expected[0]) and len(found[-1]) == 3
 
 
-@pytest.mark.parametrize("name", (*MODELS, *CAUSAL, *CLASSIFIERS))
+@pytest.mark.parametrize("name", (*MODELS, *CAUSAL, *CLASSIFIERS, *STEPS))
 def test_hidden_states_come_out_where_the_config_says_so(name):
     own = Own(name)
     model, ids = own.model().eval(), own.ids(batch=2)

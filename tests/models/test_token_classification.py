@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+from own_delta_models import config as delta_config
+from own_minimax_models import config as minimax_config
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForTokenClassification
 
@@ -14,6 +16,9 @@ CONFIGS = {
     "mamba2": lambda **k: CompreSSMMamba2Config(
         num_channels=2, hidden_size=8, num_hidden_layers=2, state_size=6, num_heads=2, head_dim=8, n_groups=1, **k
     ),
+    # One layer of softmax attention between two that are cut.
+    "gated_deltanet": lambda **k: delta_config(num_channels=2, state_sizes=6, **k),
+    "minimax": lambda **k: minimax_config(num_channels=2, state_sizes=6, **k),
 }
 
 

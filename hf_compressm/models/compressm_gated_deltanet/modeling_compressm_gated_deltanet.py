@@ -29,6 +29,7 @@ from ..embeddings import make_embeddings
 from ..hybrid import HybridCausalLM, HybridModel
 from ..hybrid_config import LINEAR
 from ..loading import SizesFromConfig
+from ..token_classification import TokenClassification
 from .configuration_compressm_gated_deltanet import CompreSSMGatedDeltaNetConfig
 
 
@@ -104,9 +105,16 @@ class CompreSSMGatedDeltaNetForSequenceClassification(SequenceClassification, Co
     backbone_class = CompreSSMGatedDeltaNetModel
 
 
+class CompreSSMGatedDeltaNetForTokenClassification(TokenClassification, CompreSSMGatedDeltaNetPreTrainedModel):
+    """A Gated DeltaNet that gives each step labels: one of several classes, or values."""
+
+    backbone_class = CompreSSMGatedDeltaNetModel
+
+
 __all__ = [
     "CompreSSMGatedDeltaNetForCausalLM",
     "CompreSSMGatedDeltaNetForSequenceClassification",
+    "CompreSSMGatedDeltaNetForTokenClassification",
     "CompreSSMGatedDeltaNetModel",
     "CompreSSMGatedDeltaNetPreTrainedModel",
 ]

@@ -25,6 +25,7 @@ from ..embeddings import make_embeddings
 from ..hybrid import HybridCausalLM, HybridModel
 from ..hybrid_config import LINEAR
 from ..loading import SizesFromConfig
+from ..token_classification import TokenClassification
 from .configuration_compressm_minimax import CompreSSMMiniMaxConfig
 
 
@@ -98,9 +99,16 @@ class CompreSSMMiniMaxForSequenceClassification(SequenceClassification, CompreSS
     backbone_class = CompreSSMMiniMaxModel
 
 
+class CompreSSMMiniMaxForTokenClassification(TokenClassification, CompreSSMMiniMaxPreTrainedModel):
+    """A MiniMax that gives each step labels: one of several classes, or values."""
+
+    backbone_class = CompreSSMMiniMaxModel
+
+
 __all__ = [
     "CompreSSMMiniMaxForCausalLM",
     "CompreSSMMiniMaxForSequenceClassification",
+    "CompreSSMMiniMaxForTokenClassification",
     "CompreSSMMiniMaxModel",
     "CompreSSMMiniMaxPreTrainedModel",
 ]

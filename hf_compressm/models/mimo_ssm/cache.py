@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
@@ -95,6 +96,10 @@ class MimoSSMCache(Cache):
 
     transformers' own cache for recurrent layers does not fit: it counts no tokens, and it regards a state as present
     only after a convolution has written its own.
+
+    Attributes:
+        seen_tokens: number of tokens that the states have seen, padding included.
+        scaling: location and scale (B, 1, K) by which a model that forecasts has scaled the context; else None.
     """
 
     layers: Any
@@ -102,6 +107,7 @@ class MimoSSMCache(Cache):
     def __init__(self, num_layers: int) -> None:
         super().__init__(layers=[MimoSSMCacheLayer() for _ in range(num_layers)])
         self.seen_tokens = 0
+        self.scaling: tuple[Tensor, Tensor] | None = None
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}(layers={len(self)}, seen_tokens={self.seen_tokens})"
@@ -143,4 +149,24 @@ class MimoSSMCache(Cache):
     def reset(self) -> None:
         """Forget everything."""
         super().reset()
-        self.seen_tokens = 0
+        self.seen_tokens, self.scaling = 0, None
+
+    def reorder_cache(self, beam_idx: Any) -> None:
+        """Give row i the state of row beam_idx[i]; beam_idx (B,) integers in [0, B)."""
+        super().reorder_cache(beam_idx)
+        self._change_scaling(lambda rows: rows[beam_idx.to(rows.device)])
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep the given rows of the batch, in the given order; indices (B',) integers in [0, B)."""
+        super().batch_select_indices(indices)
+        self._change_scaling(lambda rows: rows[indices.to(rows.device)])
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat every row of the batch."""
+        super().batch_repeat_interleave(repeats)
+        self._change_scaling(lambda rows: rows.repeat_interleave(repeats, dim=0))
+
+    def _change_scaling(self, change: Callable[[Tensor], Tensor]) -> None:
+        if self.scaling is not None:
+            location, scale = self.scaling
+            self.scaling = change(location), change(scale)

@@ -8,6 +8,7 @@ from typing import Any
 from transformers import PreTrainedConfig
 from transformers.activations import ACT2FN
 
+from ..forecasting_config import check_forecasting
 from ..pooling import POOLINGS
 from ..remote_code import CarriesCode
 
@@ -39,6 +40,12 @@ class MimoSSMConfig(CarriesCode, PreTrainedConfig):
         tie_word_embeddings: whether the language model's head is the embedding matrix.
         pad_token_id, bos_token_id, eos_token_id: special token ids; `attention_mask` alone tells padding.
         compression_history: which states were removed when, written by the compression code.
+        prediction_length: steps P >= 1 that a model which forecasts predicts at once, from each position.
+        prediction_channel_indices: channels that it predicts, in this order; None for all.
+        quantiles: what it predicts of each, in increasing order within (0, 1); the mean if None.
+        scaling: what the forecast channels of a series are divided by: "mean", the mean absolute value of the context;
+            "std", its standard deviation, after its mean is taken off; None for nothing. Forecasts are in the
+            unit of the input either way.
         **kwargs: what every transformers config takes: `num_labels`, `id2label`, `problem_type`, ...
 
     Raises:
@@ -71,6 +78,10 @@ class MimoSSMConfig(CarriesCode, PreTrainedConfig):
         bos_token_id: int | None = None,
         eos_token_id: int | list[int] | None = None,
         compression_history: list[dict[str, Any]] | None = None,
+        prediction_length: int = 1,
+        prediction_channel_indices: list[int] | None = None,
+        quantiles: list[float] | None = None,
+        scaling: str | None = None,
         **kwargs: Any,
     ) -> None:
         self.vocab_size, self.num_channels = vocab_size, num_channels
@@ -79,6 +90,8 @@ class MimoSSMConfig(CarriesCode, PreTrainedConfig):
         self.r_min, self.r_max, self.max_phase = r_min, r_max, max_phase
         self.norm, self.prenorm, self.layer_norm_eps = norm, prenorm, layer_norm_eps
         self.dropout, self.hidden_act, self.pooling = dropout, hidden_act, pooling
+        self.prediction_length, self.quantiles, self.scaling = prediction_length, quantiles, scaling
+        self.prediction_channel_indices = prediction_channel_indices
         self.initializer_range, self.use_cache = initializer_range, use_cache
         self.compression_history = compression_history
         self.check()
@@ -129,6 +142,7 @@ class MimoSSMConfig(CarriesCode, PreTrainedConfig):
         for name in ("layer_norm_eps", "initializer_range"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be > 0, got {getattr(self, name)}")
+        check_forecasting(self)
 
 
 def _is_count(value: Any) -> bool:

@@ -17,24 +17,22 @@ from transformers.activations import ACT2FN
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
-from ...compatibility import cache_keyword, one_cache
+from ...compatibility import one_cache
 from ...layers.lru import LRU
 from ...layers.padding import is_scattered
 from ...layers.plain import innermost
 from ..causal_lm import CausalLM
 from ..classification import SequenceClassification, SequencePairClassification
 from ..embeddings import check_one_input, embed_values, make_embeddings
+from ..forecasting import Forecasting
 from ..known_by_name import KnownModel
 from ..loading import SizesFromConfig
-from ..outputs import in_form
+from ..outputs import CACHE_FIELD, in_form
 from ..pooling import padding_of_steps
 from ..token_classification import TokenClassification
 from .batch_norm import MimoSSMBatchNorm
 from .cache import MimoSSMCache
 from .configuration_mimo_ssm import MimoSSMConfig
-
-CACHE_FIELD = cache_keyword(BaseModelOutputWithPast)
-"""The name of the cache in the outputs of the installed transformers."""
 
 
 def _make_norm(config: MimoSSMConfig) -> nn.LayerNorm | MimoSSMBatchNorm:
@@ -249,6 +247,12 @@ class MimoSSMForTokenClassification(TokenClassification, MimoSSMPreTrainedModel)
     backbone_class = MimoSSMModel
 
 
+class MimoSSMForForecasting(Forecasting, MimoSSMPreTrainedModel):
+    """A MimoSSM that predicts the next steps of a series; `forecast` needs constant memory and time per step."""
+
+    backbone_class = MimoSSMModel
+
+
 class MimoSSMForCausalLM(CausalLM, MimoSSMPreTrainedModel, GenerationMixin):
     """A MimoSSM that predicts the next token; `generate` needs constant memory and time per token."""
 
@@ -308,6 +312,7 @@ class MimoSSMForCausalLM(CausalLM, MimoSSMPreTrainedModel, GenerationMixin):
 __all__ = [
     "MimoSSMCache",
     "MimoSSMForCausalLM",
+    "MimoSSMForForecasting",
     "MimoSSMForSequenceClassification",
     "MimoSSMForSequencePairClassification",
     "MimoSSMForTokenClassification",
