@@ -12,6 +12,8 @@ from typing import Any
 from datasets import load_dataset
 from transformers.utils import logging
 
+from .sources import reading
+
 logger = logging.get_logger(__name__)
 SPLITS = ("train", "validation", "test")
 COMPRESSED = (".gz", ".zst", ".bz2", ".xz")
@@ -157,9 +159,11 @@ def read_own_files(files: Sequence[str], streaming: bool = False, **options: Any
         ValueError: if a file is not what its ending says.
     """
     reader = READERS[file_ending(files[0])] | options
-    try:
+    with reading(f"{named_files(files)} cannot be read as {reader['path']}"):
         found = load_dataset(**reader, data_files=list(files), split="train", streaming=streaming)
         return found if not streaming or found.column_names else found._resolve_features()
-    except Exception as error:  # the library's own error; what is wrong stands in its cause
-        shown = files[0] if len(files) == 1 else f"{files[0]} and {len(files) - 1} more"
-        raise ValueError(f"{shown} cannot be read as {reader['path']}: {error.__cause__ or error}") from error
+
+
+def named_files(files: Sequence[str]) -> str:
+    """Name files in a message: the first, and how many more there are."""
+    return files[0] if len(files) == 1 else f"{files[0]} and {len(files) - 1} more"

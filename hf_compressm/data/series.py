@@ -107,16 +107,20 @@ def _columns(inputs: Any, target: Any, kind: str, group: str, time: str) -> Colu
 
 
 def _names(value: Any) -> list[str]:
-    names = [value] if isinstance(value, str) else list(value or ())
-    if not all(isinstance(name, str) for name in names):
-        raise ValueError(f"names of columns must be strings; got {value!r}")
-    return names
+    names = [value] if isinstance(value, str) else value or []
+    if not isinstance(names, (list, tuple)) or not all(isinstance(name, str) for name in names):
+        raise ValueError(f"inputs and target of task 'series' must be names of columns; got {value!r}")
+    if len(set(names)) < len(names):
+        raise ValueError(f"a column is named twice in {names}")
+    return list(names)
 
 
 def _checked(rows: Sequence[Series], split: str) -> Sequence[Series]:
     for row in rows:
         if not len(row.values):
             raise ValueError(f"sequence {shortened(row.key)} of {split} has no value in any channel")
+        if np.isinf(row.values).any():
+            raise ValueError(f"sequence {shortened(row.key)} of {split} has an infinite value")
     return rows
 
 
@@ -128,8 +132,11 @@ def _in_splits(given: Mapping[str, Sequence[Series]], shares: Mapping[str, int])
         splits[split_of(row.key, shares)].append(row)
     for split, rows in splits.items():
         if not rows:
-            made = f" the {len(given['train'])} sequences; raise {split}_percent, or give files for it"
-            raise ValueError(f"split {split!r} of task 'series' has none of{made}")
+            change = f"raise {split}_percent" if split in shares else "lower validation_percent and test_percent"
+            raise ValueError(
+                f"split {split!r} of task 'series' has none of the {len(given.get(split, given['train']))} sequences; "
+                f"{change}, or give files for it"
+            )
     return splits
 
 
@@ -138,15 +145,23 @@ def _extractor(
 ) -> MimoSSMFeatureExtractor:
     channels = train[0].values.shape[1]
     if saved is not None:
-        extractor = MimoSSMFeatureExtractor.from_pretrained(saved)
+        extractor = _saved_extractor(saved)
         if extractor.feature_size != channels:
             raise ValueError(f"{saved} was made for {extractor.feature_size} channels; the data have {channels}")
         return extractor
-    mean, std = mean_and_std(np.concatenate([row.values for row in train]))
-    if np.isnan(mean).any():
-        raise ValueError(f"an input of train has no value at all; means of {', '.join(names)} are {mean}")
+    values = np.concatenate([row.values for row in train])
+    if (empty := np.flatnonzero(np.isnan(values).all(axis=0))).size:
+        raise ValueError(f"an input of train has no value at all: channel {empty[0]} of {', '.join(names)}")
+    mean, std = mean_and_std(values)
     named = list(names) if len(names) == channels else None
     return MimoSSMFeatureExtractor(channels, mean, std, named, indicators)
+
+
+def _saved_extractor(name: str) -> MimoSSMFeatureExtractor:
+    try:
+        return MimoSSMFeatureExtractor.from_pretrained(name)
+    except (AttributeError, TypeError) as error:
+        raise ValueError(f"{name} holds no feature extractor that can be read: {error}") from error
 
 
 def _dataset(rows: Sequence[Series], kind: Kind) -> Dataset:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import zipfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,7 +11,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from .own_files import file_ending, read_own_files
+from .own_files import file_ending, named_files, read_own_files
+from .sources import reading
 
 ENDINGS = (".parquet", ".csv", ".tsv", ".npz")
 
@@ -63,7 +65,7 @@ def read_series(paths: Sequence[str], columns: Columns) -> list[Series]:
         ValueError: if a file lacks a column, an input is not numeric, a target of a whole sequence changes within it,
             or lengths within a sequence differ.
     """
-    where = paths[0] if len(paths) == 1 else f"{paths[0]} and {len(paths) - 1} more"
+    where = named_files(paths)
     if file_ending(paths[0]) == ".npz":
         found = [series for path in paths for series in _of_arrays(path, columns)]
     else:
@@ -81,6 +83,9 @@ def _require(columns: Columns, present: Sequence[str], where: str) -> None:
 def _of_table(table: Any, columns: Columns, where: str) -> Iterator[Series]:
     if not len(table):
         raise ValueError(f"{where} has no rows")
+    for name in filter(None, (columns.group, columns.time)):
+        if empty := int(table[name].isna().sum()):
+            raise ValueError(f"{empty} rows of {where} have no value in {name!r}")
     if isinstance(table[columns.inputs[0]].iloc[0], (list, np.ndarray)):
         yield from _of_lists(table, columns, where)
     elif columns.group or columns.time:
@@ -105,29 +110,22 @@ def _of_table(table: Any, columns: Columns, where: str) -> Iterator[Series]:
 def _of_lists(table: Any, columns: Columns, where: str) -> Iterator[Series]:
     """One row for each sequence, with a list in every input column."""
     for number, (_, row) in enumerate(table.iterrows()):
-        cells = [_numbers(row[name], name, where) for name in columns.inputs]
-        cells += [np.asarray(row[name]) for name in columns.targets if columns.per_step]
-        if len(lengths := {np.shape(cell)[:1] for cell in cells}) != 1:
-            raise ValueError(f"{where}, row {number}: columns {', '.join(columns.all)} differ in length: {lengths}")
-        values = np.stack(cells[: len(columns.inputs)], axis=1)
+        lists = [*columns.inputs, *(columns.targets if columns.per_step else ())]
+        lengths = {name: len(row[name]) if np.ndim(row[name]) else None for name in lists}
+        if None in lengths.values() or len(set(lengths.values())) != 1:
+            raise ValueError(f"{where}, row {number}: columns need lists of one length; got {lengths}")
+        values = np.stack([_numbers(row[name], name, where) for name in columns.inputs], axis=1)
         key = str(row[columns.group]).encode() if columns.group else values.tobytes()
-        steps = cells[len(columns.inputs) :]
+        steps = [np.asarray(row[name]) for name in lists[len(columns.inputs) :]]
         target = np.stack(steps, axis=1) if columns.per_step and steps else row[list(columns.targets)].to_numpy()
         yield Series(key, values, target)
 
 
 def _of_arrays(path: str, columns: Columns) -> Iterator[Series]:
     """Arrays (n, L) or (n, L, C) of inputs, (n,), (n, K), (n, L) or (n, L, K) of targets, and (n,) of groups."""
-    with np.load(path, allow_pickle=False) as arrays:
-        _require(columns, list(arrays), path)
-        found = {name: arrays[name] for name in columns.all}
-    if len({len(array) for array in found.values()}) != 1:
-        raise ValueError(f"{path}: arrays differ in length: { ({name: len(array) for name, array in found.items()}) }")
+    found = _load_arrays(path, columns)
+    _check_arrays(path, columns, found)
     inputs = [found[name] for name in columns.inputs]
-    if any(array.ndim not in (2, 3) or not np.issubdtype(array.dtype, np.number) for array in inputs):
-        raise ValueError(
-            f"{path}: inputs must be numbers of shape (n, L) or (n, L, C); got {[a.shape for a in inputs]}"
-        )
     values = np.concatenate([a[..., None] if a.ndim == 2 else a for a in inputs], axis=2).astype(np.float64)
     plain = 2 if columns.per_step else 1
     targets = [found[name] if found[name].ndim > plain else found[name][..., None] for name in columns.targets]
@@ -135,6 +133,34 @@ def _of_arrays(path: str, columns: Columns) -> Iterator[Series]:
     for number, row in enumerate(values):
         key = str(found[columns.group][number]).encode() if columns.group else row.tobytes()
         yield Series(key, row, target[number])
+
+
+def _load_arrays(path: str, columns: Columns) -> dict[str, np.ndarray]:
+    if not zipfile.is_zipfile(path):
+        raise ValueError(f"{path} cannot be read as npz: it is no archive of arrays, or its end is missing")
+    found = {}
+    with reading(f"{path} cannot be read as npz"):
+        arrays = np.load(path, allow_pickle=False)
+    with arrays:
+        _require(columns, list(arrays), path)
+        for name in columns.all:
+            with reading(f"array {name!r} of {path} cannot be read as numbers or text"):
+                found[name] = np.asarray(arrays[name])
+    return found
+
+
+def _check_arrays(path: str, columns: Columns, found: dict[str, np.ndarray]) -> None:
+    """Check the arrays against each other, and that inputs are numbers."""
+    shapes = {name: array.shape for name, array in found.items()}
+    if len(first := {shape[:1] for shape in shapes.values()}) != 1 or first & {(), (0,)}:
+        raise ValueError(f"{path}: the first axis of all arrays must have one length, at least 1; got {shapes}")
+    if any(found[name].ndim not in (2, 3) or found[name].dtype.kind not in "biuf" for name in columns.inputs):
+        raise ValueError(f"{path}: inputs must be numbers of shape (n, L) or (n, L, C); got {shapes}")
+    steps = {shapes[name][:2] for name in [*columns.inputs, *(columns.targets if columns.per_step else ())]}
+    if len(steps) != 1:
+        raise ValueError(f"{path}: inputs, and targets of steps, must have one length L; got {shapes}")
+    if not columns.per_step and any(found[name].ndim > 2 for name in columns.targets):
+        raise ValueError(f"{path}: a target of whole sequences must have shape (n,) or (n, K); got {shapes}")
 
 
 def _numbers(cells: Any, name: str, where: str) -> np.ndarray:

@@ -71,13 +71,14 @@ class Classification(Kind):
     greater_is_better = True
 
     def fit(self, train: Sequence[Series]) -> None:
-        if len(self.targets) != 1:
-            raise ValueError(f"classes come from one target; got {self.targets}")
+        if len(self.targets) != 1 or train[0].target.shape[-1] != 1:
+            raise ValueError(f"classes come from one target; got {train[0].target.shape[-1]} of {self.targets}")
         found = {value for series in train for value in np.ravel(series.target).tolist() if not _is_missing(value)}
         numbers = all(isinstance(value, (int, float, bool)) for value in found)
         self.classes = {str(value): place for place, value in enumerate(sorted(found, key=None if numbers else str))}
         if len(self.classes) < 2:
-            raise ValueError(f"target {self.targets[0]!r} has only the class {', '.join(self.classes)} in train")
+            only = f"only the class {', '.join(self.classes)}" if self.classes else "no value"
+            raise ValueError(f"target {self.targets[0]!r} has {only} in train")
 
     def encode(self, series: Series) -> np.ndarray:
         return np.array(self._class(series.target.tolist()[0], series), dtype=self.dtype)
@@ -108,7 +109,7 @@ class Regression(Kind):
     best_metric = "rmse"
 
     def fit(self, train: Sequence[Series]) -> None:
-        self.shape = (len(self.targets),)
+        self.shape = train[0].target.shape
         learn_targets(self.extractor, np.stack([self._numbers(series) for series in train]), self.targets)
 
     def encode(self, series: Series) -> np.ndarray:
@@ -129,7 +130,7 @@ class Regression(Kind):
 
     @property
     def model_kwargs(self) -> dict[str, Any]:
-        return {"num_labels": len(self.targets), "problem_type": "regression"}
+        return {"num_labels": self.shape[-1], "problem_type": "regression"}
 
     def metrics(self, prediction: EvalPrediction) -> dict[str, float]:
         logits = prediction.predictions[0] if isinstance(prediction.predictions, tuple) else prediction.predictions
@@ -148,7 +149,7 @@ class Labelling(Classification):
         rows = [self._numbers(series) for series in train]
         self.values = all(row is not None for row in rows) and any((row % 1 > 0).any() for row in rows)
         if self.values:
-            self.dtype, self.shape = "float32", (-1, len(self.targets))
+            self.dtype, self.shape = "float32", (-1, train[0].target.shape[-1])
             self.best_metric, self.greater_is_better = "rmse", False
             learn_targets(self.extractor, np.concatenate(rows), self.targets)
         else:
@@ -171,7 +172,7 @@ class Labelling(Classification):
 
     @property
     def model_kwargs(self) -> dict[str, Any]:
-        return {"num_labels": len(self.targets), "problem_type": "regression"} if self.values else super().model_kwargs
+        return {"num_labels": self.shape[-1], "problem_type": "regression"} if self.values else super().model_kwargs
 
     def metrics(self, prediction: EvalPrediction) -> dict[str, float]:
         labels, found = np.asarray(prediction.label_ids), np.asarray(prediction.predictions)
@@ -192,9 +193,17 @@ KINDS: dict[str, type[Kind]] = {"classification": Classification, "regression": 
 
 
 def learn_targets(extractor: MimoSSMFeatureExtractor, values: np.ndarray, names: Sequence[str]) -> None:
-    """Keep mean and standard deviation of targets (n, K) in the extractor, unless it has them from a saved model."""
+    """Keep mean and standard deviation of targets (n, K) in the extractor, unless it has them from a saved model.
+
+    Raises:
+        ValueError: if it has them of another number of targets.
+    """
     if extractor.target_mean is None:
         extractor.target_mean, extractor.target_std = mean_and_std(values)
+    if len(extractor.target_mean) != values.shape[1]:
+        raise ValueError(
+            f"the saved feature extractor knows {len(extractor.target_mean)} targets; the data have {values.shape[1]}"
+        )
     extractor.targets = list(names)
 
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import csv
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,23 @@ READERS: dict[str, dict[str, Any]] = {
     ".txt": {"path": "text", "keep_linebreaks": True},
 }
 """Arguments of `load_dataset` for files of each ending."""
+
+
+@contextmanager
+def reading(what: str) -> Iterator[None]:
+    """Give any error of a reader one form, whose message begins with `what` and ends with the reason.
+
+    Args:
+        what: such as "data.csv cannot be read as csv".
+
+    Raises:
+        ValueError: instead of any other exception.
+    """
+    try:
+        yield
+    except Exception as error:  # each library has its own; of `datasets`, what is wrong stands in the cause
+        reason = str(error.__cause__ or error) or type(error).__name__
+        raise ValueError(f"{what}: {'it has no rows' if 'corresponds to no data' in reason else reason}") from error
 
 
 def load_from_hub(
@@ -52,7 +70,7 @@ def load_from_folder(
     """Load the splits of a data set from a folder, as `find_splits` finds them.
 
     Raises:
-        ValueError: if files of several endings make up the data set, and as `find_splits` does.
+        ValueError: if files of several endings make up the data set or they cannot be read, and as `find_splits` does.
         FileNotFoundError: if `data_dir` is not a folder.
     """
     found = find_splits(data_dir, splits, endings)
@@ -60,7 +78,8 @@ def load_from_folder(
     kinds = sorted({file.suffix for split in splits for file in found[split]})
     if len(kinds) > 1:
         raise ValueError(f"the files of {data_dir} end in {' and '.join(kinds)}; keep one kind of them")
-    return load_dataset(**READERS[kinds[0]], data_files=files)
+    with reading(f"the files of {data_dir} cannot be read as {READERS[kinds[0]]['path']}"):
+        return load_dataset(**READERS[kinds[0]], data_files=files)
 
 
 def find_splits(
@@ -169,7 +188,7 @@ def read_tsv(file: Path, columns: Features, header: bool, encoding: str = "utf-8
     Raises:
         ValueError: if the file does not have these columns.
     """
-    try:
+    with reading(f"{file} cannot be read as columns {', '.join(columns)} between tabs"):
         return load_dataset(
             "csv",
             data_files={"train": str(file)},
@@ -182,7 +201,3 @@ def read_tsv(file: Path, columns: Features, header: bool, encoding: str = "utf-8
             lineterminator="\n",
             encoding=encoding,
         )
-    except Exception as error:  # the library's own error; what is wrong stands in its cause
-        raise ValueError(
-            f"{file} cannot be read as columns {', '.join(columns)} between tabs: {error.__cause__ or error}"
-        ) from error

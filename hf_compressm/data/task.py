@@ -8,7 +8,8 @@ import re
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from types import NoneType
+from typing import Any, Literal, get_args, get_type_hints
 
 from datasets import Dataset
 from transformers import EvalPrediction
@@ -173,7 +174,7 @@ def check_task(name: str, data_dir: str | os.PathLike[str] | None, options: Mapp
 
     Raises:
         ValueError: if there is no such task, it does not take `data_dir` or one of the options, or an option is not of
-            the type of its default or not finite.
+            its type or not finite.
     """
     _check_known(name)
     accepted = inspect.signature(_BUILDERS[name]).parameters
@@ -184,11 +185,22 @@ def check_task(name: str, data_dir: str | os.PathLike[str] | None, options: Mapp
             f"task {name!r} does not take {', '.join(refused)}; it takes: {', '.join(accepted) or 'nothing'}"
         )
     for option, value in options.items():
-        kind = type(accepted[option].default)
-        if kind in (int, float, str) and type(value) not in {kind, int if kind is float else kind}:
-            raise ValueError(f"option {option} of task {name!r} must be of type {kind.__name__}; got {value!r}")
+        kinds = _plain_types(_BUILDERS[name], accepted[option])
+        if kinds and type(value) not in {*kinds, *([int] if float in kinds else [])}:
+            wanted = " or ".join("nothing" if kind is NoneType else kind.__name__ for kind in kinds)
+            raise ValueError(f"option {option} of task {name!r} must be of type {wanted}; got {value!r}")
         if isinstance(value, float) and not math.isfinite(value):
             raise ValueError(f"option {option} of task {name!r} must be a finite number; got {value}")
+
+
+def _plain_types(builder: TaskBuilder, option: inspect.Parameter) -> tuple[type, ...]:
+    """What an option may be, by its annotation or else its default; empty if that is more than plain values."""
+    try:
+        hint = get_type_hints(builder).get(option.name, type(option.default))
+    except NameError:  # an annotation for type checkers alone
+        hint = type(option.default)
+    kinds = get_args(hint) or (hint,)
+    return kinds if set(kinds) <= {bool, int, float, str, NoneType} and set(kinds) != {NoneType} else ()
 
 
 def _check_known(name: str) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 from datasets import Dataset
 
 from .language import TOKEN_FEATURES, DecodeTokens
-from .own_files import SPLITS, Shares, file_ending, find_own_files, read_own_files, split_of
+from .own_files import SPLITS, Shares, file_ending, find_own_files, named_files, read_own_files, split_of
 from .packing import Encoder, pack_dataset, pack_stream
 from .sources import require_columns
 from .task import Task, register_task
@@ -78,10 +78,13 @@ def text(
     found = find_own_files("text", files, ENDINGS)
     encoder = Encoder() if tokenizer is None else Encoder.load(tokenizer, "text")
     given = {split: _documents(paths, column, document, streaming) for split, paths in found.items()}
-    raw = _in_splits(given, shares.of(list(given)))
     limit = evaluation_sequences or (EVALUATED if streaming else None)
     pack = _streamed if streaming else _packed
-    splits = {split: pack(raw[split], encoder, length, split, limit) for split in SPLITS}
+    try:
+        raw = _in_splits(given, shares.of(list(given)))
+        splits = {split: pack(raw[split], encoder, length, split, limit) for split in SPLITS}
+    except UnicodeDecodeError as error:  # of a column of JSON, which is decoded when it is used
+        raise ValueError(f"{named_files(sum(found.values(), []))} cannot be read as UTF-8: {error}") from error
     if streaming:
         splits["train"] = splits["train"].shuffle(seed, buffer_size=SHUFFLED)
     return encoder.task("text", splits)
@@ -89,12 +92,12 @@ def text(
 
 def _documents(paths: list[str], column: str, document: str, streaming: bool) -> Any:
     """The documents of these files, in a column `text`."""
-    where = paths[0] if len(paths) == 1 else f"{paths[0]} and {len(paths) - 1} more"
+    where = named_files(paths)
     plain = file_ending(paths[0]) == ".txt"
     raw = read_own_files(paths, streaming, **({"sample_by": DOCUMENTS[document]} if plain else {}))
     column = "text" if plain else column
     require_columns(raw, [column], where)
-    kind = getattr(raw.features[column], "dtype", "string")
+    kind = getattr(raw.features[column], "dtype", None) or type(raw.features[column]).__name__
     if kind not in ("string", "large_string"):
         raise ValueError(f"column {column!r} of {where} holds {kind}, not text; its columns are {raw.column_names}")
     raw = raw.select_columns([column])

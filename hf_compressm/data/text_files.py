@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from datasets import Dataset, load_dataset
+from datasets import Dataset
 
 from . import Task
 from .language import language_metrics, token_scores
+from .own_files import read_own_files
 
 BLOCK = 1 << 16
 """Bytes of a file that are tokenised at a time, rounded up to whole lines: no more is read than is needed."""
@@ -99,7 +100,7 @@ def _documents(file: Path) -> Iterator[Iterable[bytes]]:
         with file.open("rb") as lines:
             yield iter(lambda: b"".join(lines.readlines(BLOCK)), b"")
         return
-    rows = load_dataset("parquet", data_files=str(file), split="train", streaming=True)
+    rows = read_own_files([str(file)], streaming=True)
     features = rows.features or {}
     strings = [
         name for name, feature in features.items() if getattr(feature, "dtype", None) in ("string", "large_string")

@@ -152,6 +152,13 @@ def test_too_few_images_for_a_validation_split(tmp_path):
         load_task("smnist", data_dir=tmp_path / "data")
 
 
+def test_a_damaged_file_is_told(tmp_path):
+    for split in ("train", "test"):
+        (tmp_path / f"{split}.parquet").write_bytes(b"PAR1" + b"x" * 40)
+    with pytest.raises(ValueError, match=f"the files of {tmp_path} cannot be read as parquet: "):
+        load_task("smnist", data_dir=tmp_path)
+
+
 def test_labels_out_of_range_are_refused(tmp_path):
     images, labels = draw(MNIST, 4)
     for split, shift in (("train", 0), ("test", 8)):

@@ -1,5 +1,9 @@
 """The task `series`: its forms of files, missing values, made splits, normalisation, and what is refused."""
 
+import gzip
+import zipfile
+from pathlib import Path
+
 import datasets
 import numpy as np
 import pandas as pd
@@ -7,7 +11,7 @@ import pytest
 import torch
 from transformers import AutoFeatureExtractor
 
-from hf_compressm import MimoSSMConfig, MimoSSMForTokenClassification
+from hf_compressm import MimoSSMConfig, MimoSSMFeatureExtractor, MimoSSMForTokenClassification
 from hf_compressm.data import load_task
 from hf_compressm.data.own_files import Shares, split_of
 from hf_compressm.runs.data_source import evaluate
@@ -240,12 +244,52 @@ BAD = {
     "unseen class": ({"files": {"train": "data.csv", "test": "new.csv"}}, "is 'new', which no sequence of train has"),
     "no value": ({"files": "empty_group.csv"}, "sequence nobody of train has no value in any channel"),
     "no such file": ({"files": "*.xlsx"}, "no file matches"),
-    "too few": ({"files": "few.csv"}, "split .* of task 'series' has none of the 1 sequences; raise"),
+    "too few": ({"files": "few.csv"}, "split .* of task 'series' has none of the 1 sequences; (raise|lower)"),
+    "nothing in a channel": ({"files": "one_channel.csv"}, "no value at all: channel 0 of a, b"),
+    "group missing": ({"files": "no_group.csv"}, "1 rows of no_group.csv have no value in 'who'"),
+    "time missing": ({"files": "no_time.csv"}, "1 rows of no_time.csv have no value in 't'"),
+    "infinite": ({"files": "infinite.csv"}, "sequence w.* of train has an infinite value"),
+    "no label": ({"files": "no_label.csv"}, "target 'label' has no value in train"),
+    "number for names": ({"inputs": 5}, "must be names of columns; got 5"),
+    "mapping for names": ({"inputs": {"a": 1}}, "must be names of columns; got {'a': 1}"),
+    "twice": ({"inputs": ["a", "a"]}, r"named twice in \['a', 'a'\]"),
+    "word for a switch": ({"indicators": "maybe"}, "indicators .* must be of type bool; got 'maybe'"),
+    "number for a name": ({"feature_extractor": 3}, "feature_extractor .* must be of type str or nothing; got 3"),
+    "extractor of a list": ({"feature_extractor": "listed"}, "listed holds no feature extractor that can be read"),
+    "extractor of other targets": (
+        {"feature_extractor": "other", "kind": "regression", "target": "size"},
+        "knows 2 targets; the data have 1",
+    ),
+    "only a header": ({"files": "header.csv"}, "header.csv cannot be read as csv: it has no rows"),
+    "long row": ({"files": "long_row.csv"}, "long_row.csv cannot be read as csv: .*Expected 6 fields"),
+    "Latin-1": ({"files": "latin.csv"}, "latin.csv cannot be read as csv: 'utf-8' codec can't decode"),
+    "half a .gz": ({"files": "half.csv.gz"}, "half.csv.gz cannot be read as csv: Compressed file ended"),
+    "no .gz": ({"files": "plain.csv.gz"}, "plain.csv.gz cannot be read as csv: Not a gzipped file"),
+    "half a parquet": ({"files": "half.parquet"}, "half.parquet cannot be read as parquet: "),
+    "no list": (
+        {"files": "lists.parquet", "group": "", "time": ""},
+        "row 1: columns need lists of one length; got {'a': None",
+    ),
     "npz": ({"files": "data.npz"}, r"data.npz has no column 'a', 'b', 'label', 'who', 't'; its columns are x"),
     "time is an input": ({"time": "a"}, "'a' cannot be an input"),
 }
 
 
+def damage_tables(table: pd.DataFrame) -> None:
+    """Write files that are not what their names say."""
+    text = table.to_csv(index=False)
+    Path("header.csv").write_text(text.partition("\n")[0])
+    Path("long_row.csv").write_text(text + "1,2,3,4,5,6,7,8\n")
+    Path("latin.csv").write_bytes(text.replace("w1,", "wé,").encode("latin-1"))
+    Path("half.csv.gz").write_bytes(gzip.compress(text.encode())[:500])
+    Path("plain.csv.gz").write_text(text)
+    table.to_parquet("half.parquet")
+    Path("half.parquet").write_bytes(Path("half.parquet").read_bytes()[:2000])
+    rows = [{"a": [1.0, 2.0], "b": [1.0, 2.0], "label": "x"}, {"a": None, "b": [1.0, 2.0], "label": "y"}]
+    pd.DataFrame(rows).to_parquet("lists.parquet")
+
+
+@pytest.mark.filterwarnings("error::RuntimeWarning")
 @pytest.mark.parametrize("changes, message", BAD.values(), ids=BAD)
 def test_mistakes_are_told(tmp_path, changes, message):
     table = long_table(sequences())
@@ -257,5 +301,70 @@ def test_mistakes_are_told(tmp_path, changes, message):
     pd.concat([table, empty]).to_csv("empty_group.csv", index=False)
     table[table.who == "w0"].to_csv("few.csv", index=False)
     np.savez("data.npz", x=np.zeros((3, 4)))
+    table.assign(a=np.nan).to_csv("one_channel.csv", index=False)
+    table.assign(a=np.inf).to_csv("infinite.csv", index=False)
+    table.assign(label=np.nan).to_csv("no_label.csv", index=False)
+    for name, column in {"no_group": "who", "no_time": "t"}.items():
+        table.assign(**{column: [None, *table[column][1:]]}).to_csv(f"{name}.csv", index=False)
+    damage_tables(table)
+    Path("listed").mkdir()
+    Path("listed/preprocessor_config.json").write_text("[1]")
+    MimoSSMFeatureExtractor(2, target_mean=[0.0, 0.0], target_std=[1.0, 1.0]).save_pretrained("other")
     with pytest.raises(ValueError, match=message):
         load_task("series", **{"files": "data.csv", **LONG, **changes})
+
+
+GIVEN = {"x": np.ones((6, 4)), "y": np.arange(6) % 2}
+ARRAYS = {
+    "objects": (
+        {"x": np.array([[1], [1, 2]], dtype=object)},
+        "array 'x' of data.npz cannot be read as numbers or text",
+    ),
+    "a number": ({"y": np.array(3)}, r"first axis of all arrays must have one length, at least 1; got .*'y': \(\)"),
+    "too few": ({"y": np.zeros(5)}, "first axis of all arrays must have one length"),
+    "none": ({"x": np.zeros((0, 4)), "y": np.zeros(0)}, "must have one length, at least 1"),
+    "words": ({"x": np.full((6, 4), "a")}, r"inputs must be numbers of shape \(n, L\) or \(n, L, C\)"),
+    "complex": ({"x": np.ones((6, 4), complex)}, "inputs must be numbers"),
+    "other steps": ({"z": np.zeros((6, 5)), "inputs": ["x", "z"]}, "must have one length L"),
+    "other labels": ({"y": np.zeros((6, 3)), "kind": "labelling"}, "must have one length L"),
+    "several classes": ({"y": np.zeros((6, 4))}, r"classes come from one target; got 4 of \['y'\]"),
+    "a target too deep": ({"y": np.zeros((6, 4, 2))}, r"must have shape \(n,\) or \(n, K\)"),
+}
+
+
+@pytest.mark.parametrize("changes, message", ARRAYS.values(), ids=ARRAYS)
+def test_arrays_that_do_not_fit_are_refused(tmp_path, changes, message):
+    arrays = {name: value for name, value in changes.items() if isinstance(value, np.ndarray)}
+    np.savez("data.npz", **(GIVEN | arrays))
+    options = {name: value for name, value in changes.items() if not isinstance(value, np.ndarray)}
+    given = dict.fromkeys(("train", "validation", "test"), "data.npz")
+    with pytest.raises(ValueError, match=message):
+        load_task("series", **{"files": given, "inputs": "x", "target": "y", **options})
+
+
+@pytest.mark.parametrize("damage", ["half", "text", "one array", "flipped bytes", "junk"])
+def test_a_damaged_archive_is_refused(tmp_path, damage):
+    np.savez("data.npz", **GIVEN)
+    content = Path("data.npz").read_bytes()
+    if damage == "half":
+        Path("data.npz").write_bytes(content[: len(content) // 2])
+    elif damage == "text":
+        Path("data.npz").write_text("no archive")
+    elif damage == "one array":
+        with Path("data.npz").open("wb") as file:
+            np.save(file, GIVEN["x"])
+    elif damage == "flipped bytes":
+        Path("data.npz").write_bytes(content[:200] + b"\xff" * 20 + content[220:])
+    else:
+        with zipfile.ZipFile("data.npz", "w") as archive:
+            archive.writestr("x.npy", b"junk")
+            archive.writestr("y.npy", b"junk")
+    with pytest.raises(ValueError, match=r"^(array 'x' of )?data.npz(:| cannot be read as)"):
+        load_task("series", files="data.npz", inputs="x", target="y")
+
+
+def test_several_targets_in_one_array(tmp_path):
+    x, y = np.random.default_rng(0).normal(size=(40, 4)), np.random.default_rng(1).normal(size=(40, 3))
+    np.savez("data.npz", x=x, y=y)
+    task = load_task("series", files="data.npz", inputs="x", target="y", kind="regression", **SHARES)
+    assert task.train[0]["labels"].shape == (3,) and task.model_kwargs["num_labels"] == 3

@@ -46,6 +46,18 @@ def test_one_decorated_function_adds_a_task():
     assert "toy" in task_names()
 
 
+def test_options_have_the_types_of_their_annotations():
+    @register_task("typed")
+    def typed(*, label: str | None = None, rate: float = 1.0, switch: bool = False, many: "list[str] | None" = None):
+        return make_task("typed")
+
+    for fine in ({"label": None}, {"rate": 2}, {"switch": True}, {"many": 3}):  # a list is for the task to check
+        load_task("typed", **fine)
+    for wrong, kinds in (({"label": 3}, "str or nothing"), ({"rate": "x"}, "float"), ({"switch": 1}, "bool")):
+        with pytest.raises(ValueError, match=f"must be of type {kinds}; got"):
+            load_task("typed", **wrong)
+
+
 def test_a_name_is_registered_once():
     with pytest.raises(ValueError, match="'digits' is already registered"):
         register_task("digits")(make_task)

@@ -138,6 +138,18 @@ def test_streaming_gives_the_same_sequences_and_bounded_splits(tmp_path):
         ({"files": "a.jsonl", "column": "body"}, r"no column \['body'\]; its columns are \['number', 'text'\]"),
         ({"files": "a.jsonl", "column": "number"}, "column 'number' of a.jsonl holds int64, not text"),
         ({"files": "broken.jsonl"}, "broken.jsonl cannot be read as json"),
+        ({"files": "broken_line.jsonl"}, "broken_line.jsonl cannot be read as json"),
+        ({"files": "numbers.jsonl"}, "numbers.jsonl cannot be read as json"),
+        ({"files": "mixed.jsonl"}, "column 'text' of mixed.jsonl holds Json, not text"),
+        ({"files": "lists.parquet"}, "column 'text' of lists.parquet holds List, not text"),
+        ({"files": "latin.jsonl", "length": 8}, "latin.jsonl cannot be read as UTF-8"),
+        ({"files": "latin.jsonl", "length": 8, "streaming": True}, "latin.jsonl cannot be read as UTF-8"),
+        ({"files": "latin.txt"}, "latin.txt cannot be read as text: 'utf-8' codec"),
+        ({"files": "half.txt.gz"}, "half.txt.gz cannot be read as text: Compressed file ended"),
+        ({"files": "half.txt.gz", "streaming": True}, "half.txt.gz cannot be read as text: Compressed file ended"),
+        ({"files": "half.parquet"}, "half.parquet cannot be read as parquet"),
+        ({"files": "a.txt", "streaming": "perhaps"}, "streaming .* must be of type bool; got 'perhaps'"),
+        ({"files": "a.txt", "evaluation_sequences": "x"}, "must be of type int or nothing; got 'x'"),
         ({"files": "a.txt", "length": 100_000}, r"'train' .* has too few bytes for one sequence of 100000"),
         ({"files": "a.txt", "length": 100_000, "streaming": True}, "'train' .* has too few bytes for one sequence"),
         ({"files": "empty.txt"}, "task 'text': empty.txt is empty"),
@@ -154,6 +166,15 @@ def test_mistakes_are_told(tmp_path, options, message):
     (tmp_path / "empty.txt").write_text("")
     (tmp_path / "one.txt").write_text("a document on its own " * 30)
     (tmp_path / "broken.jsonl").write_text('{"text": ')
+    line = '{"text": "word"}\n'
+    (tmp_path / "broken_line.jsonl").write_text(line * 30 + '{"text": "wo\n' + line * 30)
+    (tmp_path / "numbers.jsonl").write_text("1\n2\n")
+    (tmp_path / "mixed.jsonl").write_text((line + '{"text": 3}\n') * 30)
+    (tmp_path / "latin.jsonl").write_bytes(line.replace("o", "ö").encode("latin-1") * 30)
+    (tmp_path / "latin.txt").write_bytes("wörd\n\n".encode("latin-1") * 30)
+    (tmp_path / "half.txt.gz").write_bytes(gzip.compress("\n\n".join(documents()).encode())[:150])
+    datasets.Dataset.from_list([{"text": ["word"]}] * 9).to_parquet(tmp_path / "lists.parquet")
+    (tmp_path / "half.parquet").write_bytes((tmp_path / "lists.parquet").read_bytes()[:300])
     with pytest.raises(ValueError, match=message):
         load_task("text", **options)
 
