@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..ops.diag_system import diag_system
+from ..ops.diag_system import diag_system, diag_system_of_pairs, multiply_pairs
 from .padding import RealFirst
 
 SMALLEST_DECAY = 1e-6
@@ -129,7 +129,8 @@ class LRU(nn.Module):
 
         Args:
             u: (B, L, H), any floating dtype, L >= 1.
-            initial_state: h_{-1}, (B, N) complex64 (complex128 if the parameters are float64); zero if None.
+            initial_state: h_{-1}, (B, N) complex64 (complex128 if the parameters are float64); zero if None. Where
+                torch.export traces also (B, N, 2) floats, real and imaginary parts; then the last state is so, too.
             real: (B, L) bool, None if all steps are real. Steps where it is False are left out: outputs at real
                 steps are as without them, and outputs at the others mean nothing. With an initial state this takes two
                 scans.
@@ -144,19 +145,43 @@ class LRU(nn.Module):
             raise ValueError(f"u must have shape (B, L, H) with H = {self.hidden_size}, got {tuple(u.shape)}")
         dtype = torch.promote_types(u.dtype, self.B_re.dtype)
         B, C, D = (weight.to(dtype) for weight in (self._input_weight(), self._output_weight(), self.D))
-        u_wide, poles, tokens = u.to(dtype), self._poles(), RealFirst.of(real, u)
+        tokens, maps = RealFirst.of(real, u), (B, C, D)
+        run = self._run_in_pairs if torch.compiler.is_exporting() else self._run
+        y, final_state = run(u.to(dtype), maps, initial_state, tokens)
+        return y.to(u.dtype), final_state
+
+    def _run(
+        self,
+        u: Tensor,
+        maps: tuple[Tensor, Tensor, Tensor],
+        state: Tensor | None,
+        tokens: RealFirst | None,
+        pairs: bool = False,
+    ) -> tuple[Tensor, Tensor]:
+        """y (B, L, H) and the last state; with `pairs` the given state is (B, N, 2), and this one too."""
+        powers, system, times = self._poles, diag_system, torch.mul
+        if pairs:
+            powers, system, times = self._pole_pairs, diag_system_of_pairs, multiply_pairs
         if tokens is None:
-            y, final_state = diag_system(u_wide, poles, B, C, D, initial_state)
-            return y.to(u.dtype), final_state
+            return system(u, powers(), *maps, state)
         # Behind the last real step the state would decay: that at it is the end of a scan with the padding in front.
-        first = tokens.bring(u_wide)
-        y, final_state = diag_system(tokens.to_end(first), poles, B, C, D, None)
-        if initial_state is None:
+        first = tokens.bring(u)
+        y, final_state = system(tokens.to_end(first), powers(), *maps, None)
+        if state is None:
             y = tokens.from_end(y)
         else:
-            y, _ = diag_system(first, poles, B, C, D, initial_state)
-            final_state = final_state + self._poles(tokens.counts[:, None]) * initial_state
-        return tokens.take_back(y).to(u.dtype), final_state
+            y, _ = system(first, powers(), *maps, state)
+            final_state = final_state + times(powers(tokens.counts[:, None]), state)
+        return tokens.take_back(y), final_state
+
+    def _run_in_pairs(
+        self, u: Tensor, maps: tuple[Tensor, Tensor, Tensor], state: Tensor | None, tokens: RealFirst | None
+    ) -> tuple[Tensor, Tensor]:
+        """As `_run`, in real arithmetic, whichever form the state has."""
+        real = state is not None and not state.is_complex()
+        given = state if state is None or real else torch.view_as_real(state)
+        y, last = self._run(u, maps, given, tokens, pairs=True)
+        return y, last if real else torch.view_as_complex(last)
 
     @torch.no_grad()
     def system(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -189,6 +214,11 @@ class LRU(nn.Module):
         decay = self.nu_log.to(self._real_dtype).exp()
         phase = self.theta_log.to(self._real_dtype).exp()
         return torch.exp(torch.complex(-decay, phase) * steps)
+
+    def _pole_pairs(self, steps: Tensor | int = 1) -> Tensor:
+        """As `_poles`, as pairs (N, 2)."""
+        decay, phase = (name.to(self._real_dtype).exp() * steps for name in (self.nu_log, self.theta_log))
+        return (-decay).exp()[..., None] * torch.stack([phase.cos(), phase.sin()], -1)
 
     def _input_weight(self) -> Tensor:
         """(2 N, H): the rows of gamma B, real and imaginary parts alternating."""

@@ -64,7 +64,7 @@ class RealFirst:
 
 
 def _take(x: Tensor, places: Tensor) -> Tensor:
-    starts = torch.arange(len(x), device=x.device)[:, None] * x.shape[1]
+    starts = torch.arange(x.shape[0], device=x.device)[:, None] * x.shape[1]
     return x.flatten(0, 1).index_select(0, (places + starts).flatten()).view(x.shape)
 
 

@@ -53,7 +53,7 @@ def pooled(hidden_states: Tensor, attention_mask: Tensor | None, pooling: str) -
             return hidden_states[:, -1]
         mask = mask.to(hidden_states.device)
         last = (mask * torch.arange(mask.shape[1], device=mask.device)).argmax(1)
-        return hidden_states[torch.arange(len(last), device=last.device), last]
+        return hidden_states[torch.arange(last.shape[0], device=last.device), last]
     # Half precision loses the small terms of long sums.
     dtype = torch.promote_types(hidden_states.dtype, torch.float32)
     if mask is None:

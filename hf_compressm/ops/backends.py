@@ -30,13 +30,16 @@ def choose_backend(op: str, wanted: str | None, device: str, available: tuple[st
 
     Returns:
         `wanted`, or else what the environment variable says. If neither is given: "triton" on CUDA devices, "cpu" on
-        the CPU, or "naive", with one warning, where that cannot run.
+        the CPU, or "naive", with one warning, where that cannot run; and "naive" while torch.export traces, since its
+        graphs have to run without this package.
 
     Raises:
         ValueError: if the backend that is asked for is unknown or cannot run; the message says why.
     """
     variable = f"HF_COMPRESSM_{op.upper()}"
     forced = wanted or os.environ.get(variable)
+    if not forced and torch.compiler.is_exporting():
+        return "naive"
     if forced and forced not in available:
         raise ValueError(f"unknown backend {forced!r} of {op}; allowed are {', '.join(available)}")
     chosen = forced or {"cpu": "cpu", "cuda": "triton"}.get(device, "naive")

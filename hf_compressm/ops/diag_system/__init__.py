@@ -2,5 +2,6 @@
 
 from .naive import naive_diag_system
 from .op import diag_system
+from .pairs import diag_system_of_pairs, multiply_pairs
 
-__all__ = ["diag_system", "naive_diag_system"]
+__all__ = ["diag_system", "diag_system_of_pairs", "multiply_pairs", "naive_diag_system"]

@@ -11,7 +11,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ..exporting import scan_over_blocks
+
 Limits = tuple[float, float]
+LONGEST_CHUNK_IN_GRAPHS = 64
+"""A graph for every length treats full chunks only, so that a short input would pay for a long one."""
 
 
 def time_steps(dt: Tensor, dt_bias: Tensor | None, dt_softplus: bool, dt_limit: Limits) -> Tensor:
@@ -49,7 +53,8 @@ def naive_ssd_scan(
     dtype = torch.promote_types(x.dtype, torch.float32)
     step = time_steps(dt.to(dtype), dt_bias, dt_softplus, dt_limit)
     wide, A, B, C = (tensor.to(dtype) for tensor in (x, A, B, C))
-    y, final = _scan_in_chunks(wide, step, A, B, C, initial_state, chunk_size)
+    scan = _scan_for_any_length if torch.compiler.is_exporting() else _scan_in_chunks
+    y, final = scan(wide, step, A, B, C, initial_state, chunk_size)
     return (y if D is None else y + wide * D.to(dtype)[:, None]).to(x.dtype), final
 
 
@@ -91,4 +96,19 @@ def _scan_in_chunks(
     y = y + carried * log_decay.exp()[..., None]
     y = y.movedim(4, 2).reshape(batch, chunks * chunk, heads, width)[:, :length]
     final = state.unflatten(3, (per_group, width)).permute(0, 1, 3, 4, 2).flatten(1, 2)
+    return y, final
+
+
+def _scan_for_any_length(
+    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, initial_state: Tensor | None, chunk_size: int
+) -> tuple[Tensor, Tensor]:
+    """As `_scan_in_chunks`, for graphs: chunk by chunk, all of full size."""
+    size = min(chunk_size, LONGEST_CHUNK_IN_GRAPHS)
+    state = x.new_zeros(*x.shape[:1], *x.shape[2:], B.shape[3]) if initial_state is None else initial_state.to(x.dtype)
+
+    def step(state: Tensor, x: Tensor, dt: Tensor, B: Tensor, C: Tensor, A: Tensor) -> tuple[Tensor, ...]:
+        y, state = _scan_in_chunks(x, dt, A, B, C, state, size)
+        return state.clone(), y.clone()
+
+    final, y = scan_over_blocks(step, [state], (x, dt, B, C), [A], size)
     return y, final
