@@ -1,4 +1,4 @@
-"""Write two small data sets of the kinds that people bring: a text, and measurements of machines.
+"""Write small data sets of the kinds that people bring: a text, measurements of machines, and hourly demand.
 
     python examples/make_data.py                # to examples/data
     python examples/make_data.py OTHER_FOLDER
@@ -8,7 +8,11 @@ programming language, which every Python carries (`pydoc_data.topics`; licence o
 
 `machines.csv` has a row for each second of 300 simulated machines, 40 to 60 seconds each: `machine`, `second`, the
 measurements `vibration` and `temperature`, of which 2% are missing, the machine's `state` (fine, unbalanced or worn),
-its `wear` from 0 to 1, and for each second whether there was a `knock`. All of it is drawn from one seed.
+its `wear` from 0 to 1, and for each second whether there was a `knock`.
+
+`demand.csv` has a row for each hour of 60 days in 4 simulated buildings, some of which are missing: `building`, `hour`,
+the electrical `demand` in kW, which follows the hour, the day of the week and the weather, and the `temperature`
+outside. All of it is drawn from one seed.
 """
 
 from __future__ import annotations
@@ -16,7 +20,7 @@ from __future__ import annotations
 import csv
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from pydoc_data.topics import topics
 
@@ -26,19 +30,30 @@ STATES = ("fine", "unbalanced", "worn")
 COLUMNS = ("machine", "second", "vibration", "temperature", "knock", "state", "wear")
 MACHINES = 300
 MISSING = 0.02
+BUILDINGS = 4
+DAYS = 60
 
 
 def main(folder: Path) -> None:
-    """Write both files into a folder, which is made if need be."""
+    """Write the files into a folder, which is made if need be."""
     folder.mkdir(parents=True, exist_ok=True)
     pages = (json.dumps({"topic": topic, "text": text}) for topic, text in sorted(topics.items()))
     (folder / "topics.jsonl").write_text("\n".join(pages) + "\n", encoding="utf-8")
-    with (folder / "machines.csv").open("w", newline="", encoding="utf-8") as file:
+    rng = np.random.default_rng(0)
+    machines = (machine(rng, f"m{number:03}", STATES[number % len(STATES)]) for number in range(MACHINES))
+    write_table(folder / "machines.csv", COLUMNS, machines)
+    rng = np.random.default_rng(0)
+    buildings = (building(rng, f"b{number}") for number in range(BUILDINGS))
+    write_table(folder / "demand.csv", ("building", "hour", "demand", "temperature"), buildings)
+
+
+def write_table(path: Path, columns: tuple[str, ...], parts: Iterable[Iterator[tuple]]) -> None:
+    """A csv file of all rows of all parts."""
+    with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
-        writer.writerow(COLUMNS)
-        rng = np.random.default_rng(0)
-        for number in range(MACHINES):
-            writer.writerows(machine(rng, f"m{number:03}", STATES[number % len(STATES)]))
+        writer.writerow(columns)
+        for rows in parts:
+            writer.writerows(rows)
 
 
 def machine(rng: np.random.Generator, name: str, state: str) -> Iterator[tuple]:
@@ -55,6 +70,22 @@ def machine(rng: np.random.Generator, name: str, state: str) -> Iterator[tuple]:
     for second in seconds:
         measured = (f"{values[second]:.3f}" if rng.uniform() >= MISSING else "" for values in (vibration, temperature))
         yield (name, int(second), *measured, int(knock[second]), state, f"{wear:.3f}")
+
+
+def building(rng: np.random.Generator, name: str) -> Iterator[tuple]:
+    """The rows of one building: people come by day, less so at weekends, and heat against the cold."""
+    hours = np.arange(24 * DAYS)
+    weather = np.zeros(len(hours))
+    for hour in hours[1:]:  # the weather changes slowly
+        weather[hour] = 0.98 * weather[hour - 1] + rng.normal(0, 0.4)
+    temperature = 8 + 4 * np.sin(2 * np.pi * (hours - 9) / 24) + 2 * weather
+    people = np.clip(np.sin(np.pi * (hours % 24 - 7) / 12), 0, None) * np.where(hours // 24 % 7 < 5, 1, 0.3)
+    size = rng.uniform(20, 200)
+    demand = size * (0.5 + people + 0.04 * np.clip(18 - temperature, 0, None) + rng.normal(0, 0.05, len(hours)))
+    start = np.datetime64("2026-01-05T00:00")
+    for hour in hours:
+        if rng.uniform() >= MISSING:
+            yield (name, start + np.timedelta64(hour, "h"), f"{demand[hour]:.2f}", f"{temperature[hour]:.2f}")
 
 
 if __name__ == "__main__":

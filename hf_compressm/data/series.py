@@ -12,9 +12,12 @@ from ..models.feature_extractor import MimoSSMFeatureExtractor
 from .collators import pad_series_right, pad_steps
 from .own_files import SPLITS, Shares, find_own_files, split_of
 from .series_files import ENDINGS, Columns, Series, read_series, shortened
+from .series_forecasting import QUANTILES, Forecasting
 from .series_kinds import KINDS, DecodeSeries, Kind, mean_and_std
+from .series_windows import Windows, parts_in_time
 from .task import Task, register_task
 
+FORECASTING = "forecasting"
 STORED = Features({"input_values": Value("binary"), "labels": Value("binary")})
 
 
@@ -31,6 +34,11 @@ def series(
     feature_extractor: str | None = None,
     validation_percent: int = 10,
     test_percent: int = 10,
+    context: int = 0,
+    horizon: int = 0,
+    stride: int = 0,
+    season: int = 0,
+    quantiles: list[float] | None = None,
 ) -> Task:
     """Your own numeric sequences (parquet, csv, tsv, npz), of any lengths and with values missing.
 
@@ -49,32 +57,53 @@ def series(
     comes from that step and those before it. What was learnt is saved
     with the model, in preprocessor_config.json: `AutoFeatureExtractor.from_pretrained(folder)` prepares new data.
 
-    Splits that are not given are made from `train`. Which one a sequence goes to follows from a hash of its `group`, or
-    without one of its values: more data move no sequence from one split to another.
+    To forecast (`kind: forecasting`), windows of `context` and `horizon` steps are cut out of each series. Its rows are
+    put in the order of `time`, in equal steps, with missing values where rows are missing. Splits that are not given
+    are made in time: the last part of each series is test, and the part before it validation. Nothing of them is in the
+    normalisation or in a window to train on; their own windows read what comes before them.
+
+    For the other kinds splits that are not given are made from `train`. Which one a sequence goes to follows from a
+    hash of its `group`, or without one of its values: more data move no sequence from one split to another.
 
     Args:
         files: a path or pattern such as `data/*.csv`, a folder, or a list of them; or a mapping of `train`,
             `validation` and `test` to these.
-        inputs: names of the columns or arrays that the model reads, its channels.
-        target: name of what it predicts; several for regression.
+        inputs: names of the columns or arrays that the model reads, its channels. Targets of a forecast are among them
+            anyway.
+        target: name of what it predicts; several for regression and forecasting.
         kind: "classification" (a class for a sequence) or "regression" (numbers for a sequence) or
-            "labelling" (for each step a class, or numbers where the target has fractions; missing ones do not count).
+            "labelling" (for each step a class, or numbers where the target has fractions; missing ones do not count) or
+            "forecasting" (the next steps of the targets).
         group: column of a name for each sequence; those with one name are in one split.
         time: column to sort the rows of a sequence by.
         indicators: add a channel for each input that is 1 where its value was missing.
         feature_extractor: folder or name on the hub of a saved model whose normalisation is to be used again.
-        validation_percent: sequences of a made validation split, in percent.
-        test_percent: sequences of a made test split, in percent.
+        validation_percent: sequences of a made validation split, in percent; steps of each series to forecast.
+        test_percent: sequences, or steps, of a made test split, in percent.
+        context: steps that a forecast reads, at least 1.
+        horizon: steps that are forecast, at least 1.
+        stride: steps from one window to the next; the horizon if 0.
+        season: steps after which the series repeats itself, such as 24 for hours: the metric `mase` compares with the
+            naive forecast of the value one season before. 0 stands for the value before.
+        quantiles: that are forecast, increasing in (0, 1); [0.1, 0.5, 0.9] if not given, [] for the mean.
 
     Raises:
         OSError: if there is no saved feature extractor of that name.
         ValueError: if no file matches or can be read, a column is missing or not numeric, a split is empty, a target is
             missing or unknown in train, or an option is out of its range.
     """
+    wanted = {"context": context, "horizon": horizon, "stride": stride, "season": season, "quantiles": quantiles}
+    windows = _windows(kind, wanted)
     columns = _columns(inputs, target, kind, group, time)
     shares = Shares(validation_percent, test_percent)
     found = find_own_files("series", files, ENDINGS)
     given = {split: _checked(read_series(paths, columns), split) for split, paths in found.items()}
+    if windows is not None:
+        parts = parts_in_time(given, shares.of(list(given)), windows)
+        known = [Series(p.series.key, p.series.values[: p.end], p.series.target) for p in parts["train"]]
+        extractor = _extractor(known, columns.inputs, indicators, feature_extractor)
+        levels = QUANTILES if quantiles is None else quantiles
+        return Forecasting(parts["train"], _names(target), columns.inputs, extractor, windows, levels).task(parts)
     splits = _in_splits(given, shares.of(list(given)))
     extractor = _extractor(splits["train"], columns.inputs, indicators, feature_extractor)
     fitted = KINDS[kind](splits["train"], columns.targets, extractor)
@@ -92,15 +121,29 @@ def series(
     )
 
 
+def _windows(kind: str, options: Mapping[str, Any]) -> Windows | None:
+    """The windows of a forecast; None for other kinds."""
+    if kind not in (*KINDS, FORECASTING):
+        raise ValueError(f"kind of task 'series' must be one of {', '.join((*KINDS, FORECASTING))}; got {kind!r}")
+    if kind == FORECASTING:
+        return Windows(**{name: value for name, value in options.items() if name != "quantiles"})
+    if given := [name for name, value in options.items() if value]:
+        raise ValueError(f"{', '.join(given)} of task 'series' are for kind: forecasting; kind is {kind}")
+    return None
+
+
 def _columns(inputs: Any, target: Any, kind: str, group: str, time: str) -> Columns:
-    if kind not in KINDS:
-        raise ValueError(f"kind of task 'series' must be one of {', '.join(KINDS)}; got {kind!r}")
-    names = {"inputs": _names(inputs), "target": _names(target)}
+    names = {"target": _names(target), "inputs": _names(inputs)}
+    if kind == FORECASTING:
+        names["inputs"] = list(dict.fromkeys([*names["inputs"], *names["target"]]))
     for option, value in names.items():
         if not value:
             raise ValueError(f"task 'series' needs its option {option}: one name of a column, or several")
-    if both := set(names["inputs"]) & {*names["target"], group, time}:
+    others = {group, time} if kind == FORECASTING else {*names["target"], group, time}
+    if both := set(names["inputs"]) & others:
         raise ValueError(f"{', '.join(map(repr, sorted(both)))} cannot be an input and something else at once")
+    if kind == FORECASTING:
+        return Columns(inputs=names["inputs"], group=group, time=time, per_step=True, equal_steps=True)
     return Columns(
         inputs=names["inputs"], targets=names["target"], group=group, time=time, per_step=KINDS[kind].per_step
     )

@@ -12,6 +12,7 @@ import numpy as np
 import pandas as pd
 
 from .own_files import file_ending, named_files, read_own_files
+from .series_time import at_equal_steps
 from .sources import reading
 
 ENDINGS = (".parquet", ".csv", ".tsv", ".npz")
@@ -42,6 +43,8 @@ class Columns:
         group: the sequence that a row belongs to, or what a whole sequence is told apart by; may be empty.
         time: by which the rows of a sequence are sorted; may be empty.
         per_step: whether there is a target for each step.
+        equal_steps: whether rows are put at equal steps of time, see `at_equal_steps`. Without `group` and `time` a
+            table is then one sequence.
     """
 
     inputs: Sequence[str]
@@ -49,6 +52,7 @@ class Columns:
     group: str = ""
     time: str = ""
     per_step: bool = False
+    equal_steps: bool = False
 
     @property
     def all(self) -> list[str]:
@@ -88,11 +92,11 @@ def _of_table(table: Any, columns: Columns, where: str) -> Iterator[Series]:
             raise ValueError(f"{empty} rows of {where} have no value in {name!r}")
     if isinstance(table[columns.inputs[0]].iloc[0], (list, np.ndarray)):
         yield from _of_lists(table, columns, where)
-    elif columns.group or columns.time:
+    elif columns.group or columns.time or columns.equal_steps:
         groups = table.groupby(columns.group, sort=False) if columns.group else [("", table)]
         for name, rows in groups:
-            rows = rows.sort_values(columns.time, kind="stable") if columns.time else rows
-            place = f"{where}, {columns.group} {name}"
+            place = f"{where}, {columns.group} {name}" if columns.group else where
+            rows = _ordered(rows, columns, place)
             values = np.stack([_numbers(rows[name], name, where) for name in columns.inputs], axis=1)
             yield Series(str(name).encode(), values, _target(rows, columns, place))
     else:
@@ -105,6 +109,14 @@ def _of_table(table: Any, columns: Columns, where: str) -> Iterator[Series]:
         targets = table[list(columns.targets)].to_numpy(dtype=object)
         for row, target in zip(values, targets, strict=True):
             yield Series(row.tobytes(), row[:, None], target)
+
+
+def _ordered(rows: Any, columns: Columns, place: str) -> Any:
+    if not columns.time:
+        return rows
+    if columns.equal_steps:
+        return at_equal_steps(rows, columns.time, place)
+    return rows.sort_values(columns.time, kind="stable")
 
 
 def _of_lists(table: Any, columns: Columns, where: str) -> Iterator[Series]:

@@ -16,7 +16,7 @@ def check_forecasting(config: Any) -> None:
     steps, quantiles = config.prediction_length, config.quantiles
     if not isinstance(steps, int) or isinstance(steps, bool) or steps < 1:
         raise ValueError(f"prediction_length must be an integer >= 1, got {steps!r}")
-    if quantiles is not None and not _increasing(quantiles, below=1):
+    if quantiles is not None and not are_quantiles(quantiles):
         raise ValueError(f"quantiles must be increasing numbers in (0, 1), or None for the mean; got {quantiles!r}")
     if config.scaling is not None and config.scaling not in SCALINGS:
         raise ValueError(f"scaling must be None or one of {', '.join(SCALINGS)}; got {config.scaling!r}")
@@ -34,6 +34,7 @@ def _check_channels(indices: Any, channels: int | None) -> None:
         )
 
 
-def _increasing(values: Any, below: float) -> bool:
+def are_quantiles(values: Any) -> bool:
+    """Whether values are a list of increasing numbers in (0, 1), of any size but 0."""
     numbers = isinstance(values, list) and bool(values) and all(type(value) is float for value in values)
-    return numbers and all(low < high for low, high in zip([0.0, *values], [*values, below], strict=True))
+    return numbers and all(low < high for low, high in zip([0.0, *values], [*values, 1.0], strict=True))

@@ -77,6 +77,8 @@ def new_model(problem: str, config: Any) -> PreTrainedModel:
         ValueError: if there is none for this config.
     """
     auto: Any = HEADS[problem]
+    if problem == "forecasting" and not model_classes(auto, type(config)):
+        raise ValueError(f"{config.model_type} has no model that forecasts; mimo_ssm has one")
     if problem == "sequence_pair_classification":  # shares an Auto class, which then goes by the name
         names = [cls.__name__ for cls in model_classes(auto, type(config))]
         config.architectures = [name for name in names if name.endswith(CLASS_ENDINGS[problem])]

@@ -133,6 +133,10 @@ def _check_task(model: Any, task: Task) -> None:
         wanted, present = task.model_kwargs.get(key), getattr(model.config.get_text_config(), key, None)
         if wanted is not None and (present is None or not 0 <= present - wanted < slack):
             raise ValueError(f"the task {task.name!r} is for models with {key} {wanted}; this one has {present}")
+    for key in ("prediction_length", "prediction_channel_indices", "quantiles"):
+        wanted, present = task.model_kwargs.get(key), getattr(model.config, key, None)
+        if key in task.model_kwargs and wanted != present:
+            raise ValueError(f"the task {task.name!r} is for models with {key} {wanted}; this one has {present}")
 
 
 def _check_vocabulary(model: Any, tokenizer: Any) -> None:
