@@ -10,6 +10,7 @@ from typing import Any
 
 from ..surgery import merged
 from ..surgery import record_keys as keys
+from .svg import number
 
 SOURCES = f"trainer_state.json, compression.json, checkpoint-*/trainer_state.json, a config.json with a {keys.HISTORY}"
 
@@ -30,6 +31,7 @@ class Spectrum:
         total: sum of all its singular values.
         ranks, values: some of the values, descending, and their ranks, counted from 1.
         kept: number of states that the cut at this step kept; None if there was no cut.
+        moment: when it was measured, in words.
     """
 
     step: int
@@ -38,6 +40,7 @@ class Spectrum:
     ranks: list[int]
     values: list[float]
     kept: int | None = None
+    moment: str = ""
 
 
 @dataclass(frozen=True)
@@ -119,6 +122,14 @@ class RunRecord:
         step = event["step"]
         return step if step is not None else (0 if self.cut_after_training and self.trained else self.end)
 
+    def moment(self, cut: Mapping[str, Any]) -> str:
+        """Say when a cut was made: its step, or what is known where it has none."""
+        if cut["step"] is not None:
+            return f"at step {number(cut['step'])}"
+        if not self.cut_after_training:
+            return "outside training"
+        return "before step 1" if self.trained else "after training"
+
     def series(self, key: str) -> list[tuple[int, float]]:
         """Return (step, value) where the log has a finite number under this key; the last value of each step."""
         found = {entry["step"]: entry[key] for entry in self.log if isinstance(entry.get(key), int | float)}
@@ -142,9 +153,9 @@ class RunRecord:
         names, first, measured = self._layer_names(), self._first_sizes(), list(self._measurements())
         sizes = {name: [(0, states)] for name, states in zip(names, first, strict=True)}
         spectra: dict[str, dict[tuple[int, int], Spectrum]] = {name: {} for name in names}
-        for step, order, entry, kept in measured:
+        for step, order, entry, kept, moment in measured:
             if entry["name"] in spectra:
-                spectra[entry["name"]][step, order] = _spectrum(step, entry, kept)
+                spectra[entry["name"]][step, order] = _spectrum(step, entry, kept, moment)
         for event in self.events:
             for layer in event["layers"]:
                 sizes[layer["name"]].append((self.place(event), layer["new_size"]))
@@ -176,15 +187,18 @@ class RunRecord:
         """Return the value of a series at a step; None if there is none."""
         return dict(self.series(key)).get(step)
 
-    def _measurements(self) -> Iterator[tuple[int, int, Mapping[str, Any], int | None]]:
-        """Step, order among those of one step, layer and kept states of each; a cut comes in place of the log's."""
+    def _measurements(self) -> Iterator[tuple[int, int, Mapping[str, Any], int | None, str]]:
+        """Step, order at it, layer, kept states and moment of each; a cut comes in place of the log's."""
         for entry in self.log:
             for layer in entry.get(keys.SPECTRA) or []:
-                yield entry["step"], 0, layer, None
-        for index, cut in enumerate(self.cuts):
+                yield entry["step"], 0, layer, None, f"at step {number(entry['step'])}"
+        stepless = [cut for cut in self.cuts if cut["step"] is None]
+        for cut in self.cuts:
+            order = next((place for place, other in enumerate(stepless, 1) if other is cut), 0)
+            which = f", cut {order} of {len(stepless)}" if order and len(stepless) > 1 else ""
             for layer in cut["layers"]:
                 if layer.get("singular_values"):  # configs keep none, and a cut by another score measures none
-                    yield self.place(cut), 0 if cut["step"] is not None else index + 1, layer, layer["new_size"]
+                    yield self.place(cut), order, layer, layer["new_size"], self.moment(cut) + which
 
     def _layer_names(self) -> list[str]:
         if self.events:
@@ -281,11 +295,11 @@ def _read(path: Path) -> dict[str, Any]:
     return content
 
 
-def _spectrum(step: int, entry: Mapping[str, Any], kept: int | None) -> Spectrum:
+def _spectrum(step: int, entry: Mapping[str, Any], kept: int | None, moment: str) -> Spectrum:
     values = entry["singular_values"]
     ranks = entry.get("ranks") or list(range(1, len(values) + 1))
     total = entry.get("sum", sum(values))
-    return Spectrum(step, entry.get("states", len(values)), total, ranks, values, kept)
+    return Spectrum(step, entry.get("states", len(values)), total, ranks, values, kept, moment)
 
 
 def _config_events(config: Mapping[str, Any]) -> list[dict[str, Any]]:

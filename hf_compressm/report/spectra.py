@@ -26,8 +26,8 @@ def spectrum_figure(layer: Layer, index: int) -> Figure | None:
         ident=f"spectrum-{index}",
         title=f"Hankel singular values of layer {index}, {layer.name}",
         description=(
-            f"{len(layer.spectra)} measurements, from step {first.step} with {first.states} states to step "
-            f"{last.step} with {last.states}. At the last the largest is {number(last.values[0])}, the smallest "
+            f"Measurements: {len(layer.spectra)}; the first {first.moment} of {first.states} states, the last "
+            f"{last.moment} of {last.states}. At the last the largest is {number(last.values[0])}, the smallest "
             f"{number(last.values[-1])}."
         ),
         x=Axis.upto(max(spectrum.states for spectrum in layer.spectra)),
@@ -37,10 +37,9 @@ def spectrum_figure(layer: Layer, index: int) -> Figure | None:
     )
     for place, spectrum in enumerate(shown):
         age = 3 - min(3, (len(shown) - 1 - place))
-        repeated = place > 0 and spectrum.step == shown[place - 1].step
-        label = f"step {number(spectrum.step)}" + (", measured again" if repeated else "")
         points = list(zip(spectrum.ranks, spectrum.values, strict=True))
-        chart.line(points, 1 if place < len(shown) - 1 else 2, label, style=f"t{age}" if age < 3 else "")
+        moment = spectrum.moment.removeprefix("at ")
+        chart.line(points, 1 if place < len(shown) - 1 else 2, moment, style=f"t{age}" if age < 3 else "")
     rows = [_spectrum_row(spectrum) for spectrum in layer.spectra]
     columns = ["Step", "States", "Kept", "Sum", "Largest", "Smallest kept", "Largest removed", "Sum removed"]
     return Figure(chart, Table.filled(f"Measurements of layer {index}", columns, rows))
@@ -123,7 +122,7 @@ def _spectral_axis(spectra: Sequence[Spectrum]) -> Axis:
 
 
 def _spectrum_row(spectrum: Spectrum) -> list[str]:
-    row = [number(spectrum.step), str(spectrum.states)]
+    row = [spectrum.moment.removeprefix("at step "), str(spectrum.states)]
     if spectrum.kept is None:
         return [*row, "all", number(spectrum.total), number(spectrum.values[0]), number(spectrum.values[-1]), "", ""]
     kept, removed = spectrum.values[: spectrum.kept], spectrum.values[spectrum.kept :]

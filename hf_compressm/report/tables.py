@@ -56,7 +56,8 @@ def cuts_table(run: RunRecord) -> Table:
         before, after = run.at(step, keys.LOSS_BEFORE), run.at(step, keys.LOSS_AFTER)
         change = None if before is None or after is None else after - before
         undone = run.undone.get(step)
-        row = [moment(run, cut), *map(_text, (before, after)), "" if change is None else signed(change)]
+        row = [run.moment(cut).removeprefix("at step "), *map(_text, (before, after))]
+        row += ["" if change is None else signed(change)]
         row += [f"{_mean(layers, 'old_size')} → {_mean(layers, 'new_size')}", _removed(layers)]
         row += [_largest(layers, "bound"), _largest(layers, "residual"), *map(_text, run.around(step, "eval_loss"))]
         rows.append([*row, number(undone["step"]) if undone else ""])
@@ -68,15 +69,6 @@ def signed(change: float) -> str:
     if change == 0:
         return "0"
     return f"{change:+.4f}" if round(abs(change), 4) else "< 0.0001"
-
-
-def moment(run: RunRecord, cut: dict[str, Any]) -> str:
-    """Return when a cut was made: its step, or what is known where it has none; a dash where nothing is."""
-    if cut["step"] is not None:
-        return number(cut["step"])
-    if not run.cut_after_training:
-        return "–"
-    return "before step 1" if run.trained else "after training"
 
 
 def layers_table(run: RunRecord, cut: dict[str, Any]) -> Table:
@@ -93,8 +85,7 @@ def layers_table(run: RunRecord, cut: dict[str, Any]) -> Table:
         for layer in cut["layers"]
     ]
     columns = ["Layer", "States before", "After", "Sum removed", "Error bound", "Residual"]
-    when = f"at step {number(cut['step'])}" if cut["step"] is not None else moment(run, cut)
-    return Table.filled(f"The cut {when}, layer by layer".replace(" –,", ","), columns, rows)
+    return Table.filled(f"The cut {run.moment(cut)}, layer by layer", columns, rows)
 
 
 def _mean(layers: Sequence[dict[str, Any]], key: str) -> str:

@@ -76,6 +76,23 @@ def test_attempts_that_cut_nothing_leave_their_spectra_in_the_log(finished_run):
     assert measured == cuts | kept and not cuts & kept and len(measured) == 4
 
 
+def test_spectra_of_cuts_outside_training_say_so(tmp_path):
+    outside = [cut(0, old, new) | {"step": None} for old, new in ((16, 12), (12, 8))]
+    folder = write_run(tmp_path / "own_loop", step=20, max_steps=20)
+    moments = {}
+    for name, history in {"one": outside[:1], "two": outside, "mixed": [cut(20, 16, 12), outside[1]]}.items():
+        (folder / "compression.json").write_text(json.dumps({"history": history, "speed": [], "settings": {}}))
+        moments[name] = [spectrum.moment for spectrum in read_run(folder).layers()[0].spectra]
+        page = render_report(read_run(folder))
+        check_page(page)
+        assert all(moment.removeprefix("at ") in page for moment in moments[name]) and "again" not in page
+    assert moments == {
+        "one": ["outside training"],
+        "two": ["outside training, cut 1 of 2", "outside training, cut 2 of 2"],
+        "mixed": ["at step 20", "outside training"],
+    }
+
+
 def test_a_checkpoint_speaks_for_an_unfinished_run(finished_run, tmp_path):
     folder = tmp_path / "unfinished"
     write_run(folder / "checkpoint-12", log=[{"step": 8, "loss": 2.0}], step=12, max_steps=40, history=[cut(8, 16, 9)])
