@@ -21,6 +21,8 @@ from .runs.command_options import DataOptions, InspectionData, ModelOptions, Siz
 if TYPE_CHECKING:
     from .hub import ExportResult, Form
 
+ONNX = "onnx"
+
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False)
 
 ClickException: Any = typer.BadParameter.__mro__[2]
@@ -213,25 +215,39 @@ def export(
     to: Annotated[
         str,
         typer.Option(
-            metavar="[stock|remote-code]",
+            metavar="[stock|remote-code|onnx]",
             help="stock: a plain transformers model, layers padded to one size, for Mamba and Mamba-2 language models. "
-            "remote-code: this package's class with its own size per layer, and the code that loads it anywhere.",
+            "remote-code: this package's class with its own size per layer, and the code that loads it anywhere. "
+            "onnx: prefill.onnx and step.onnx with the states as inputs and outputs, or a classifier's model.onnx.",
         ),
     ],
+    opset: Annotated[int | None, typer.Option(help="Version of ONNX's operators, with --to onnx. Default: 20.")] = None,
+    all_logits: Annotated[
+        bool, typer.Option("--all-logits", help="Let prefill.onnx give logits of all tokens, not of the last alone.")
+    ] = False,
     overwrite: Overwrite = False,
     as_json: AsJson = False,
 ) -> None:
     """Write a saved model as a folder that loads without this package.
 
-    Both forms load with transformers' Auto classes; remote-code wants trust_remote_code=True where this package is not
-    installed. Tokenizer, card and plots are taken along.
+    stock and remote-code load with transformers' Auto classes; remote-code wants trust_remote_code=True where this
+    package is not installed. Tokenizer, card and plots are taken along. onnx runs in onnxruntime.
 
     Example: hf-compressm export outputs/small small-stock --to stock
     """
-    from .hub import export
+    if to == ONNX:
+        from .deploy import save_onnx
 
-    done = export(model, output, _form(to), overwrite)
-    _print(dataclasses.asdict(done) | {"output": str(output)}, f"{_describe(done)}\nsaved to {output}", as_json)
+        written = save_onnx(model, output, all_logits=all_logits, overwrite=overwrite, **_given(opset=opset))
+        record = dataclasses.asdict(written)
+        text = f"{written.architecture}, onnx, opset {written.opset}, states {' '.join(map(str, written.state_sizes))}"
+    else:
+        from .hub import export
+
+        _check_only_for_onnx(to, opset is not None or all_logits)
+        done = export(model, output, _form(to, ONNX), overwrite)
+        record, text = dataclasses.asdict(done), _describe(done)
+    _print(record | {"output": str(output)}, f"{text}\nsaved to {output}", as_json)
 
 
 @command("push")
@@ -267,12 +283,18 @@ def push(
     _print(dataclasses.asdict(done), f"{_describe(done)}\npushed to {done.url} as {done.commit[:8]}", as_json)
 
 
-def _form(name: str) -> Form:
+def _check_only_for_onnx(to: str, given: bool) -> None:
+    if given:
+        raise ValueError(f"--opset and --all-logits are for --to {ONNX}, not for --to {to}")
+
+
+def _form(name: str, *others: str) -> Form:
+    """The form of that name; `others` are names that the command knows besides."""
     from .hub import Form
 
     known = [form.value for form in Form]
     if name not in known:
-        raise ValueError(f"--to takes {' or '.join(map(repr, known))}; got {name!r}")
+        raise ValueError(f"--to takes {' or '.join(map(repr, [*known, *others]))}; got {name!r}")
     return Form(name)
 
 

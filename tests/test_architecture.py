@@ -20,13 +20,14 @@ ALLOWED = {
     "surgery": {"reduction", "models", "layers", "ops"},
     "training": {"models", "surgery", "reduction"},
     "data": {"models"},
+    "deploy": {"models", "surgery"},
     "report": {"models", "surgery"},
     "hub": {"models", "report", "surgery"},
     "runs": {"data", "models", "reduction", "report", "surgery", "training"},
     "baselines": {"layers", "surgery", "reduction", "training"},
     "reproduction": {"baselines", "data", "models", "reduction", "report", "runs", "surgery", "training"},
     "api": {"models", "reduction", "surgery", "training"},
-    "cli": {"hub", "reduction", "report", "runs", "surgery"},
+    "cli": {"deploy", "hub", "reduction", "report", "runs", "surgery"},
 }
 EVERYWHERE = {"compatibility", "files", "moved", "progress"}
 FOREIGN = {

@@ -37,9 +37,12 @@ class RealFirst:
             return None
         batch, length = hidden_states.shape[:2]
         padding = (attention_mask[:, -length:].to(hidden_states.device) == 0).expand(batch, -1)
+        counts, places = (~padding).sum(1), torch.arange(length, device=padding.device)
+        real = places < counts[:, None]
+        if torch.compiler.is_exporting():  # ONNX has no stable sort
+            back = torch.where(padding, counts[:, None] + padding.cumsum(1), (~padding).cumsum(1)) - 1
+            return cls(real, counts, torch.zeros_like(back).scatter(1, back, places.expand(batch, -1)), back)
         order = padding.int().argsort(dim=1, stable=True)
-        counts = (~padding).sum(1)
-        real = torch.arange(length, device=padding.device) < counts[:, None]
         return cls(real, counts, order, order.argsort(dim=1))
 
     def bring(self, x: Tensor) -> Tensor:
@@ -52,11 +55,14 @@ class RealFirst:
 
     def to_end(self, x: Tensor) -> Tensor:
         """Reorder x (B, L, H), in the new order, so that real tokens come last."""
-        return _take(x, (torch.arange(x.shape[1], device=x.device) + self.counts[:, None]) % x.shape[1])
+        places = torch.arange(x.shape[1], device=x.device) + self.counts[:, None]
+        # Not by %, which ONNX has for fixed lengths only.
+        return _take(x, torch.where(places < x.shape[1], places, places - x.shape[1]))
 
     def from_end(self, x: Tensor) -> Tensor:
         """Undo `to_end`, for x (B, L, H)."""
-        return _take(x, (torch.arange(x.shape[1], device=x.device) - self.counts[:, None]) % x.shape[1])
+        places = torch.arange(x.shape[1], device=x.device) - self.counts[:, None]
+        return _take(x, torch.where(places < 0, places + x.shape[1], places))
 
     def clear(self, x: Tensor, value: float = 0.0) -> Tensor:
         """Set x (B, L, H), in the new order, to a value at padding, where it then has no gradient."""

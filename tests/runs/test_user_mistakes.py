@@ -103,7 +103,7 @@ MISTAKES = {
     "look: tau": (None, ["inspect", "MODEL", "--tau", "2"], "tau must lie strictly between 0 and 1; got 2.0"),
     "look: plot": (None, ["inspect", "MODEL", "--plot", "OUT/a.svg"], "there is no folder .* to write a.svg to"),
     "no run": (None, ["report", "FOLDER"], "holds no run"),
-    "unknown form": (None, ["export", "MODEL", "OUT", "--to", "stick"], "--to takes 'remote-code' or 'stock'"),
+    "unknown form": (None, ["export", "MODEL", "OUT", "--to", "stick"], "--to takes 'remote-code' or 'stock' or"),
     "name on the hub": (None, ["push", "MODEL", "a/b/c"], "Repo id must be"),
     "no suite": ("reproduce", ["nowhere.yaml"], "No such file or directory: 'nowhere.yaml'"),
     "suite: option": ("reproduce", ["SUITE", "--worker-s", "1"], "unknown option --worker-s; did you mean --workers?"),
