@@ -7,7 +7,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +55,36 @@ def check_folder(folder: Path) -> Path:
         raise NotADirectoryError(f"{folder} cannot be made: {present} is a file")
     _check_writable(present)
     return folder
+
+
+RUN_FILES = ("trainer_state.json", "finetuning.json", "checkpoint-*")
+"""What tells that a run of training has written a folder."""
+
+
+def check_run_folder(folder: Path) -> Path:
+    """Return the full path of a folder for a run of training: a new one, or that of an earlier run.
+
+    Raises:
+        OSError: as `check_folder`, and if it holds a model that no run has written there.
+    """
+    folder = check_folder(folder)
+    if (folder / "config.json").is_file() and not any(any(folder.glob(name)) for name in RUN_FILES):
+        raise FileExistsError(f"{folder} holds a model that no run of training wrote there; choose another folder")
+    return folder
+
+
+@contextmanager
+def no_empty_folder(folder: Path) -> Iterator[None]:
+    """After an error, remove a folder, and those above it, if they were made since the block began and are empty."""
+    folder = folder.expanduser().resolve()
+    absent = [place for place in (folder, *folder.parents) if not place.exists()]
+    try:
+        yield
+    except BaseException:
+        with suppress(OSError):  # what is not empty stays, with all that is above it
+            for place in absent:
+                place.rmdir()
+        raise
 
 
 def check_file(file: Path) -> Path:

@@ -155,13 +155,16 @@ def load_task(name: str, *, data_dir: str | os.PathLike[str] | None = None, seed
         options: further arguments of the task.
 
     Raises:
-        ValueError: as `check_task`, and if the data do not fit the options.
+        ValueError: as `check_task`, and if the data do not fit the options or the task returns something else.
     """
     check_task(name, data_dir, options)
     arguments = dict(options) if data_dir is None else {**options, "data_dir": data_dir}
     if "seed" in inspect.signature(_BUILDERS[name]).parameters:
         arguments["seed"] = seed
-    return _BUILDERS[name](**arguments)
+    task = _BUILDERS[name](**arguments)
+    if not isinstance(task, Task):
+        raise ValueError(f"task {name!r} must return a Task; it returned a {type(task).__name__}")
+    return task
 
 
 def check_task(name: str, data_dir: str | os.PathLike[str] | None, options: Mapping[str, Any]) -> None:

@@ -125,6 +125,10 @@ def _load(cls: Any, name: str, **options: Any) -> Any:
         return cls.from_pretrained(name, dtype="auto", **options)
     except SafetensorError as error:
         raise OSError(f"the weights of {name} cannot be read: {error}") from error
+    except RuntimeError as error:
+        if "ignore_mismatched_sizes" not in str(error):
+            raise
+        raise OSError(f"the weights of {name} have other shapes than its config.json says") from error
 
 
 def _device(name: str) -> torch.device:

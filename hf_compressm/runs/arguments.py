@@ -16,6 +16,7 @@ import traceback
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError
 from typing import Any, NoReturn
 
 TRACEBACK = "--traceback"
@@ -27,11 +28,15 @@ GRACE = 3.0
 POSITIVE = {
     *("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps", "num_train_epochs"),
     *("ssm_learning_rate", "save_total_limit", "min_state_size", "calibration_batches"),
+    *("logging_steps", "eval_steps", "save_steps", "adam_epsilon"),
 }
 NOT_NEGATIVE = {
     *("learning_rate", "weight_decay", "warmup_steps", "max_grad_norm", "seed", "dataloader_num_workers"),
-    "refit_steps",
+    *("refit_steps", "data_seed", "neftune_noise_alpha"),
 }
+BELOW_ONE = {"adam_beta1", "adam_beta2", "label_smoothing_factor"}
+WHILE_TRAINING = {"create_optimizer", "create_scheduler", "_determine_best_metric"}
+"""Methods of the Trainer that first use, while it trains, what the user gave for them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,6 +65,8 @@ class DataSource:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        if not self.name:
+            raise ValueError("the name of the data is empty; give a task, a file or a folder")
         if self.batches < 1 or self.batch_size < 1:
             raise ValueError(f"batches and batch_size must be at least 1; got {self.batches} and {self.batch_size}")
         if self.length is not None and self.length < 2:
@@ -72,7 +79,8 @@ def errors_as_lines(argv: Sequence[str]) -> Iterator[list[str]]:
 
     Gives the arguments without `--traceback`, which shows where the error was raised. Errors of a user are ValueError,
     OSError, RuntimeError, and an ImportError that says what to install. While a Trainer trains, only a ValueError that
-    this package raises counts; any other error keeps its traceback and exit code 1. Of several processes all exit; the
+    this package raises counts, and what the Trainer raises when it makes its optimizer or looks for its metric; any
+    other error keeps its traceback and exit code 1. Of several processes all exit; the
     line comes from the first that fails. (`accelerate launch` without `--quiet` adds lines of its own.)
 
     Raises:
@@ -88,7 +96,8 @@ def errors_as_lines(argv: Sequence[str]) -> Iterator[list[str]]:
             traceback.print_exception(error)
         if int(os.environ.get("RANK", "0")) > 0:
             time.sleep(GRACE)
-        print(f"error: {' '.join(str(error).split()) or type(error).__name__}", file=sys.stderr)
+        text = str(error.args[0] if isinstance(error, KeyError) and error.args else error)
+        print(f"error: {' '.join(text.split()) or type(error).__name__}", file=sys.stderr)
         raise SystemExit(2) from None
 
 
@@ -96,9 +105,12 @@ def _is_of_the_user(error: Exception) -> bool:
     frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
     places = [(frame.f_globals.get("__name__", ""), frame.f_code.co_name) for frame in frames]
     if ("transformers.trainer", "train") in places:
+        if any(module == "transformers.trainer" and name in WHILE_TRAINING for module, name in places):
+            return isinstance(error, (ValueError, TypeError, KeyError, ImportError))
         return isinstance(error, ValueError) and places[-1][0].startswith("hf_compressm.")
     if isinstance(error, ImportError):
-        return error.name is None  # Python itself gives the name of what it could not import
+        # Python itself gives the name of what it could not import.
+        return error.name is None or isinstance(error, PackageNotFoundError)
     return isinstance(error, (ValueError, OSError, RuntimeError))
 
 
@@ -164,6 +176,8 @@ def check_arguments(*groups: Any) -> None:
     Raises:
         ValueError: on a hub token, and on numbers that would fail, or be nonsense, only when training has begun.
     """
+    if any(getattr(group, "output_dir", None) == "" for group in groups):
+        raise ValueError("output_dir is empty; name a folder")
     if any(getattr(group, "hub_token", None) is not None for group in groups):
         raise ValueError(
             "hub_token would be saved and pushed with the training arguments; log in with `hf auth login`, or set "
@@ -177,5 +191,9 @@ def check_arguments(*groups: Any) -> None:
                 raise ValueError(f"{name} must be a finite number; got {value}")
             if name in POSITIVE and value <= 0:
                 raise ValueError(f"{name} must be greater than 0; got {value}")
-            if name in NOT_NEGATIVE and value < 0:
+            if name in NOT_NEGATIVE | BELOW_ONE and value < 0:
                 raise ValueError(f"{name} must be at least 0; got {value}")
+            if name in BELOW_ONE and value >= 1:
+                raise ValueError(f"{name} must be below 1; got {value}")
+            if name == "max_steps" and value < 1 and value != -1:
+                raise ValueError(f"max_steps must be at least 1, or -1 for as many as there are epochs; got {value}")

@@ -13,6 +13,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.utils import cached_file
 
 from ..data import check_task, task_names
+from ..data.sources import reading
 from ..data.text_files import text_files
 from ..files import check_name
 from ..models.saved import load_config
@@ -116,21 +117,32 @@ def check_saved_model(name: str, policy: Policy | None = None, minimum: int = 1)
         minimum: smallest number of states that a layer may keep.
 
     Raises:
-        OSError: if there is no such model.
-        ValueError: if the target is not below the present size.
+        OSError: if there is no such model, or no weights of the adapter.
+        ValueError: if the target is not below the present size, or an adapter's config cannot be read.
     """
     check_name(name, "model")
     adapter = read_adapter(name)
+    if adapter is not None and Path(name).is_dir() and not any(Path(name).glob("adapter_model.*")):
+        raise FileNotFoundError(f"{name} holds no weights of its adapter, such as adapter_model.safetensors")
     config = load_config(name if adapter is None else adapter["base_model_name_or_path"])
     check_policy(config, policy, minimum)
 
 
 def read_adapter(name: str) -> dict[str, Any] | None:
-    """Read the config of a saved PEFT adapter; None if the folder or name is not that of an adapter."""
+    """Read the config of a saved PEFT adapter; None if the folder or name is not that of an adapter.
+
+    Raises:
+        ValueError: if it cannot be read, or names no base.
+    """
     try:
-        return json.loads(Path(str(cached_file(name, ADAPTER_CONFIG))).read_text())
+        text = Path(str(cached_file(name, ADAPTER_CONFIG))).read_text()
     except OSError:
         return None
+    with reading(f"{ADAPTER_CONFIG} of {name} cannot be read"):
+        content = json.loads(text)
+    if not isinstance(content, dict) or not isinstance(content.get("base_model_name_or_path"), str):
+        raise ValueError(f"{ADAPTER_CONFIG} of {name} names no base model (base_model_name_or_path)")
+    return content
 
 
 def check_policy(config: Any, policy: Policy | None, minimum: int = 1) -> None:
@@ -144,16 +156,18 @@ def check_policy(config: Any, policy: Policy | None, minimum: int = 1) -> None:
 
 
 def check_lora(settings: Mapping[str, Any]) -> None:
-    """Check the names of fields of peft.LoraConfig.
+    """Check fields of peft.LoraConfig: their names, and that numbers are numbers.
 
     Raises:
         ImportError: without peft.
-        ValueError: on a name that it does not have.
+        ValueError: on a name that it does not have, or another value where it has a number.
     """
-    known = [field.name for field in dataclasses.fields(import_peft().LoraConfig)]
-    for name in settings:
+    known = {field.name: field.default for field in dataclasses.fields(import_peft().LoraConfig)}
+    for name, value in settings.items():
         if name not in known:
             raise ValueError(f"peft.LoraConfig has no field {name!r}{did_you_mean(name, known)}")
+        if type(known[name]) in (int, float) and type(value) not in (int, float):
+            raise ValueError(f"{name} of peft.LoraConfig must be a number; got {value!r}")
 
 
 def import_peft() -> Any:

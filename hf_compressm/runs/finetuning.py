@@ -12,7 +12,7 @@ from torch import nn
 from transformers import Trainer, TrainingArguments
 
 from ..data import Task
-from ..files import check_apart, check_folder, write_json
+from ..files import check_apart, check_run_folder, no_empty_folder, write_json
 from ..models.automatic import switch_on
 from ..models.saved import copy_feature_extractor, load_model, load_tokenizer
 from ..moved import old_names
@@ -163,6 +163,11 @@ def run_finetuning(run: FinetuneRun) -> FinetuneResult:
         OSError: if the model or data cannot be found, or the output folder cannot be written.
     """
     _check(run)
+    with no_empty_folder(Path(str(run.training.output_dir))):
+        return _run(run)
+
+
+def _run(run: FinetuneRun) -> FinetuneResult:
     name, training = run.arguments.model or "", run.training
     with loaded_by_each_rank():
         model = load_model(name, str(training.device))
@@ -191,8 +196,8 @@ def _check(run: FinetuneRun) -> None:
     check_source(run.source())
     check_lora(run.lora)
     check_saved_model(name, run.policy(), run.arguments.min_state_size)
-    check_folder(output)
     check_apart(output, name)
+    check_run_folder(output)
 
 
 def _cut(model: nn.Module, task: Task, run: FinetuneRun, policy: Policy) -> None:

@@ -23,7 +23,7 @@ from transformers.utils import logging
 
 from ..compatibility import CACHE_KEYWORDS
 from ..data import Task, load_task
-from ..files import check_folder, write_json
+from ..files import check_run_folder, no_empty_folder, write_json
 from ..models.automatic import switch_on
 from ..models.heads import new_model
 from ..models.initial_values import check_time_steps, set_time_steps
@@ -161,7 +161,7 @@ def check_run(run: Run) -> None:
     config = check_new_model(arguments.model_type, run.model)
     if arguments.compress:
         check_policy(config, run.compression.order_policy(), run.compression.min_state_size)
-    check_folder(Path(str(run.training.output_dir)))
+    check_run_folder(Path(str(run.training.output_dir)))
 
 
 def run_pretraining(run: Run, callbacks: Sequence[TrainerCallback] = ()) -> RunResult:
@@ -180,7 +180,11 @@ def run_pretraining(run: Run, callbacks: Sequence[TrainerCallback] = ()) -> RunR
         SystemExit: with code 143, after SIGTERM has ended training with a checkpoint.
     """
     check_run(run)
-    checkpoint = _checkpoint_to_resume(run)
+    with no_empty_folder(Path(str(run.training.output_dir))):
+        return _run(run, callbacks, _checkpoint_to_resume(run))
+
+
+def _run(run: Run, callbacks: Sequence[TrainerCallback], checkpoint: str | None) -> RunResult:
     arguments = run.arguments
     task = load_task(arguments.task or "", data_dir=arguments.data_dir, seed=run.training.seed, **run.task_options)
     model = build_model(run, task)

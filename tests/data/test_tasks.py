@@ -58,6 +58,15 @@ def test_options_have_the_types_of_their_annotations():
             load_task("typed", **wrong)
 
 
+def test_what_is_no_task_is_refused():
+    @register_task("nothing")
+    def nothing():
+        return None
+
+    with pytest.raises(ValueError, match="task 'nothing' must return a Task; it returned a NoneType"):
+        load_task("nothing")
+
+
 def test_a_name_is_registered_once():
     with pytest.raises(ValueError, match="'digits' is already registered"):
         register_task("digits")(make_task)

@@ -40,19 +40,35 @@ def test_a_dotted_name_is_looked_for_in_the_present_folder(folder):
     [
         ("no_such.module", "there is no module no_such.module: give one that Python can import, or the path"),
         ("no_such.py", "there is no file .*no_such.py"),
+        ("empty_folder", "empty_folder is a folder without an __init__.py"),
         ("json.py", "json.py has the name of another module, .*; rename the file"),
     ],
 )
 def test_what_is_not_there_is_told(folder, name, message):
     (folder / "json.py").write_text("")
+    (folder / "empty_folder").mkdir()
     with pytest.raises(ValueError, match=message):
         import_user_module(name)
 
 
 def test_what_the_module_lacks_is_not_taken_for_the_module(folder):
     (folder / "my_model.py").write_text("import not_installed")
-    with pytest.raises(ModuleNotFoundError, match="not_installed"):
+    with pytest.raises(ValueError, match="my_model cannot be imported: ModuleNotFoundError: .*'not_installed'"):
         import_user_module("my_model")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("def f(:", "SyntaxError: invalid syntax"),
+        ("x = undefined", "NameError: name 'undefined'"),
+        ("\0", "SyntaxError"),
+    ],
+)
+def test_what_fails_in_it_is_told(folder, text, message):
+    (folder / "my_mistake.py").write_text(text)
+    with pytest.raises(ValueError, match=f"my_mistake.py cannot be imported: {message}"):
+        import_user_module("my_mistake.py")
 
 
 @pytest.mark.parametrize("command", [["inspect", "model"], ["compress", "model", "--output", "out", "--tau", "0.1"]])

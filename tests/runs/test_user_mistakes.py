@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import runpy
 from pathlib import Path
@@ -12,15 +13,22 @@ import torch
 import yaml
 from helpers import small_model
 from selective_models import STOCK, make
+from transformers import Trainer
 
 from hf_compressm import cli
-from hf_compressm.runs.arguments import errors_as_lines
+from hf_compressm.files import no_empty_folder
+from hf_compressm.runs.arguments import WHILE_TRAINING, errors_as_lines
 
 ROOT = Path(__file__).resolve().parents[2]
 PRETRAIN = ["--task", "digits", "--output_dir", "OUT", "--use_cpu", "true"]
 FINETUNE = ["--model", "MODEL", "--data", "TEXT", "--output_dir", "OUT", "--use_cpu", "true"]
 EVALUATE = ["MODEL", "--data", "TEXT", "--cpu"]
 COMPRESS = ["compress", "MODEL", "--output", "OUT", "--target", "4"]
+
+
+def series(files: str) -> list[str]:
+    return [*PRETRAIN, "--task", "series", "--task_options", json.dumps({"files": files, "inputs": "a", "target": "b"})]
+
 
 MISTAKES = {
     "misspelt option": ("pretrain", [*PRETRAIN, "--learning_rat2", "1"], "unknown option --learning_rat2; did"),
@@ -51,6 +59,40 @@ MISTAKES = {
     "time steps": ("pretrain", [*PRETRAIN, "--time_steps", "0.1", "0.001"], "0 < smallest <= largest; got .0.1, 0.001"),
     "tau out of range": ("pretrain", [*PRETRAIN, "--tau", "7"], "tau must lie strictly between 0 and 1"),
     "NaN": ("pretrain", [*PRETRAIN, "--learning_rate", "nan"], "learning_rate must be a finite number"),
+    "no steps": ("pretrain", [*PRETRAIN, "--max_steps", "0"], "max_steps must be at least 1, or -1 .*; got 0"),
+    "fewer steps": ("pretrain", [*PRETRAIN, "--max_steps", "-5"], "max_steps must be at least 1, or -1 .*; got -5"),
+    "negative interval": ("pretrain", [*PRETRAIN, "--logging_steps", "-1"], "logging_steps must be greater than 0"),
+    "beta": ("pretrain", [*PRETRAIN, "--adam_beta1", "2"], "adam_beta1 must be below 1; got 2.0"),
+    "epsilon": ("pretrain", [*PRETRAIN, "--adam_epsilon", "-1"], "adam_epsilon must be greater than 0; got -1.0"),
+    "smoothing": ("pretrain", [*PRETRAIN, "--label_smoothing_factor", "5"], "must be below 1; got 5.0"),
+    "seed of data": ("pretrain", [*PRETRAIN, "--data_seed", "-1"], "data_seed must be at least 0; got -1"),
+    "window": ("pretrain", [*PRETRAIN, "--window_start", "2"], "0 <= window_start < window_end; got 2.0"),
+    "steps of cuts": ("pretrain", [*PRETRAIN, "--cut_steps", "-5"], "cut_steps must be optimizer steps >= 1"),
+    "policy": ("pretrain", [*PRETRAIN, "--policy", "targt"], "invalid choice: 'targt'"),
+    "schedule of rates": ("pretrain", [*PRETRAIN, "--lr_scheduler_type", "cosin"], "invalid choice: 'cosin'"),
+    "deepspeed": ("pretrain", [*PRETRAIN, "--deepspeed", "nowhere.json"], "deepspeed"),
+    "import: none": ("pretrain", [*PRETRAIN, "--import", "nowhere.py"], "there is no file .*nowhere.py"),
+    "import: syntax": ("pretrain", [*PRETRAIN, "--import", "SYNTAX"], "cannot be imported: SyntaxError: invalid"),
+    "import: no module": ("pretrain", [*PRETRAIN, "--import", "xml.nowhere"], "there is no module xml.nowhere"),
+    "help on nothing": ("pretrain", ["--help", "didgits"], "unknown task 'didgits'; did you mean 'digits'?"),
+    "options of another task": (
+        "pretrain", [*PRETRAIN, "--task", "text", "--task_options", '{"inputs": ["a"]}'], "'text' does not take inputs",
+    ),
+    "type of an option": (
+        "pretrain", [*PRETRAIN, "--task", "text", "--task_options", '{"streaming": "yes"}'], "must be of type bool",
+    ),
+    "streamed without an end": (
+        "pretrain", [*PRETRAIN, "--task", "text", "--task_options", '{"streaming": true}'], "the run needs max_steps",
+    ),
+    "no columns": (
+        "pretrain", [*PRETRAIN, "--task", "series", "--task_options", '{"files": "CSV"}'], "needs its option",
+    ),
+    "no such table": ("pretrain", series("nowhere.csv"), "no file matches 'nowhere.csv'"),
+    "empty table": ("pretrain", series("EMPTY"), "cannot read .*empty.txt: it reads .parquet, .csv, .tsv, .npz"),
+    "only a header": ("pretrain", series("CSV"), "head.csv cannot be read as csv: it has no rows"),
+    "half an archive": ("pretrain", series("NPZ"), "half.npz cannot be read as npz: it is no archive"),
+    "output holds a model": ("pretrain", [*PRETRAIN, "--output_dir", "MODEL"], "holds a model that no run of training"),
+    "output without a name": ("pretrain", [*PRETRAIN, "--output_dir", ""], "output_dir is empty"),
     "token": ("pretrain", [*PRETRAIN, "--hub_token", "hf_secret"], "would be saved and pushed"),
     "output is a file": ("pretrain", [*PRETRAIN, "--output_dir", "TEXT"], "is a file; the output must be a folder"),
     "output below a file": ("pretrain", [*PRETRAIN, "--output_dir", "TEXT/out"], "cannot be made: .* is a file"),
@@ -81,7 +123,20 @@ MISTAKES = {
     ),
     "LoRA no JSON": ("finetune", [*FINETUNE, "--lora", "{"], "--lora takes a JSON object"),
     "field of LoRA": ("finetune", [*FINETUNE, "--lora", '{"rank": 4}'], "peft.LoraConfig has no field 'rank'"),
+    "LoRA: word": ("finetune", [*FINETUNE, "--lora", '{"r": "x"}'], "r of peft.LoraConfig must be a number; got 'x'"),
+    "heal: over another": (
+        "finetune", [*FINETUNE, "--output_dir", "MIMO"], "holds a model that no run of training wrote there",
+    ),
+    "heal: share": ("finetune", [*FINETUNE, "--keep_fraction", "2"], "strictly between 0 and 1; got 2.0"),
+    "heal: file": ("finetune", [*FINETUNE, "--model", "TEXT"], "holds no config.json"),
     "over the model": ("finetune", [*FINETUNE, "--output_dir", "MODEL"], "is or holds the model that is to be read"),
+    "score: file": ("evaluate_model", ["TEXT", *EVALUATE[1:]], "holds no config.json"),
+    "score: no config": ("evaluate_model", ["FOLDER", *EVALUATE[1:]], "holds no config.json"),
+    "score: adapter": ("evaluate_model", ["ADAPTER", *EVALUATE[1:]], "adapter_config.json of .* names no base model"),
+    "score: no weights": ("evaluate_model", ["WEIGHTLESS", *EVALUATE[1:]], "holds no weights of its adapter"),
+    "score: no name": ("evaluate_model", ["MODEL", "--data", ""], "the name of the data is empty"),
+    "score: length": ("evaluate_model", [*EVALUATE, "--length", "-5"], "length must be at least 2; got -5"),
+    "score: type": ("evaluate_model", ["MODEL", "--data", "text", "--task_options", '{"length": "x"}'], "of type int"),
     "score: no JSON": ("evaluate_model", [*EVALUATE, "--task_options", "["], "--task_options takes a JSON object"),
     "score: option": ("evaluate_model", [*EVALUATE, "--batchsize", "3"], "did you mean --batch_size?"),
     "no such split": ("evaluate_model", [*EVALUATE, "--split", "tset"], "invalid choice: 'tset'"),
@@ -123,7 +178,15 @@ def workspace(tmp_path_factory):
     (folder / "folder").mkdir()
     (folder / "folder" / "photo.jpg").write_text("")
     (folder / "run.yaml").write_text(yaml.safe_dump({"task": "digits", "tua": 0.1}))
+    (folder / "syntax.py").write_text("def f(:")
+    (folder / "head.csv").write_text("a,b\n")
+    (folder / "half.npz").write_bytes(b"PK\x03\x04" + bytes(50))
+    for name, content in {"adapter": {}, "weightless": {"base_model_name_or_path": "x", "peft_type": "LORA"}}.items():
+        (folder / name).mkdir()
+        (folder / name / "adapter_config.json").write_text(json.dumps(content))
     names = {"MODEL": "model", "TEXT": "text.txt", "EMPTY": "empty.txt", "FOLDER": "folder", "RUN": "run.yaml"}
+    names |= {"MIMO": "mimo", "SYNTAX": "syntax.py", "CSV": "head.csv", "NPZ": "half.npz"}
+    names |= {"ADAPTER": "adapter", "WEIGHTLESS": "weightless"}
     names = {short: str(folder / name) for short, name in names.items()} | {"OUT": str(folder / "out")}
     config = str(ROOT / "configs" / "runs" / "digits_narrow.yaml")
     suite = {"seeds": 1, "tasks": {"narrow": {"config": config, "methods": {"full": {"method": "full"}}}}}
@@ -138,11 +201,21 @@ def programs():
     return {None: cli.main} | {name: runpy.run_path(str(ROOT / "scripts" / f"{name}.py"))["main"] for name in names}
 
 
+@pytest.fixture(autouse=True)
+def no_bars(tmp_path_factory, monkeypatch):
+    """Bars of what is read before the mistake is found are no message, and what `datasets` reads stays here."""
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
+    datasets.disable_progress_bars()
+    yield
+    datasets.enable_progress_bars()
+
+
 def contents(folder: Path) -> dict[str, bytes | None]:
     return {str(path): path.read_bytes() if path.is_file() else None for path in folder.rglob("*")}
 
 
 def put(names: dict[str, str], words: list[str]) -> list[str]:
+    words = [re.sub('"(CSV|NPZ|EMPTY)"', lambda found: json.dumps(names[found[1]]), word) for word in words]
     return [names.get(word.split("/")[0], word.split("/")[0]) + word[len(word.split("/")[0]) :] for word in words]
 
 
@@ -178,6 +251,42 @@ def test_the_traceback_is_shown_on_demand(programs, workspace, capsys):
 def test_other_errors_keep_their_traceback(error):
     with pytest.raises(type(error)), errors_as_lines([]):
         raise error
+
+
+def fail_in(function: str, error: Exception) -> None:
+    """Raise an error in a function of the Trainer's module, while it trains."""
+    scope = {"__name__": "transformers.trainer", "error": type(error)(*error.args)}  # without an earlier traceback
+    exec(f"def {function}():\n    raise error\ndef train():\n    {function}()\ntrain()", scope)
+
+
+@pytest.mark.parametrize(
+    "error", [TypeError("no argument 'x'"), ValueError("no argument 'x'"), KeyError("no argument 'x'")]
+)
+def test_what_the_trainer_is_given_for_later_counts_too(error, capsys):
+    for function in ("create_scheduler", "create_optimizer", "_determine_best_metric"):
+        with pytest.raises(SystemExit, match="2"), errors_as_lines([]):
+            fail_in(function, error)
+        assert capsys.readouterr().err == "error: no argument 'x'\n"
+    with pytest.raises(type(error)), errors_as_lines([]):
+        fail_in("training_step", error)
+
+
+def test_the_trainer_has_these_functions():
+    assert all(hasattr(Trainer, name) for name in WHILE_TRAINING)
+
+
+def test_an_empty_folder_is_taken_away_again(tmp_path):
+    (tmp_path / "there").mkdir()
+    for made, left in (("new/below", False), ("there", True), ("full", True)):
+        with pytest.raises(ValueError, match="x"), no_empty_folder(tmp_path / made):
+            (tmp_path / made).mkdir(parents=True, exist_ok=True)
+            if made == "full":
+                (tmp_path / made / "file").touch()
+            raise ValueError("x")
+        assert (tmp_path / made.split("/")[0]).exists() == left
+    with no_empty_folder(tmp_path / "fine"):
+        (tmp_path / "fine").mkdir()
+    assert (tmp_path / "fine").exists()
 
 
 def raise_in(module: str, error: Exception) -> None:
