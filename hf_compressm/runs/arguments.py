@@ -35,6 +35,8 @@ NOT_NEGATIVE = {
     *("refit_steps", "data_seed", "neftune_noise_alpha"),
 }
 BELOW_ONE = {"adam_beta1", "adam_beta2", "label_smoothing_factor"}
+READERS = "datasets.packaged_modules."
+"""Where `datasets` reads files, of a stream while it trains."""
 WHILE_TRAINING = {"create_optimizer", "create_scheduler", "_determine_best_metric"}
 """Methods of the Trainer that first use, while it trains, what the user gave for them."""
 
@@ -79,9 +81,10 @@ def errors_as_lines(argv: Sequence[str]) -> Iterator[list[str]]:
 
     Gives the arguments without `--traceback`, which shows where the error was raised. Errors of a user are ValueError,
     OSError, RuntimeError, and an ImportError that says what to install. While a Trainer trains, only a ValueError that
-    this package raises counts, and what the Trainer raises when it makes its optimizer or looks for its metric; any
-    other error keeps its traceback and exit code 1. Of several processes all exit; the
-    line comes from the first that fails. (`accelerate launch` without `--quiet` adds lines of its own.)
+    this package raises counts, and what the Trainer raises when it makes its optimizer or looks for its metric, and
+    what `datasets` raises when it reads a stream's files; any other error keeps its traceback and exit code 1. Of
+    several processes all exit; the line comes from the first that fails. (`accelerate launch` without `--quiet` adds
+    lines of its own.)
 
     Raises:
         SystemExit: with code 2, after an error of the user.
@@ -107,6 +110,8 @@ def _is_of_the_user(error: Exception) -> bool:
     if ("transformers.trainer", "train") in places:
         if any(module == "transformers.trainer" and name in WHILE_TRAINING for module, name in places):
             return isinstance(error, (ValueError, TypeError, KeyError, ImportError))
+        if any(module.startswith(READERS) for module, _ in places):
+            return True
         return isinstance(error, ValueError) and places[-1][0].startswith("hf_compressm.")
     if isinstance(error, ImportError):
         # Python itself gives the name of what it could not import.

@@ -301,6 +301,9 @@ def test_while_the_trainer_trains_only_this_packages_errors_count(capsys):
     with pytest.raises(SystemExit, match="2"), errors_as_lines([]):
         raise_in("hf_compressm.training.callback", ValueError("the window holds no step"))
     assert capsys.readouterr().err == "error: the window holds no step\n"
+    with pytest.raises(SystemExit, match="2"), errors_as_lines([]):
+        raise_in("datasets.packaged_modules.json.json", RuntimeError("a line of a stream is broken"))
+    assert capsys.readouterr().err == "error: a line of a stream is broken\n"
     for module, error in (("torch.nn.functional", ValueError("x")), ("hf_compressm.layers.lru", RuntimeError("x"))):
         with pytest.raises(type(error), match="x"), errors_as_lines([]):
             raise_in(module, error)
