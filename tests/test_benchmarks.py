@@ -282,3 +282,13 @@ def test_a_model_that_needs_this_package_fails_the_round_trip(script, tmp_path):
     config = FOLDER.parents[1] / "configs/runs/stdlib_gated_deltanet.yaml"
     with pytest.raises(SystemExit, match="cannot be used without this package"):
         script("round_trip.py", config, *BRIEFLY, "--output_dir", tmp_path)
+
+
+def test_serving_before_and_after_a_cut(script, tmp_path):
+    file = tmp_path / "serving.json"
+    sizes = ("--full", "8", "--cut", "2", "--hidden", "16", "--layers", "1", "--prompt", "40", "--batches", "2")
+    printed = script("serving.py", "--families", "mimo_ssm", *sizes, "--repeats", "1", "--threads", "1", "--json", file)
+    found = json.loads(file.read_text())["rows"]
+    assert [(row["class"], row["states"], row["bytes"]) for row in found] == [("own", 8, 64), ("own", 2, 16)]
+    assert all(row["tokens_per_s"] > 0 and row["prefill_ms"] > 0 and row["step_mb"] > 0 for row in found)
+    assert printed.count("| mimo_ssm, own |") == 2

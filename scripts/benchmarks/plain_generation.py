@@ -39,9 +39,13 @@ def state_bytes(cache: Any) -> int:
 @torch.no_grad()
 def bytes_per_sequence(model: Any, prompt: Tensor) -> int:
     """Bytes of state that a model in evaluation mode keeps for one sequence, here `prompt` (1, L)."""
-    outputs = model(input_ids=prompt, use_cache=True)
-    caches = [getattr(outputs, name, None) for name in ("past_key_values", "cache_params", "cache")]
-    return state_bytes(next(cache for cache in caches if cache is not None))
+    return state_bytes(cache_of(model(input_ids=prompt, use_cache=True))[1])
+
+
+def cache_of(outputs: Any) -> tuple[str, Any]:
+    """The cache that a model returns, and its name, which is also that of the forward's argument."""
+    found = {name: getattr(outputs, name, None) for name in ("past_key_values", "cache_params", "cache")}
+    return next((name, cache) for name, cache in found.items() if cache is not None)
 
 
 def continued(model: Any, prompt: Tensor, tokens: int) -> list[int]:
