@@ -7,8 +7,10 @@ import json
 import math
 import subprocess
 import sys
+import types
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from programs import run_script
@@ -292,3 +294,23 @@ def test_serving_before_and_after_a_cut(script, tmp_path):
     assert [(row["class"], row["states"], row["bytes"]) for row in found] == [("own", 8, 64), ("own", 2, 16)]
     assert all(row["tokens_per_s"] > 0 and row["prefill_ms"] > 0 and row["step_mb"] > 0 for row in found)
     assert printed.count("| mimo_ssm, own |") == 2
+
+
+@pytest.mark.slow
+def test_forecasting_scores_every_method_on_the_same_windows(script, tmp_path, monkeypatch):
+    rng, steps = np.random.default_rng(0), np.arange(3000)
+    demand = 3e4 + 5e3 * np.sin(2 * np.pi * steps / 48) + 1e3 * np.sin(2 * np.pi * steps / 336) + rng.normal(size=3000)
+    data = types.ModuleType("pmdarima.datasets")
+    data.load_taylor = lambda: demand  # as the real one, which is an extra
+    monkeypatch.setitem(sys.modules, "pmdarima", types.ModuleType("pmdarima"))
+    monkeypatch.setitem(sys.modules, "pmdarima.datasets", data)
+    methods = ["naive", "full", "compressed", "scratch"]
+    small = ["--steps", "20", "--states", "8", "--seeds", "0", "--output", tmp_path]
+    printed = script("forecasting.py", "--methods", *methods, *small)
+    rows = {row["method"]: row for row in map(json.loads, (tmp_path / "results.jsonl").read_text().splitlines())}
+    assert list(rows) == methods and "| **compressed while training** |" in printed
+    origins = range(3000 - 48, 3000 - (3000 - 336) // 5 - 1, -12)
+    expected = np.mean([np.abs(demand[o : o + 48] - demand[o - 336 : o - 288]).mean() for o in origins])
+    assert rows["naive"]["mae"] == pytest.approx(expected, rel=1e-4)
+    assert rows["full"]["sizes"] == [8, 8]
+    assert sum(rows["compressed"]["sizes"]) == 4 and rows["scratch"]["sizes"] == rows["compressed"]["sizes"]

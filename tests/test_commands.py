@@ -83,6 +83,7 @@ NOT_RUN = {
     "scripts/benchmarks/cut_cost.py": "several processes; tests/training/test_cut_cost.py runs it small",
     "scripts/benchmarks/ddp.py": "several processes for each setting; takes minutes at any size",
     "scripts/benchmarks/faults.py": "kills and restarts dozens of runs",
+    "scripts/benchmarks/forecasting.py": "needs pmdarima and neuralforecast; test_benchmarks.py runs it small without",
     "scripts/benchmarks/inspect_cost.py": "its model has a vocabulary of 50,280 at any depth",
     "scripts/benchmarks/jax_lru.py": "needs JAX, which is not among the extras",
     "scripts/benchmarks/resume.py": "kills and restarts six runs",

@@ -21,6 +21,7 @@ from torch.distributed.run import get_args_parser
 from transformers import AutoConfig, AutoModelForSequenceClassification
 
 from hf_compressm.cli import app
+from hf_compressm.data import load_task
 from hf_compressm.runs.evaluation import parse_evaluation
 from hf_compressm.runs.finetuning import parse_finetune
 from hf_compressm.runs.pretraining import parse_run
@@ -48,6 +49,26 @@ def test_the_tutorial_runs_in_order(tmp_path, monkeypatch, capsys):
     assert {"tutorial/report.html", "spectra.svg", "mamba-shell/config.json", "mamba-own/config.json"} <= written
     assert re.search(r"^\[CompreSSM\] Step 15: states \[64, 64\] .* -> .*, error bound <= .* per layer, .* s$",
                      printed, re.MULTILINE)  # fmt: skip
+
+
+@pytest.mark.slow
+def test_the_series_page_runs_in_order(tmp_path, monkeypatch, capsys):
+    go_offline(monkeypatch, tmp_path / "cache")
+    page = ROOT / "docs/time_series.md"
+    run_program(program(page, shell=False), tmp_path, monkeypatch)
+    printed = capsys.readouterr().out
+    for written in ("model.safetensors", "preprocessor_config.json", "modeling_mimo_ssm.py"):
+        assert (tmp_path / "outputs/demand" / written).is_file()
+    found = re.search(r"^test (\{.*\})$", printed, re.MULTILINE)
+    scores = ast.literal_eval(found[1])
+    assert scores["mase"] < 1, "worse than the seasonal naive forecast"
+    assert re.search(r"^\(1, 3, 24, 1\) \(1, 3, 72, 1\)$", printed, re.MULTILINE)
+    assert re.search(r"^states: \[\(1, \d+\), \(1, \d+\)\]$", printed, re.MULTILINE)
+    config = next(content for language, content in blocks(page) if language == "yaml")
+    (tmp_path / "run.yaml").write_text(config)
+    run = parse_run([str(tmp_path / "run.yaml")])
+    options = run.task_options | {"files": str(tmp_path / "demand.csv")}
+    assert len(load_task("series", **options).test) > 0
 
 
 @pytest.mark.slow

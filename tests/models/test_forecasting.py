@@ -9,6 +9,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForTimeSeriesPrediction, Trainer
 
 from hf_compressm import CompreSSMCallback, MimoSSMConfig, MimoSSMForForecasting, compress, state_sizes
+from hf_compressm.models import MimoSSMCache
 
 QUANTILES = [0.1, 0.5, 0.9]
 
@@ -81,7 +82,8 @@ def test_recurrent_forecasts_are_those_of_full_forwards(fields, block):
     model, x = make(prediction_length=block, **fields).double(), context(2, 12, 2)
     found = model.forecast(x, 7)
     # The full forward has the scale of the context alone: its forecasts are compared in that unit.
-    location, scale = model(input_values=x, use_cache=True).past_key_values.scaling
+    model(input_values=x, past_key_values=(cache := MimoSSMCache(2)), use_cache=True)
+    location, scale = cache.scaling
     plain = copy.deepcopy(model)
     plain.config.scaling = None
     scaled, parts = (x - location) / scale, []
@@ -97,7 +99,8 @@ def test_recurrent_forecasts_are_those_of_full_forwards(fields, block):
 
 def test_reading_on_from_a_cache_is_reading_at_once():
     model, x = make(quantiles=QUANTILES).double(), context(2, 12, 2)
-    cache = model(input_values=x[:, :5], use_cache=True).past_key_values
+    cache = MimoSSMCache(2)
+    model(input_values=x[:, :5], past_key_values=cache, use_cache=True)
     for t in range(5, 12):
         step = model(input_values=x[:, t : t + 1], past_key_values=cache, use_cache=True)
     torch.testing.assert_close(step.logits, model(input_values=x).logits, rtol=1e-10, atol=1e-10)
@@ -108,7 +111,8 @@ def test_memory_does_not_grow_with_the_horizon():
 
     def watch(module, args, kwargs, output):
         lengths.append(kwargs["input_values"].shape[1])
-        bytes_of_states.append(sum(state.nbytes for state in output.past_key_values.states))
+        cache = next(value for value in output.values() if isinstance(value, MimoSSMCache))
+        bytes_of_states.append(sum(state.nbytes for state in cache.states))
 
     model.backbone.register_forward_hook(watch, with_kwargs=True)
     model.forecast(context(1, 50, 2).float(), 300)
@@ -165,7 +169,7 @@ def test_one_channel_is_taken_without_an_axis():
 
 def test_a_cache_keeps_the_scales_of_its_rows():
     model, x = make(scaling="mean"), context(3, 8, 2).float()
-    cache = model(input_values=x, use_cache=True).past_key_values
+    model(input_values=x, past_key_values=(cache := MimoSSMCache(2)), use_cache=True)
     first = cache.scaling[1]
     cache.batch_select_indices(torch.tensor([2, 0]))
     assert torch.equal(cache.scaling[1], first[[2, 0]])
