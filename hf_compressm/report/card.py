@@ -17,7 +17,7 @@ from .record import RunRecord, read_run
 from .spectra import spectra_overview
 from .speed import speed_change
 from .svg import number, stack
-from .tables import cuts_table
+from .tables import cuts_table, scores_table
 from .text_tables import markdown_table
 
 CARD_NAME = "README.md"
@@ -167,15 +167,8 @@ def _sizes_table(run: RunRecord) -> str:
 
 
 def _scores_table(scores: Mapping[str, Mapping[str, float]]) -> str:
-    named = {"before": "before the cut", "cut": "after the cut", "after": "after the cut", "healed": "this model"}
-    moments = {moment: named.get(moment, moment) for moment in scores}
-    if "cut" not in scores and "healed" in scores:
-        moments["before"] = "base"
-    rows = [
-        [key.replace("_", " "), *(f"{values[key]:.4f}" for values in scores.values())]
-        for key in next(iter(scores.values()))
-    ]
-    return markdown_table(["", *moments.values()], rows)
+    table = scores_table(scores)
+    return markdown_table(["", *table.columns[1:]], table.rows)
 
 
 def _is_ranked(cut: Mapping[str, Any]) -> bool:

@@ -17,7 +17,7 @@ from .record import RunRecord, read_run
 from .spectra import spectrum_figure
 from .speed import speed_change, timed
 from .svg import THEME, number
-from .tables import Figure, cuts_table, layers_table
+from .tables import Figure, cuts_table, layers_table, scores_table
 
 REPORT_NAME = "report.html"
 WIDE = 26
@@ -85,6 +85,7 @@ def render_report(run: RunRecord) -> str:
             untimed=len(run.speed) - len(timed(run.speed)),
             least_timed=keys.LEAST_TIMED_STEPS,
             cuts=cuts_table(run) if run.cuts else None,
+            scores=scores_table(run.scores) if run.scores else None,
             cut_layers=[layers_table(run, cut) for cut in run.cuts],
             stability=_shown(stability_figure(run)),
             settings=_settings(run),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -62,6 +62,23 @@ def cuts_table(run: RunRecord) -> Table:
         row += [_largest(layers, "bound"), _largest(layers, "residual"), *map(_text, run.around(step, "eval_loss"))]
         rows.append([*row, number(undone["step"]) if undone else ""])
     return Table.filled("Every cut: largest bound or residual of a layer, and losses", columns, rows)
+
+
+def scores_table(scores: Mapping[str, Mapping[str, float]]) -> Table:
+    """Return one row for each score on held-out data of a cut after training, with a column for each moment.
+
+    Args:
+        scores: moment -> name -> value, as of `RunRecord`; at least one moment.
+    """
+    named = {"before": "before the cut", "cut": "after the cut", "after": "after the cut", "healed": "this model"}
+    moments = {moment: named.get(moment, moment) for moment in scores}
+    if "cut" not in scores and "healed" in scores:
+        moments["before"] = "base"
+    rows = [
+        [name.replace("_", " "), *(f"{values[name]:.4f}" for values in scores.values())]
+        for name in next(iter(scores.values()))
+    ]
+    return Table("Scores on held-out data", ["Score", *moments.values()], rows)
 
 
 def signed(change: float) -> str:

@@ -159,4 +159,5 @@ def test_paths_of_this_machine_stay_here(tmp_path):
 def test_the_report_of_a_cut_after_training_says_what_it_is(tmp_path, byte_model):
     page = render_report(read_run(cut_after_training(byte_model(), tmp_path, evaluate=True)))
     assert "Cut from trained after its training" in page and "No log of the training" not in page
+    assert "Scores on held-out data" in page and '<th scope="col">before the cut</th>' in page
     assert "Measurements: 1; the first after training of 8 states, the last after training of 8." in page
