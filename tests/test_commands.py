@@ -73,6 +73,8 @@ NOT_RUN = {
     "torchrun --nproc_per_node 8": "needs eight GPUs",
     "torchrun --nnodes 2": "needs several machines",
     "torchrun --nproc_per_node 2 scripts/pretrain.py": "tests/training/test_distributed.py runs it small",
+    "hf-compressm export outputs/small small-onnx": "its packages are an extra; tests/deploy/test_onnx.py runs it",
+    "hf-compressm export outputs/deploy": "part of the program of docs/deploy.md",
     "hf-compressm report outputs/tutorial": "part of the program of docs/tutorial.md",
     "hf-compressm inspect outputs/decay": "part of the program of docs/adapters.md",
     "hf-compressm compress outputs/decay": "part of the program of docs/adapters.md",
@@ -86,6 +88,7 @@ NOT_RUN = {
     "scripts/benchmarks/forecasting.py": "needs pmdarima and neuralforecast; test_benchmarks.py runs it small without",
     "scripts/benchmarks/inspect_cost.py": "its model has a vocabulary of 50,280 at any depth",
     "scripts/benchmarks/jax_lru.py": "needs JAX, which is not among the extras",
+    "scripts/benchmarks/onnx_export.py": "its packages are an extra; tests/deploy/test_onnx.py runs it small",
     "scripts/benchmarks/resume.py": "kills and restarts six runs",
     "scripts/benchmarks/sharded.py": "several processes for each model; takes minutes at any size",
     "scripts/benchmarks/shard_memory.py": "several processes, whose memory it measures at real sizes",
@@ -97,7 +100,7 @@ NOT_RUN = {
 """Beginnings of commands that no test here runs, and why. test_docs.py runs the programs of pages."""
 
 
-PROGRAMS = ["tutorial.md", "adapters.md"]
+PROGRAMS = ["tutorial.md", "adapters.md", "deploy.md"]
 
 
 def plain(words: list[str]) -> str:

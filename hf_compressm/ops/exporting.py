@@ -25,6 +25,10 @@ def scan_over_time(
     Returns:
         The states after the last time step, and then the outputs of all of them, (B, L, ...).
     """
+    length = inputs[0].shape[1]
+    if isinstance(length, int) and length == 1:
+        *last, output = step(*states, *(tensor[:, 0] for tensor in inputs), *constants)
+        return *last, output[:, None]
     # Not yet among torch's public names; torch.export, torch.onnx and AOTInductor know it. The function `scan` beside
     # it would run Dynamo on each step, and cannot take a number of steps that depends on data.
     from torch._higher_order_ops.scan import scan_op

@@ -1,11 +1,14 @@
 """ONNX files of models run in onnxruntime as the models do in PyTorch, and what has no ONNX form is refused."""
 
 import json
+import re
 
 import numpy as np
 import pytest
 import torch
+from documents import ROOT, blocks, commands
 from own_models import FIELDS, Own, V
+from programs import run_program, run_script
 from selective_models import STOCK, make
 
 from hf_compressm import cli, compress
@@ -135,3 +138,29 @@ def test_models_without_an_onnx_form_are_refused(tmp_path, monkeypatch):
     with pytest.raises(FileNotFoundError, match="holds no prefill.onnx; write it with hf-compressm export --to onnx"):
         OnnxModel(tmp_path)
     assert not list(tmp_path.iterdir())
+
+
+def test_the_benchmark_at_a_tiny_size(tmp_path, capsys, monkeypatch):
+    small = "--models mimo_ssm --layers 1 --hidden 8 --states 4 --kept 2 --lengths 1 9 --steps 2 --batch 2 --repeats 1"
+    script = ROOT / "scripts/benchmarks/onnx_export.py"
+    run_script(script, *small.split(), "--json", str(tmp_path / "found.json"), monkeypatch=monkeypatch)
+    rows = json.loads((tmp_path / "found.json").read_text())["rows"]
+    assert [row["states"] for row in rows] == [[4], [2]] and "| mimo_ssm, cut | 2 |" in capsys.readouterr().out
+    assert all(0 <= row[key] < 1e-4 * row["largest_logit"] for row in rows for key in ("prefill", "steps"))
+    assert all(value > 0 for row in rows for pair in row["ms"] for value in pair)
+
+
+def test_the_page_runs_in_order(tmp_path, monkeypatch, capsys):
+    page = ROOT / "docs/deploy.md"
+    lines = []
+    for language, content in blocks(page):
+        if language == "python":
+            lines.append(content)
+        for words in commands(content) if language == "bash" else []:
+            if words[0] == "hf-compressm":  # the other is pip's
+                lines.append(f"from hf_compressm.cli import app; app({words[1:]!r}, standalone_mode=False)")
+    run_program("\n".join(lines), tmp_path, monkeypatch)
+    printed = capsys.readouterr().out
+    assert re.findall(r"^.*True.*$|^\['conv_0.*$", printed, re.MULTILINE) == [
+        "tensor(True)", "['conv_0', 'state_0', 'conv_1', 'state_1']", "True", "True"
+    ]  # fmt: skip
