@@ -21,7 +21,8 @@ from .runs.command_options import DataOptions, InspectionData, ModelOptions, Siz
 if TYPE_CHECKING:
     from .hub import ExportResult, Form
 
-ONNX = "onnx"
+STOCK, ONNX, GGUF = "stock", "onnx", "gguf"
+RUNTIMES = "[llama.cpp|vllm|sglang|mamba_ssm]"
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False)
 
@@ -187,7 +188,6 @@ def compress(
 
     Example: hf-compressm compress outputs/mamba --data stdlib_bytes --target-state-size 16 --output small --evaluate
     """
-    from .reduction import SizeConstraints
     from .runs.compression import CompressionJob, compress_saved_model, summary
 
     options.import_modules()
@@ -195,7 +195,7 @@ def compress(
         model=model,
         output=output,
         policy=sizes.policy(),
-        constraints=SizeConstraints(sizes.min_state_size, sizes.multiple_of, sizes.uniform),
+        constraints=sizes.constraints(),
         data=data.source(),
         device=options.device,
         stock=to_stock,
@@ -215,12 +215,22 @@ def export(
     to: Annotated[
         str,
         typer.Option(
-            metavar="[stock|remote-code|onnx]",
+            metavar="[stock|remote-code|onnx|gguf]",
             help="stock: a plain transformers model, layers padded to one size, for Mamba and Mamba-2 language models. "
             "remote-code: this package's class with its own size per layer, and the code that loads it anywhere. "
-            "onnx: prefill.onnx and step.onnx with the states as inputs and outputs, or a classifier's model.onnx.",
+            "onnx: prefill.onnx and step.onnx with the states as inputs and outputs, or a classifier's model.onnx. "
+            "gguf: model.gguf for llama.cpp, of Mamba and Mamba-2 language models.",
         ),
     ],
+    runtime: Annotated[
+        str | None,
+        typer.Option(
+            "--for",
+            metavar=RUNTIMES,
+            help="Runtime that is to run the result of --to stock or gguf: layers are padded with states of zeros, "
+            "exactly, to the next number that it takes.",
+        ),
+    ] = None,
     opset: Annotated[int | None, typer.Option(help="Version of ONNX's operators, with --to onnx. Default: 20.")] = None,
     all_logits: Annotated[
         bool, typer.Option("--all-logits", help="Let prefill.onnx give logits of all tokens, not of the last alone.")
@@ -231,22 +241,28 @@ def export(
     """Write a saved model as a folder that loads without this package.
 
     stock and remote-code load with transformers' Auto classes; remote-code wants trust_remote_code=True where this
-    package is not installed. Tokenizer, card and plots are taken along. onnx runs in onnxruntime.
+    package is not installed. Tokenizer, card and plots are taken along. onnx runs in onnxruntime, gguf in llama.cpp.
 
     Example: hf-compressm export outputs/small small-stock --to stock
     """
+    _check_only_for(to, [ONNX], opset is not None or all_logits, "--opset and --all-logits are")
+    _check_only_for(to, [STOCK, GGUF], runtime is not None, "--for is")
     if to == ONNX:
         from .deploy import save_onnx
 
-        written = save_onnx(model, output, all_logits=all_logits, overwrite=overwrite, **_given(opset=opset))
-        record = dataclasses.asdict(written)
-        text = f"{written.architecture}, onnx, opset {written.opset}, states {' '.join(map(str, written.state_sizes))}"
+        done: Any = save_onnx(model, output, all_logits=all_logits, overwrite=overwrite, **_given(opset=opset))
+        text = _describe_file(done, f"onnx, opset {done.opset}")
+    elif to == GGUF:
+        from .deploy import save_gguf
+
+        done = save_gguf(model, output, overwrite=overwrite, runtime=runtime)
+        text = _describe_file(done, f"gguf, {done.vocabulary}")
     else:
         from .hub import export
 
-        _check_only_for_onnx(to, opset is not None or all_logits)
-        done = export(model, output, _form(to, ONNX), overwrite)
-        record, text = dataclasses.asdict(done), _describe(done)
+        done = export(model, output, _form(to, ONNX, GGUF), overwrite, runtime)
+        text = _describe(done)
+    record = dataclasses.asdict(done)
     _print(record | {"output": str(output)}, f"{text}\nsaved to {output}", as_json)
 
 
@@ -283,9 +299,9 @@ def push(
     _print(dataclasses.asdict(done), f"{_describe(done)}\npushed to {done.url} as {done.commit[:8]}", as_json)
 
 
-def _check_only_for_onnx(to: str, given: bool) -> None:
-    if given:
-        raise ValueError(f"--opset and --all-logits are for --to {ONNX}, not for --to {to}")
+def _check_only_for(to: str, forms: Sequence[str], given: bool, what: str) -> None:
+    if given and to not in forms:
+        raise ValueError(f"{what} for --to {' or '.join(forms)}, not for --to {to}")
 
 
 def _form(name: str, *others: str) -> Form:
@@ -305,6 +321,10 @@ def _given(**options: Any) -> dict[str, Any]:
 
 def _describe(done: ExportResult) -> str:
     return f"{done.architecture}, {done.form.value}, states {' '.join(map(str, done.state_sizes))}"
+
+
+def _describe_file(done: Any, form: str) -> str:
+    return f"{done.architecture}, {form}, states {' '.join(map(str, done.state_sizes))}"
 
 
 def _print(content: dict[str, Any], text: str, as_json: bool) -> None:

@@ -60,6 +60,8 @@ RUN = {
 """Beginnings of commands, without `python` and variables before them, and the options that make each small."""
 
 NOT_RUN = {
+    "hf-compressm export outputs/small small-gguf": "needs the extra gguf; tests/deploy/test_gguf.py runs it",
+    "scripts/benchmarks/llama_cpp_tokens.py": "needs xllamacpp, which brings llama.cpp",
     "pip install": ".ci/run runs README's in a fresh environment; they would change this one",
     "pytest": "it runs this",
     "accelerate launch scripts/pretrain.py CONFIG.yaml": "stands for any run file; the other commands name some",

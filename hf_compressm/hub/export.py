@@ -12,6 +12,7 @@ from huggingface_hub import snapshot_download
 
 from ..files import check_output, new_folder
 from ..models import to_stock
+from ..models.runtimes import check_runtime, to_stock_for
 from ..models.saved import copy_feature_extractor, is_stock, load_checkpoint, load_tokenizer
 from ..moved import old_names
 from ..report import readdressed
@@ -65,7 +66,9 @@ class ExportResult:
     files: list[str]
 
 
-def export(model: str, output: str | Path, to: Form | None = None, overwrite: bool = False) -> ExportResult:
+def export(
+    model: str, output: str | Path, to: Form | None = None, overwrite: bool = False, runtime: str | None = None
+) -> ExportResult:
     """Write weights, config, code, tokenizer and card of a saved model to a folder; after an error there is no folder.
 
     Args:
@@ -73,13 +76,21 @@ def export(model: str, output: str | Path, to: Form | None = None, overwrite: bo
         output: folder to write.
         to: what loading the result may need; by default nothing for stock models, and their code for others.
         overwrite: replace a model that the folder already holds.
+        runtime: with STOCK, name of the runtime that is to run the result; see `to_stock_for`.
 
     Raises:
-        ValueError: if the model's class is unknown or cannot be had in that form, or weights are missing.
+        ValueError: if the model's class is unknown or cannot be had in that form, or weights are missing; if the
+            runtime is unknown, or takes no model like this one.
         OSError: if there is no such model, or the folder is in use.
     """
+    if runtime is not None:
+        check_runtime(runtime)
+        if to is not Form.STOCK:
+            raise ValueError(f"{runtime} runs stock models only; use --to stock")
     folder = check_output(Path(output), model, overwrite)
     loaded = load_checkpoint(model)
+    if runtime is not None:
+        loaded = to_stock_for(runtime, loaded)
     with new_folder(folder) as partial:
         return write(loaded, model, partial, to)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Literal, get_args
 
 import torch
@@ -28,6 +29,9 @@ class SizeConstraints:
         minimum_change: a cut takes place only where at least this share of a layer's states goes, in [0, 1).
         tied: groups of layers, by index, each of which ends with one common size; filled in for configs that hold one
             size for several layers.
+        sizes_for: name of the runtime that is to run the result, such as "llama.cpp": layers end with numbers of states
+            that it takes, or keep their own until a cut can reach one. In place of multiple_of.
+        allowed: those numbers, ascending; filled in for the model. None: no such limit.
     """
 
     minimum: int = 1
@@ -35,6 +39,8 @@ class SizeConstraints:
     uniform: bool | None = None
     minimum_change: float = 0.05
     tied: tuple[tuple[int, ...], ...] = ()
+    sizes_for: str | None = None
+    allowed: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
         if self.minimum < 1 or self.block < 1:
@@ -43,6 +49,11 @@ class SizeConstraints:
             )
         if not 0 <= self.minimum_change < 1:
             raise ValueError(f"minimum_change must lie in [0, 1); got {self.minimum_change}")
+        if self.sizes_for is not None and self.multiple_of is not None and self.allowed is None:
+            raise ValueError(
+                f"sizes_for={self.sizes_for!r} says which state sizes are allowed, so multiple_of={self.multiple_of} "
+                "has no place beside it; leave one of them out"
+            )
 
     @property
     def block(self) -> int:
@@ -69,6 +80,18 @@ class SizeConstraints:
         member = {layer: group for group in self.tied for layer in group}
         return list(dict.fromkeys(member.get(layer, (layer,)) for layer in range(count)))
 
+    def round_up(self, order: int, size: int) -> int:
+        """The smallest allowed number of states that is at least `order`; the present `size` if there is none."""
+        if self.allowed is None:
+            return min(math.ceil(order / self.block) * self.block, size)
+        return next((found for found in self.allowed if order <= found < size), size)
+
+    def starts(self, first: int, size: int) -> list[int]:
+        """Numbers of states in [first, size) from which a layer of `size` states may grow to the next allowed one."""
+        if self.allowed is None:
+            return list(range(first, size, self.block))
+        return [found for found in self.allowed if first <= found < size]
+
     def apply(self, orders: Sequence[int], sizes: Sequence[int]) -> list[int]:
         """Round wanted orders up to allowed ones, and leave layers alone that would lose too little.
 
@@ -86,7 +109,7 @@ class SizeConstraints:
                 found = [sizes[layer] for layer in group]
                 raise ValueError(f"{what} needs layers of one common size; got sizes {found}")
             size, order = present.pop(), max(self.minimum, *(orders[layer] for layer in group))
-            order = min(math.ceil(order / self.block) * self.block, size)
+            order = self.round_up(order, size)
             if order < size and order <= (1 - self.minimum_change) * size:
                 for layer in group:
                     allowed[layer] = order
@@ -145,22 +168,22 @@ def target_orders(
         )
     block, groups = constraints.block, constraints.groups(len(spectra))
     if len(groups) == 1 and (constraints.uniform or constraints.tied):
+        if constraints.allowed is not None:
+            return [constraints.round_up(math.ceil(mean_state_size - 1e-9), len(spectra[0]))] * len(spectra)
         return [max(int(mean_state_size // block) * block, constraints.minimum)] * len(spectra)
 
-    first = math.ceil(constraints.minimum / block) * block
-    orders = [min(first, len(spectrum)) for spectrum in spectra]
+    orders = [constraints.round_up(constraints.minimum, len(spectrum)) for spectrum in spectra]
     budget = round(mean_state_size * len(spectra)) - sum(orders)
     blocks = sorted(
         (
-            (sum(_share(spectra[layer], start, block) for layer in group) / len(group), -index, -start)
+            (sum(_share(spectra[layer], start, end) for layer in group) / len(group), -index, -start, end - start)
             for index, group in enumerate(groups)
-            for start in range(orders[group[0]], max(numerical_rank(spectra[layer]) for layer in group), block)
+            for start, end in _steps(constraints, orders[group[0]], [spectra[layer] for layer in group])
         ),
         reverse=True,
     )
-    for _, index, start in blocks:
+    for _, index, _, width in blocks:
         group = groups[-index]
-        width = min(block, len(spectra[group[0]]) + start)
         if budget < width * len(group):
             break
         for layer in group:
@@ -169,9 +192,15 @@ def target_orders(
     return orders
 
 
-def _share(spectrum: Tensor, start: int, block: int) -> float:
-    """Mean of a block of singular values as a share of the spectrum's sum."""
-    return float(spectrum[start : start + block].mean() / spectrum.sum())
+def _steps(constraints: SizeConstraints, first: int, spectra: Sequence[Tensor]) -> list[tuple[int, int]]:
+    """Numbers of states between which layers of one size may grow, from `first` on, as (from, to)."""
+    size, rank = len(spectra[0]), max(map(numerical_rank, spectra))
+    return [(start, end) for start, end in pairwise([*constraints.starts(first, size), size]) if start < rank]
+
+
+def _share(spectrum: Tensor, start: int, end: int) -> float:
+    """Mean of singular values [start, end) as a share of the spectrum's sum."""
+    return float(spectrum[start:end].mean() / spectrum.sum())
 
 
 def select_states(rank: int, count: int, selection: Selection, generator: torch.Generator | None = None) -> list[int]:

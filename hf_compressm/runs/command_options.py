@@ -17,6 +17,7 @@ import typer
 from .arguments import DataSource, as_mapping
 
 if TYPE_CHECKING:
+    from ..reduction import SizeConstraints
     from ..surgery import Policy
 
 
@@ -148,6 +149,13 @@ class SizeOptions:
         int | None,
         typer.Option(help="Round state sizes up to a multiple of this. Default: what the layers' kernels want."),
     ] = None
+    sizes_for: Annotated[
+        str | None,
+        typer.Option(
+            metavar="[llama.cpp|vllm|sglang|mamba_ssm]",
+            help="Cut to state sizes that this runtime takes; a target is rounded down to one.",
+        ),
+    ] = None
     uniform: Annotated[
         bool | None, typer.Option(help="Cut all layers to one common size. Default: only if the class needs it.")
     ] = None
@@ -158,6 +166,19 @@ class SizeOptions:
             "or, without an amount of these, alone. Dearer than states of the same bytes."
         ),
     ] = None
+
+    def constraints(self) -> SizeConstraints:
+        """Return what state sizes must satisfy.
+
+        Raises:
+            ValueError: if a size is out of its range, the runtime is unknown, or a multiple is given beside it.
+        """
+        from ..models.runtimes import check_runtime
+        from ..reduction import SizeConstraints
+
+        if self.sizes_for is not None:
+            check_runtime(self.sizes_for)
+        return SizeConstraints(self.min_state_size, self.multiple_of, self.uniform, sizes_for=self.sizes_for)
 
     def policy(self) -> Policy | None:
         """Return how many states to cut; None if only value channels are to be cut.

@@ -30,6 +30,7 @@ from ..surgery import (
 from ..surgery import record_keys as keys
 from ..surgery.policies import check_target, describe_policy
 from ..surgery.refit import STEPS
+from ..surgery.runtime_sizes import check_sizes_for
 from .arguments import DataSource
 from .data_source import draw_calibration, evaluate, load_data
 from .description import describe_base, public, saved_records, task_facts
@@ -155,6 +156,7 @@ def _load(job: CompressionJob) -> Any:
     sizes, constraints = state_sizes(model), with_ties(model, job.constraints)
     constraints.apply(sizes, sizes)
     check_target(job.policy, sizes, constraints.minimum)
+    check_sizes_for(model, job.constraints, job.policy)
     if job.value_size is not None:
         check_value_size(model, job.value_size, job.constraints)
     return model

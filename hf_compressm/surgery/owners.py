@@ -18,6 +18,7 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from ..models.runtimes import runtime_sizes
 from ..reduction import SizeConstraints
 from .adapters.base import MixerAdapter, MixerSite, find_mixers
 from .wrappers import plain_name, uncompiled
@@ -132,11 +133,16 @@ def write_sizes(model: nn.Module, sites: Sequence[MixerSite]) -> None:
 def with_ties(model: nn.Module, constraints: SizeConstraints) -> SizeConstraints:
     """The constraints, with the multiple that the mixers prefer, and those of configs with one size for several mixers.
 
+    Where a runtime is named, the sizes that it takes of these models are filled in.
+
     Raises:
         ValueError: if uniform=False contradicts a config, a list in a config is of another length than there are
-            mixers, or kernels or caches could not run the multiples that are asked for.
+            mixers, or kernels or caches could not run the multiples that are asked for; if the runtime or what it
+            takes of this architecture is unknown.
     """
     sites = find_mixers(model)
+    if constraints.sizes_for is not None:
+        constraints = dataclasses.replace(constraints, allowed=_runtime_sizes(model, sites, constraints.sizes_for))
     if constraints.multiple_of is None:
         preferred = math.lcm(*(site.adapter.size_multiple(site.mixer) for site in sites))
         constraints = dataclasses.replace(constraints, multiple_of=preferred)
@@ -148,6 +154,16 @@ def with_ties(model: nn.Module, constraints: SizeConstraints) -> SizeConstraints
         constraints = constraints.for_uniform_layers(numbers)
         constraints = dataclasses.replace(constraints, tied=(*constraints.tied, *map(tuple, entries)))
     return constraints
+
+
+def _runtime_sizes(model: nn.Module, sites: Sequence[MixerSite], runtime: str) -> tuple[int, ...]:
+    """Sizes up to the largest layer's that a runtime takes of all parts of a model, ascending."""
+    limit = max(site.state_size for site in sites)
+    configs = [config for owner in find_owners(model, sites) for config in owner.configs]
+    if not configs:
+        raise ValueError(f"sizes_for={runtime!r} needs a model with a config, which says what its architecture is")
+    taken = [set(runtime_sizes(runtime, config).up_to(limit)) for config in configs]
+    return tuple(sorted(set.intersection(*taken)))
 
 
 def _owner(model: nn.Module, members: Sequence[tuple[MixerSite, list[Any]]]) -> Owner:

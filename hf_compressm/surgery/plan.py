@@ -22,6 +22,7 @@ from .policies import Energy, Policy, choose_policy, describe_policy
 from .processes import team_for
 from .refit import STEPS, Recording
 from .resize import replace_parameters
+from .runtime_sizes import check_sizes_for
 from .shards import reshard
 from .statistics import Batches, measure_mixers
 from .team import Look, Team
@@ -177,7 +178,8 @@ def compress(  # public, and kept flat: a user gives two or three of these by na
             last.
         optimizer: torch.optim Adam, AdamW, SGD or Adafactor, or transformers' Adafactor; possibly wrapped by
             Accelerate. None if the model is not being trained.
-        constraints: minimum size, multiples, uniformity, smallest worthwhile change.
+        constraints: minimum size, multiples, uniformity, smallest worthwhile change, and the runtime that is to run the
+            result, `SizeConstraints(sizes_for="llama.cpp")`.
         refit_steps: optimizer steps for which each reduced selective layer is refitted to the outputs that the full one
             had on the calibration batches, >= 0; see `refit`. Needs no labels. 0 leaves the closed form as it is.
         selection: which balanced states stay; "smallest" and "random" are controls for experiments.
@@ -205,6 +207,7 @@ def compress(  # public, and kept flat: a user gives two or three of these by na
     policy = choose_policy(tau, target) or policy
     check_parameters(model, optimizer)
     constraints = constraints or SizeConstraints()
+    check_sizes_for(model, constraints, policy)
     settings = CutSettings(policy or Energy(), constraints, selection, generator, refit_steps, fast_ops)
     if value_size is None:
         return apply_plan(model, optimizer, make_plan(model, settings=settings, calibration=calibration), step)

@@ -82,11 +82,17 @@ class Target(OrderPolicy):
             raise ValueError(f"the target state size must be at least 1; got {self.mean_state_size}")
 
     def answer(self, asked: Question) -> list[int]:
-        """Orders with the wanted mean. With several attempts left, each shrinks the mean by the same factor."""
+        """Orders with the wanted mean. With several attempts left, each shrinks the mean by the same factor.
+
+        Where a runtime says which sizes are allowed, the goal is the largest of them that the mean does not exceed.
+        """
         present = sum(map(len, asked.spectra)) / len(asked.spectra)
-        if self.mean_state_size >= present:
+        goal = self.mean_state_size
+        if (allowed := asked.constraints.allowed) is not None:
+            goal = max((size for size in allowed if size <= goal), default=present)
+        if goal >= present:
             return [len(spectrum) for spectrum in asked.spectra]
-        step = present * (self.mean_state_size / present) ** (1 / asked.attempts_left)
+        step = present * (goal / present) ** (1 / asked.attempts_left)
         return target_orders(asked.spectra, max(step, asked.constraints.minimum), asked.constraints)
 
 

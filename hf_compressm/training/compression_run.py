@@ -37,6 +37,7 @@ from ..surgery import record_keys as keys
 from ..surgery.parameters import is_unloaded
 from ..surgery.policies import check_target
 from ..surgery.processes import processes
+from ..surgery.runtime_sizes import check_sizes_for
 from ..surgery.shards import is_sharded
 from .calibration import TrainingData
 from .checkpoints.contents import (
@@ -217,6 +218,7 @@ class CompressionRun:
         with_ties(model, config.constraints())  # refuses sizes that the model's configs cannot hold
         if not history(model):
             check_target(config.order_policy(), sizes)
+            check_sizes_for(model, config.constraints(), config.order_policy())
         if config.uniform and len(set(sizes)) > 1:
             raise ValueError(f"uniform=True needs layers of one common size; the model has {sizes}")
         if config.min_state_size > min(sizes) and not history(model):

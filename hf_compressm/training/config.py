@@ -8,6 +8,7 @@ from typing import Literal
 
 import torch
 
+from ..models.runtimes import check_runtime
 from ..reduction import SizeConstraints
 from ..surgery import CutSettings, Policy
 from ..surgery.policies import choose_policy
@@ -72,6 +73,13 @@ class CompressionConfig:
         metadata={
             "help": "State sizes are rounded up to a multiple of this, >= 1. Default: what the layers' kernels want, "
             "which is 1 for most and 16 for delta-rule layers."
+        },
+    )
+    sizes_for: str | None = field(
+        default=None,
+        metadata={
+            "help": "Runtime that is to run the result: llama.cpp, vllm, sglang or mamba_ssm. State sizes are those "
+            "that it takes; a target is rounded down to one. In place of multiple_of."
         },
     )
     uniform: bool | None = field(
@@ -180,7 +188,11 @@ class CompressionConfig:
 
     def constraints(self) -> SizeConstraints:
         """The constraints on state sizes that these settings describe."""
-        return SizeConstraints(self.min_state_size, self.multiple_of, self.uniform, self.min_change)
+        if self.sizes_for is not None:
+            check_runtime(self.sizes_for)
+        return SizeConstraints(
+            self.min_state_size, self.multiple_of, self.uniform, self.min_change, sizes_for=self.sizes_for
+        )
 
     def cut_settings(self, generator: torch.Generator) -> CutSettings:
         """What `make_plan` needs of these settings; the CPU generator is for selection="random"."""

@@ -183,3 +183,24 @@ def test_help_teaches(command, capsys):
     text = re.sub(r"[\s│]+", " ", printed)
     assert code == 0 and f"Example: hf-compressm {command}" in text and "Exit code 2" in text
     assert "trust_remote_code=True" in text if command == "export" else "hf auth login" in text
+
+
+@pytest.mark.parametrize("kind", ["own", "stock"])
+def test_layers_are_padded_for_a_runtime(kind, saved, tmp_path, capsys):
+    fields = {"hidden_size": 64}
+    model = own("mamba", state_sizes=[3, 12, 5], **fields) if kind == "own" else make(STOCK, "mamba", **fields)
+    argv = ("export", saved(model), tmp_path / "out", "--to", "stock", "--for", "llama.cpp")
+    code, printed, errors = call(capsys, *argv)
+    assert code == 0 and printed.startswith("MambaForCausalLM, stock, states 16 16 16\n"), errors
+    found = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
+    assert torch.allclose(found(IDS).logits, model(IDS).logits, atol=1e-5)
+
+
+def test_a_size_that_a_runtime_does_not_take_is_refused(saved, tmp_path, capsys):
+    model = saved(make(STOCK, "mamba", hidden_size=64, state_size=20))
+    code, _, errors = call(capsys, "export", model, tmp_path / "out", "--to", "stock", "--for", "llama.cpp")
+    assert code == 2 and not (tmp_path / "out").exists()
+    assert errors.splitlines()[-1] == (
+        "error: llama.cpp takes a Mamba of 16 states, and the largest layer of this one has 20. Cut it to such a size "
+        "first: --target-state-size 16 --sizes-for llama.cpp."
+    )
