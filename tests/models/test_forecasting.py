@@ -1,6 +1,7 @@
 """Forecasts: losses from every position, scales, missing values, recurrence in constant memory, cuts and saving."""
 
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from transformers import AutoModelForTimeSeriesPrediction, Trainer
 
 from hf_compressm import CompreSSMCallback, MimoSSMConfig, MimoSSMForForecasting, compress, state_sizes
 from hf_compressm.models import MimoSSMCache
+from hf_compressm.runs.healing import add_lora
 
 QUANTILES = [0.1, 0.5, 0.9]
 
@@ -148,6 +150,15 @@ def test_missing_values_count_neither_for_the_loss_nor_for_the_scale():
     assert all(p.grad.isfinite().all() for p in model.parameters())
 
 
+def test_a_missing_value_is_no_target():
+    model, series = make().double(), context(1, 11, 2)
+    series[0, 3, 1] = torch.nan
+    raw = model.score(model.backbone(input_values=series[:, :8].nan_to_num(0)).last_hidden_state).unflatten(-1, (3, 2))
+    wanted = torch.stack([series[:, t + 1 : t + 4] for t in range(8)], 1)
+    loss = model(input_values=series[:, :8], labels=series[:, 8:]).loss
+    torch.testing.assert_close(loss, (raw - wanted).square().nanmean())
+
+
 def test_other_channels_are_needed_beyond_one_block():
     model, x = make(num_channels=3, prediction_channel_indices=[2, 0]).double(), context(2, 8, 3)
     assert model.forecast(x).shape == (2, 3, 2)
@@ -247,6 +258,15 @@ def test_compress_keeps_what_the_state_kept():
     compress(model, target=3)
     assert state_sizes(model) == [3, 3]
     torch.testing.assert_close(model.forecast(x, 6), expected, rtol=1e-3, atol=1e-3)
+
+
+def test_healing_trains_the_head_beside_lora():
+    model = add_lora(make(quantiles=QUANTILES), SimpleNamespace(problem="forecasting"), {"r": 2})
+    trained = {name.split(".modules_to_save")[0].rpartition(".")[2] for name, p in model.named_parameters()
+               if p.requires_grad and "lora" not in name}  # fmt: skip
+    assert trained == {"score"} and any("lora" in name for name, _ in model.named_parameters())
+    x = torch.stack([row["input_values"] for row in rows(2)])
+    assert model(input_values=x, labels=x[:, :3]).loss.isfinite()
 
 
 def test_lora_around_it_trains_and_cuts(tmp_path):
