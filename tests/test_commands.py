@@ -91,6 +91,7 @@ NOT_RUN = {
     "scripts/benchmarks/inspect_cost.py": "its model has a vocabulary of 50,280 at any depth",
     "scripts/benchmarks/jax_lru.py": "needs JAX, which is not among the extras",
     "scripts/benchmarks/onnx_export.py": "its packages are an extra; tests/deploy/test_onnx.py runs it small",
+    "scripts/benchmarks/quantised.py": "needs a model that was trained for some minutes, and bitsandbytes",
     "scripts/benchmarks/resume.py": "kills and restarts six runs",
     "scripts/benchmarks/sharded.py": "several processes for each model; takes minutes at any size",
     "scripts/benchmarks/shard_memory.py": "several processes, whose memory it measures at real sizes",
