@@ -5,11 +5,12 @@ A cut goes through here once. `make_plan` measures every mixer and computes its 
 
 Imports within the package go one way; each line uses only lines above it:
 
+- `wrappers`: names without what `torch.compile` adds
 - `record_keys`, `changes`, `policies`, `batches`
 - `peft/`: LoRA around weights that change
 - `adapters/`: one file for each family of mixers
 - `optimizer`, `gradients`, `owners`, `shards`
-- `parameters`
+- `parameters`, `runtime_sizes`
 - `history`, `resize`, `sharded`, `lockstep`
 - `refit`, `snapshot`
 - `statistics`, `layer_plans`
