@@ -16,13 +16,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from .runs.arguments import EXIT_CODES, TRACEBACK_HELP, did_you_mean, errors_as_lines
-from .runs.command_options import DataOptions, InspectionData, ModelOptions, SizeOptions, take_groups
+from .runs.command_options import RUNTIMES, DataOptions, InspectionData, ModelOptions, SizeOptions, take_groups
 
 if TYPE_CHECKING:
+    from .deploy import GgufExport, OnnxExport
     from .hub import ExportResult, Form
 
 STOCK, ONNX, GGUF = "stock", "onnx", "gguf"
-RUNTIMES = "[llama.cpp|vllm|sglang|mamba_ssm]"
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False)
 
@@ -251,17 +251,17 @@ def export(
         from .deploy import save_onnx
 
         done: Any = save_onnx(model, output, all_logits=all_logits, overwrite=overwrite, **_given(opset=opset))
-        text = _describe_file(done, f"onnx, opset {done.opset}")
+        text = _describe(done, f"onnx, opset {done.opset}")
     elif to == GGUF:
         from .deploy import save_gguf
 
         done = save_gguf(model, output, overwrite=overwrite, runtime=runtime)
-        text = _describe_file(done, f"gguf, {done.vocabulary}")
+        text = _describe(done, f"gguf, {done.vocabulary}")
     else:
         from .hub import export
 
         done = export(model, output, _form(to, ONNX, GGUF), overwrite, runtime)
-        text = _describe(done)
+        text = _describe(done, done.form.value)
     record = dataclasses.asdict(done)
     _print(record | {"output": str(output)}, f"{text}\nsaved to {output}", as_json)
 
@@ -296,7 +296,11 @@ def push(
     form = None if to is None else _form(to)
     settings = _given(to=form, revision=revision, message=message, timeout=timeout)
     done = push(model, repo_id, private=private, **settings)
-    _print(dataclasses.asdict(done), f"{_describe(done)}\npushed to {done.url} as {done.commit[:8]}", as_json)
+    _print(
+        dataclasses.asdict(done),
+        f"{_describe(done, done.form.value)}\npushed to {done.url} as {done.commit[:8]}",
+        as_json,
+    )
 
 
 def _check_only_for(to: str, forms: Sequence[str], given: bool, what: str) -> None:
@@ -319,11 +323,7 @@ def _given(**options: Any) -> dict[str, Any]:
     return {name: value for name, value in options.items() if value is not None}
 
 
-def _describe(done: ExportResult) -> str:
-    return f"{done.architecture}, {done.form.value}, states {' '.join(map(str, done.state_sizes))}"
-
-
-def _describe_file(done: Any, form: str) -> str:
+def _describe(done: ExportResult | OnnxExport | GgufExport, form: str) -> str:
     return f"{done.architecture}, {form}, states {' '.join(map(str, done.state_sizes))}"
 
 

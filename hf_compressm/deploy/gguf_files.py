@@ -18,14 +18,11 @@ from ..models.runtimes import check_rules, check_runtime, to_stock_for
 from ..models.saved import is_stock, load_checkpoint, load_tokenizer
 from ..surgery import state_sizes
 
-GGUF_NAME = "model.gguf"
+GGUF_NAME, RUNTIME = "model.gguf", "llama.cpp"
 CONTEXT = 2**20
 """What llama.cpp's conversion writes as the length of the context; recurrent models have none."""
 _KINDS = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 _FILE_TYPES = {"F32": "ALL_F32", "F16": "MOSTLY_F16", "BF16": "MOSTLY_BF16"}
-
-
-RUNTIME = "llama.cpp"
 
 
 @dataclass(frozen=True)

@@ -123,8 +123,8 @@ class CompreSSMGatedDeltaMixer(CachedMixer):
         """
         channels = self.convolve_tokens(self.in_proj_qkv(hidden_states), cache, tokens)
         keys, values = self.num_k_heads * self.head_k_dim, self.num_v_heads * self.head_v_dim
-        pairs, v = channels.split([2 * keys, values], dim=-1)
-        q, k = unit_vectors(pairs.unflatten(-1, (2, self.num_k_heads, -1))).unbind(2)
+        q, k, v = channels.split([keys, keys, values], dim=-1)
+        q, k = (unit_vectors(part.unflatten(-1, (self.num_k_heads, -1))) for part in (q, k))
         g, beta = log_decay(self, self.in_proj_a(hidden_states)), self.in_proj_b(hidden_states).sigmoid()
         if tokens is not None:
             g, beta = tokens.clear(g), tokens.clear(beta)
@@ -137,8 +137,7 @@ class CompreSSMGatedDeltaMixer(CachedMixer):
         """
         if self.read_in is None or self.read_out is None:
             return q, k, None
-        q, erase = in_basis(torch.stack((q, k)), self.read_out)
-        return q, in_basis(k, self.read_in), erase
+        return in_basis(q, self.read_out), in_basis(k, self.read_in), in_basis(k, self.read_out)
 
     def _recur(self, inputs: tuple[Tensor, ...], cache: Any, state: Tensor | None) -> Tensor:
         """Run the gated delta rule, and update the cache: (B, L, H, V)."""
@@ -173,6 +172,7 @@ def log_decay(mixer: Any, steps: Tensor) -> Tensor:
 
 
 def in_basis(x: Tensor, matrix: Tensor) -> Tensor:
-    """Map keys or queries by the matrix of each key head: (..., G, K) and (G, r, K) -> (..., G, r)."""
-    rows = x.flatten(0, -3).transpose(0, 1)
-    return torch.bmm(rows, matrix.to(x.dtype).mT).transpose(0, 1).unflatten(0, x.shape[:-2])
+    """Map keys or queries by the matrix of each key head: (B, L, G, K) and (G, r, K) -> (B, L, G, r)."""
+    # einsum does the same, with calls that cost as much as the product where there is one token.
+    rows = x.flatten(0, 1).transpose(0, 1)
+    return torch.bmm(rows, matrix.to(x.dtype).mT).transpose(0, 1).unflatten(0, x.shape[:2])

@@ -20,6 +20,9 @@ if TYPE_CHECKING:
     from ..reduction import SizeConstraints
     from ..surgery import Policy
 
+RUNTIMES = "[llama.cpp|vllm|sglang|mamba_ssm]"
+"""Those of `models.runtimes`, which help does not wait for."""
+
 
 def take_groups(function: Callable[..., None], begin: Callable[[], None]) -> Callable[..., None]:
     """Make a function for typer whose options are those of `function`, and of its groups the fields.
@@ -152,7 +155,7 @@ class SizeOptions:
     sizes_for: Annotated[
         str | None,
         typer.Option(
-            metavar="[llama.cpp|vllm|sglang|mamba_ssm]",
+            metavar=RUNTIMES,
             help="Cut to state sizes that this runtime takes; a target is rounded down to one.",
         ),
     ] = None

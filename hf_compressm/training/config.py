@@ -8,7 +8,7 @@ from typing import Literal
 
 import torch
 
-from ..models.runtimes import check_runtime
+from ..models.runtimes import RUNTIMES, check_runtime
 from ..reduction import SizeConstraints
 from ..surgery import CutSettings, Policy
 from ..surgery.policies import choose_policy
@@ -78,8 +78,8 @@ class CompressionConfig:
     sizes_for: str | None = field(
         default=None,
         metadata={
-            "help": "Runtime that is to run the result: llama.cpp, vllm, sglang or mamba_ssm. State sizes are those "
-            "that it takes; a target is rounded down to one. In place of multiple_of."
+            "help": f"Runtime that is to run the result: {', '.join(RUNTIMES)}. State sizes are those that it takes; a "
+            "target is rounded down to one. In place of multiple_of."
         },
     )
     uniform: bool | None = field(

@@ -21,6 +21,7 @@ from transformers.utils import logging
 from ..surgery import unwrap_optimizer
 from ..surgery.processes import ProcessTeam, Timer, processes
 from ..surgery.shards import check_torch, is_sharded, reshard, sharded_entries
+from ..surgery.wrappers import plain_name
 from .calibration import as_the_trainer_does
 from .ddp import ALTERNATIVE, find_ddp, rebuild_reducer
 from .replicas import verify_replicas
@@ -103,9 +104,9 @@ def _refuse_other_shards(model: nn.Module) -> None:
     for path, parameter in model.named_parameters():
         if isinstance(parameter, DTensor) and id(parameter) not in ours:
             raise NotImplementedError(
-                f"{path} is sharded by tensor parallelism (or another DTensor plan). After a cut ranks are compared, "
-                "and ranks of one tensor-parallel group hold different rows, which nothing tells from a fault. Train "
-                f"without it. {FSDP2}"
+                f"{plain_name(path)} is sharded by tensor parallelism (or another DTensor plan). After a cut ranks "
+                "are compared, and ranks of one tensor-parallel group hold different rows, which nothing tells from a "
+                f"fault. Train without it. {FSDP2}"
             )
 
 

@@ -120,11 +120,12 @@ def _misplaced(model: nn.Module, optimizer: Any) -> RuntimeError | None:
 
 
 def _tensors(model: nn.Module, optimizer: Any) -> Iterator[tuple[str, Tensor]]:
-    yield from model.named_parameters()
+    named = [(plain_name(name), parameter) for name, parameter in model.named_parameters()]
+    yield from named
     if optimizer is None:
         return
     state = unwrap_optimizer(optimizer).state
-    for name, parameter in model.named_parameters():
+    for name, parameter in named:
         for key, value in sorted(state.get(parameter, {}).items()):
             if isinstance(value, Tensor):
                 yield f"{name} ({key})", value

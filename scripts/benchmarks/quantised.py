@@ -40,8 +40,8 @@ def quantisations() -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def weight_bytes(model: Any) -> int:
-    """Bytes of all parameters, with the scales that quantised ones hold."""
-    parts = [getattr(p, name, None) for p in model.parameters() for name in ("qdata", "scale")]
+    """Bytes of all parameters, with the scales that quantised ones hold until the first forward pass."""
+    parts = [getattr(p, name, None) for p in model.parameters() for name in ("qdata", "scale", "SCB")]
     inner = sum(part.numel() * part.element_size() for part in parts if isinstance(part, torch.Tensor))
     plain = [p for p in model.parameters() if not hasattr(p, "qdata")]
     states = [getattr(p, "quant_state", None) for p in plain]
@@ -68,7 +68,8 @@ def main() -> None:
         for name, source in (("full", options.model), (f"cut to {options.target}", folder)):
             for kind, keywords in quantisations():
                 loaded = AutoModelForCausalLM.from_pretrained(source, **keywords).eval()
-                rows.append([name, kind, f"{loss_of(loaded, test):.4f}", f"{weight_bytes(loaded):,}"])
+                size = weight_bytes(loaded)
+                rows.append([name, kind, f"{loss_of(loaded, test):.4f}", f"{size:,}"])
     print(machine_line())
     print(markdown_table(["states", "weights", "test loss", "bytes of weights"], rows))
 

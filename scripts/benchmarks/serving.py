@@ -159,6 +159,7 @@ def works(models: dict[Case, nn.Module], batch: int, options: argparse.Namespace
 def rows(name: str, options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     models = {case: model_of(case, options) for case in cases(name, options)}
     check(models, options)
+    memory = {case: peaks(case, options) for case in models}
     for batch in options.batches:
         seconds = in_turns(works(models, batch, options), options.repeats, options.budget, Clock(options.device))
         for case, model in models.items():
@@ -167,12 +168,12 @@ def rows(name: str, options: argparse.Namespace) -> Iterator[dict[str, Any]]:
             row = {"family": case[0], "class": case[1], "states": case[2], "batch": batch}
             row |= {"ms_per_token": token, "tokens_per_s": 1e3 * batch / token, "prefill_ms": ms.get("prefill")}
             row |= {"step_ms": ms.get("step"), "bytes": bytes_per_sequence(model, prompt(1, PROMPT).to(options.device))}
-            yield row | peaks(case, batch, options)
+            yield row | memory[case][str(batch)]
 
 
-def peaks(case: Case, batch: int, options: argparse.Namespace) -> dict[str, float]:
-    """Peaks of memory of a case, in MB, taken in a process of its own, where nothing was allocated before."""
-    words = [sys.executable, __file__, "--job", json.dumps([*case, batch])]
+def peaks(case: Case, options: argparse.Namespace) -> dict[str, dict[str, float]]:
+    """Peaks of memory, in MB, by batch size, taken in a process of its own, where no other case was run before."""
+    words = [sys.executable, __file__, "--job", json.dumps(case), "--batches", *map(str, options.batches)]
     for name in ("full", "cut", "hidden", "layers", "device", "threads"):
         words += [f"--{name}", str(getattr(options, name))]
     done = subprocess.run(words, env=os.environ | GIVE_BACK | SMALL, capture_output=True, text=True, check=False)
@@ -182,12 +183,15 @@ def peaks(case: Case, batch: int, options: argparse.Namespace) -> dict[str, floa
 
 
 def job(options: argparse.Namespace) -> None:
-    *case, batch = json.loads(options.job)
-    model = model_of(tuple(case), options)
-    trained = training_step(copy.deepcopy(model).train(), prompt(batch, TRAINED).to(options.device))
-    short = prompt(batch, PROMPT).to(options.device)
-    trained()  # makes gradients and moments, which are not what is looked for
-    found = {"generate_mb": peak(lambda: generated(model, short, TOKENS), options), "step_mb": peak(trained, options)}
+    family, kind, size = json.loads(options.job)
+    model = model_of((family, kind, size), options)
+    trained, found = copy.deepcopy(model).train(), {}
+    for batch in options.batches:
+        short, text = (prompt(batch, length).to(options.device) for length in (PROMPT, TRAINED))
+        step = training_step(trained, text)
+        step()  # makes moments, which are not what is looked for
+        found[batch] = {"generate_mb": peak(lambda ids=short: generated(model, ids, TOKENS), options)}  # type: ignore
+        found[batch]["step_mb"] = peak(step, options)
     print(json.dumps(found))
 
 
@@ -205,31 +209,20 @@ def peak(work: Callable[[], Any], options: argparse.Namespace) -> float:
     return max(megabytes("VmHWM") - before, 0.0)
 
 
-def table(found: list[dict[str, Any]], options: argparse.Namespace) -> str:
-    """Markdown: a line for each case and batch size."""
+def columns(options: argparse.Namespace) -> list[str]:
+    names = ["model", "states", "batch", "ms/token", "tokens/s", "/ full", f"prefill of {options.prompt}, ms"]
+    return [*names, "training step, ms", "state bytes", "peak generating, MB", "peak training, MB"]
 
-    def shown(value: float | None, digits: int = 1) -> str:
-        return "-" if value is None else f"{value:,.{digits}f}"
 
-    head = [
-        *("model", "states", "batch", "ms/token", "tokens/s", "/ full", f"prefill of {options.prompt}, ms"),
-        "training step, ms",
-    ]
-    head += ["state bytes", "peak generating, MB", "peak training, MB"]
-    full = {(row["family"], row["class"], row["batch"]): row for row in found if row["states"] == options.full}
-    lines = []
-    for row in found:
-        gain = row["tokens_per_s"] / full[row["family"], row["class"], row["batch"]]["tokens_per_s"]
-        line = [f"{row['family']}, {row['class']}", str(row["states"]), str(row["batch"])]
-        line += [
-            shown(row["ms_per_token"], 2),
-            shown(row["tokens_per_s"], 0),
-            f"{gain:.2f}",
-            shown(row["prefill_ms"], 0),
-        ]
-        line += [shown(row["step_ms"], 0), f"{row['bytes']:,}", shown(row["generate_mb"]), shown(row["step_mb"])]
-        lines.append(line)
-    return markdown_table(head, lines)
+def cells(row: dict[str, Any], full: dict[str, Any]) -> list[str]:
+    """A row as text; `full` is that of the same class and batch before the cut."""
+
+    def shown(name: str, digits: int = 1) -> str:
+        return "-" if row[name] is None else f"{row[name]:,.{digits}f}"
+
+    found = [f"{row['family']}, {row['class']}", str(row["states"]), str(row["batch"]), shown("ms_per_token", 2)]
+    found += [shown("tokens_per_s", 0), f"{row['tokens_per_s'] / full['tokens_per_s']:.2f}", shown("prefill_ms", 0)]
+    return [*found, shown("step_ms", 0), shown("bytes", 0), shown("generate_mb"), shown("step_mb")]
 
 
 def main() -> None:
@@ -248,10 +241,15 @@ def main() -> None:
     if options.job:
         return job(options)
     print(machine_line(options.device))
-    found = []
+    found: list[dict[str, Any]] = []
+    lines: list[list[str]] = []
     for name in options.families:
-        found += list(rows(name, options))
-        print(table([row for row in found if row["family"] == name], options), flush=True)
+        full: dict[Any, dict[str, Any]] = {}
+        for row in rows(name, options):
+            found.append(row)
+            lines.append(cells(row, full.setdefault((row["class"], row["batch"]), row)))
+            print(*lines[-1], sep=" | ", flush=True)
+    print(markdown_table(columns(options), lines))
     if options.json:
         write_json(Path(options.json), {"machine": machine(options.device), "rows": found})
 

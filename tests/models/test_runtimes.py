@@ -5,6 +5,7 @@ import torch
 from selective_models import IDS, OWN, STOCK, make, own
 
 from hf_compressm.models.runtimes import RUNTIMES, StateSizes, check_runtime, padded_size, to_stock_for
+from hf_compressm.runs import command_options
 
 WIDE = {"hidden_size": 64}
 HEADS = {"num_heads": 8, "head_dim": 16, "n_groups": 1}
@@ -96,3 +97,7 @@ def test_models_without_a_stock_form_are_refused():
     model.backbone.layers[0].mixer.read_in.data.mul_(2)
     with pytest.raises(ValueError, match="mixes its states in read_in and read_out"):
         to_stock_for("vllm", model)
+
+
+def test_help_names_them_all():
+    assert f"[{'|'.join(RUNTIMES)}]" == command_options.RUNTIMES

@@ -101,6 +101,7 @@ def main():
         "sizes": state_sizes(trained),
         "history": history(trained),
         "sharded": any(isinstance(p, DTensor) for p in trained.parameters()),
+        "compiled": "_orig_mod" in trained._modules or any(m._compiled_call_impl for m in trained.modules()),
     }
     if trainer.is_world_process_zero():
         os.makedirs(options.output, exist_ok=True)
